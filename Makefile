@@ -1,0 +1,36 @@
+# make setup | demo | test | check | nightly | bench
+PYTHON ?= python3
+EXTRAS ?= cuda12,dev
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: setup demo test check nightly format clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+demo: setup
+	$(BIN)/gpuckpt train --out out/demo
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" -q
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+nightly: setup
+	$(BIN)/python -m pytest -m slow -q -s
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build out *.egg-info

@@ -1,0 +1,116 @@
+"""Every exception of gpuckpt.
+
+`CheckpointError` is the root. User mistakes are also `ValueError` or `TypeError`; running out of a budget is also a
+`MemoryError`, so that code which already handles CuPy's or Python's out-of-memory handles ours.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendUnavailable",
+    "BudgetClosed",
+    "BudgetExceeded",
+    "CheckpointError",
+    "DLPackRefused",
+    "DimMismatch",
+    "EmptyPipeline",
+    "EmptySegments",
+    "InvalidChain",
+    "InvalidPlan",
+    "NotCheckpointed",
+    "PromiseBroken",
+    "RecomputeMismatch",
+    "SavedTensorModified",
+]
+
+
+class CheckpointError(Exception):
+    """The root of gpuckpt's exceptions."""
+
+
+class BudgetExceeded(CheckpointError, MemoryError):
+    """A request does not fit in a budget. The request changed nothing.
+
+    Attributes: `need` and `available`, in bytes; `hint`, what to do about it.
+    """
+
+    def __init__(self, need: int, available: int, hint: str = "raise the budget or recompute more") -> None:
+        super().__init__(need, available, hint)
+        self.need = need
+        self.available = available
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"memory budget exceeded: need {self.need}, available {self.available}; {self.hint}"
+
+
+class BudgetClosed(CheckpointError, RuntimeError):
+    """A budget was used after `close()`, or in a process it does not belong to."""
+
+
+class EmptySegments(CheckpointError, ValueError):
+    """A network of no segments has no output."""
+
+    def __init__(self) -> None:
+        super().__init__("a checkpointed network needs at least one segment; got none")
+
+
+class EmptyPipeline(CheckpointError, ValueError):
+    """A pipeline of no segments has no output."""
+
+    def __init__(self) -> None:
+        super().__init__("a checkpointed pipeline needs at least one segment; got none")
+
+
+class DimMismatch(CheckpointError, ValueError):
+    """A dimension differs from what a layer was built for. Attributes: `expected`, `got`."""
+
+    def __init__(self, expected: int, got: int, what: str = "dimension") -> None:
+        super().__init__(expected, got, what)
+        self.expected = expected
+        self.got = got
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.what} mismatch: expected {self.expected}, got {self.got}"
+
+
+class NotCheckpointed(CheckpointError, RuntimeError):
+    """A backward or a recompute was asked for where nothing was stored: run forward first."""
+
+
+class SavedTensorModified(CheckpointError, RuntimeError):
+    """A tensor was changed in place after it had been saved for backward."""
+
+
+class RecomputeMismatch(CheckpointError, RuntimeError):
+    """A recompute did not produce what the first forward produced."""
+
+
+class InvalidChain(CheckpointError, ValueError):
+    """A chain that cannot be planned: empty, or with costs that are negative, NaN or infinite, or a model that is none."""
+
+
+class InvalidPlan(CheckpointError, ValueError):
+    """A plan that does not belong to its chain, or whose stored form is damaged."""
+
+
+class PromiseBroken(CheckpointError, RuntimeError):
+    """A run held more bytes than its plan had promised. Attributes: `promised_bytes`, `measured_bytes`."""
+
+    def __init__(self, promised_bytes: int, measured_bytes: int, hint: str) -> None:
+        super().__init__(promised_bytes, measured_bytes, hint)
+        self.promised_bytes = promised_bytes
+        self.measured_bytes = measured_bytes
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"the plan promised a peak of {self.promised_bytes} bytes and the run held {self.measured_bytes}; {self.hint}"
+
+
+class DLPackRefused(CheckpointError, TypeError):
+    """An array cannot be exchanged without a copy; the message names the reason."""
+
+
+class BackendUnavailable(CheckpointError, ImportError):
+    """An optional package or a device is missing; the message names what to install."""
