@@ -1,0 +1,110 @@
+"""Every kernel that ships, written down once: what is compiled, with which types, tiles and promises.
+
+A `KernelSpec` is all that an ahead-of-time compiler needs; nothing here touches a GPU or compiles anything. Each kernel
+module states its own specs in a function `specs(arch)`; `shipped` collects them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["ARCHS", "KERNEL_MODULES", "KernelSpec", "make_spec", "shipped"]
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities that kernels are shipped for, as ints: 80 is sm_80."""
+
+KERNEL_MODULES: tuple[str, ...] = ("linear",)
+"""Modules of this package that state specs."""
+
+_POINTER_TYPES = {
+    "fp32": "*fp32",
+    "fp16": "*fp16",
+    "bf16": "*bf16",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class KernelSpec:
+    """One kernel at one tile, dtype and architecture, as `triton.compile(ASTSource(...))` wants it.
+
+    name: unique within an architecture, e.g. "linear_fwd[gelu_tanh,bf16,128x128x64]".
+    fn: the `triton.jit` function. Under TRITON_INTERPRET=1 it is an interpreted one and cannot be compiled.
+    signature: argument name -> Triton type ("*bf16", "i64", "constexpr", ...), in the order of `fn`'s arguments.
+    constexprs: argument name -> value.
+    attrs: {(argument index,): [["tt.divisibility", 16]]}; without it nothing is pipelined.
+    dtype: "fp32" | "fp16" | "bf16", the type of the matrices. arch: 80, 86, 89, 90, 100 or 120.
+    tile: the `TileConfig` used.
+    meta: what to check in the compiled code. Keys:
+        kernel: the function's name without type and tile; activation: its name or None;
+        gemm_loops: K loops with a `tl.dot` in them; tensor_cores: whether each must use them;
+        tma: whether loads go through tensor descriptors; pipelined: whether loads must be asynchronous (LDGSTS/UTMALDG).
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    attrs: Mapping[tuple[int, ...], list[list[Any]]]
+    num_warps: int
+    num_stages: int
+    dtype: str
+    arch: int
+    tile: Any
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_spec(
+    fn: Any,
+    *,
+    variant: str,
+    dtype: str,
+    arch: int,
+    tile: Any,
+    types: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    divisible: tuple[str, ...],
+    meta: Mapping[str, Any],
+) -> KernelSpec:
+    """Fill in what follows from the kernel's own argument list.
+
+    types: runtime argument -> type; "T" stands for a pointer to `dtype`. Every argument that is neither
+    in `types` nor in `constexprs` is an error. divisible: names of arguments that are multiples of 16 (bytes for pointers,
+    elements for integers).
+    """
+    names = list(fn.arg_names)
+    missing = [n for n in names if n not in types and n not in constexprs]
+    unknown = [n for n in (*types, *constexprs, *divisible) if n not in names]
+    if missing or unknown:
+        raise ValueError(f"{fn.__name__}: arguments without a type: {missing}; names it does not have: {unknown}")
+    signature = {
+        n: "constexpr" if n in constexprs else (_POINTER_TYPES[dtype] if types[n] == "T" else types[n]) for n in names
+    }
+    kernel = str(fn.__name__).lstrip("_").removesuffix("_kernel")
+    return KernelSpec(
+        name=f"{kernel}[{variant},{dtype},{tile.label}]",
+        fn=fn,
+        signature=signature,
+        constexprs=dict(constexprs),
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        dtype=dtype,
+        arch=arch,
+        tile=tile,
+        meta={"kernel": kernel, **meta},
+    )
+
+
+def shipped(arch: int) -> list[KernelSpec]:
+    """Every kernel x tile x dtype that ships for `arch`, names unique."""
+    if arch not in ARCHS:
+        raise ValueError(f"unknown architecture {arch!r}; kernels ship for {ARCHS}")
+    found = [s for m in KERNEL_MODULES for s in importlib.import_module(f"{__package__}.{m}").specs(arch)]
+    names = [s.name for s in found]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ValueError(f"two kernels share a name: {twice}")
+    return found
