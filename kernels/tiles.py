@@ -2,21 +2,54 @@
 
 Everything here is pure arithmetic on ints and strings; nothing is timed and nothing is tuned, so forward and recompute
 always agree on the order of the reduction over K, and a recomputed z has the bits of the first one.
+
+Kinds of kernel: "linear" (forward and recompute-backward of one linear layer, one accumulator).
+Architectures are ints, 80 for sm_80; 0 is the host, where Triton's interpreter runs one program after another.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["TileConfig"]
+__all__ = [
+    "KINDS",
+    "SHARED_MEMORY_BYTES",
+    "SM_COUNT",
+    "Kind",
+    "TileConfig",
+    "candidates",
+    "choose",
+    "nearest_arch",
+    "why_invalid",
+]
+
+SHARED_MEMORY_BYTES = {0: 1 << 40, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Shared memory that one block may use, by architecture (CUDA programming guide, table of compute capabilities)."""
+
+SM_COUNT = {0: 1, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+"""Multiprocessors of the largest common card (A100, RTX 3090 class, RTX 4090, H100 SXM, B200, RTX 5090)."""
+
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of kernel keeps. accumulators: fp32 blocks of a whole tile alive at once; weights_per_step: blocks of
+    width bn that one step of its widest K loop reads beside the one block of height bm."""
+
+    accumulators: int
+    weights_per_step: int
+
+
+KINDS = {"linear": Kind(1, 1)}
 
 
 @dataclass(frozen=True)
 class TileConfig:
     """One tile of the output and how it is computed.
 
-    bm, bn: rows and columns of the output tile; bk: step of the K loop; group_m: row tiles that run together, so that they
-    share weight tiles in L2; num_warps, num_stages: Triton's options.
+    bm, bn: rows and columns of the output tile; bk: step of the K loop; group_m: row tiles that run together, so that
+    they share weight tiles in L2; num_warps, num_stages: Triton's options.
     """
 
     bm: int
@@ -30,3 +63,97 @@ class TileConfig:
     def label(self) -> str:
         """Short name, e.g. "128x128x64w8s3"."""
         return f"{self.bm}x{self.bn}x{self.bk}w{self.num_warps}s{self.num_stages}"
+
+
+_T = TileConfig
+
+# Preferred first. bk is the same for every kind on one architecture and dtype, so that all kernels reduce alike.
+_HOPPER_16 = (_T(128, 128, 64, 8, 3), _T(128, 64, 64, 4, 4), _T(64, 64, 64, 4, 4))
+_AMPERE_16 = (_T(128, 128, 64, 8, 3), _T(128, 64, 64, 4, 3), _T(64, 64, 64, 4, 4))
+_CONSUMER_16 = (_T(128, 128, 64, 8, 3), _T(128, 64, 64, 4, 3), _T(64, 64, 64, 4, 4))
+# fp32 has no tensor cores here: plain FMAs want 8 x 8 outputs a thread, not more.
+_FP32 = (_T(64, 64, 32, 4, 3), _T(32, 64, 32, 4, 3))
+
+_TABLE: dict[tuple[str, int, bool], tuple[TileConfig, ...]] = {
+    ("linear", 80, True): _AMPERE_16,
+    ("linear", 86, True): _CONSUMER_16,
+    ("linear", 89, True): _CONSUMER_16,
+    ("linear", 120, True): _CONSUMER_16,
+    ("linear", 90, True): _HOPPER_16,
+    ("linear", 100, True): _HOPPER_16,
+    **{("linear", arch, False): _FP32 for arch in (80, 86, 89, 90, 100, 120)},
+}
+
+
+def nearest_arch(major: int, minor: int) -> int:
+    """The architecture whose table serves compute capability major.minor: the newest one of the same family, not newer.
+
+    >>> nearest_arch(8, 7), nearest_arch(9, 0), nearest_arch(10, 3), nearest_arch(12, 1)
+    (86, 90, 100, 120)
+    """
+    cc = 10 * major + minor
+    fitting = [a for a in SHARED_MEMORY_BYTES if 0 < a <= cc]
+    if not fitting:
+        raise ValueError(f"compute capability {major}.{minor} is not supported; kernels need 8.0 (Ampere) or newer")
+    return max(fitting)
+
+
+def why_invalid(kind: str, tile: TileConfig, dtype: str, arch: int) -> str | None:
+    """None where `tile` can run, else the reason. The single statement of what a tile has to satisfy.
+
+    kind: a key of KINDS; dtype: "fp32" | "fp16" | "bf16"; arch: a key of SHARED_MEMORY_BYTES.
+    """
+    for name in ("bm", "bn", "bk"):
+        v = getattr(tile, name)
+        if v < 16 or v & (v - 1):
+            return f"{name}={v} must be a power of two of at least 16"
+    if tile.num_warps not in (1, 2, 4, 8):
+        return f"num_warps={tile.num_warps} must be 1, 2, 4 or 8"
+    if tile.num_stages < 1 or tile.group_m < 1:
+        return f"num_stages={tile.num_stages} and group_m={tile.group_m} must be at least 1"
+    if arch == 0:
+        return None
+    stage_bytes = (tile.bm + KINDS[kind].weights_per_step * tile.bn) * tile.bk * ELEMENT_BYTES[dtype]
+    loop_bytes = tile.num_stages * stage_bytes
+    # The epilogue turns the accumulator's layout into a coalesced one through the same shared memory.
+    epilogue_bytes = tile.bm * tile.bn * 4
+    need_bytes = max(loop_bytes, epilogue_bytes)
+    if need_bytes > SHARED_MEMORY_BYTES[arch]:
+        return f"{tile.label} needs {need_bytes} B of shared memory; sm_{arch} has {SHARED_MEMORY_BYTES[arch]}"
+    accumulator_registers = KINDS[kind].accumulators * tile.bm * tile.bn // (32 * tile.num_warps)
+    if accumulator_registers > 128:
+        return f"{tile.label} keeps {accumulator_registers} accumulator registers a thread; more than 128 spills"
+    if dtype == "fp32" and accumulator_registers > 32 * KINDS[kind].accumulators:
+        return f"{tile.label} gives a thread more than 32 fp32 outputs; without tensor cores that spills"
+    if arch in (90, 100) and dtype != "fp32" and (tile.bm < 64 or tile.num_warps < 4):
+        return f"{tile.label}: the tensor cores of sm_{arch} need 64 rows and 4 warps"
+    return None
+
+
+def candidates(kind: str, dtype: str, arch: int) -> tuple[TileConfig, ...]:
+    """The tiles that ship for a kind, preferred first. Every one satisfies `why_invalid`."""
+    try:
+        return _TABLE[kind, arch, dtype != "fp32"]
+    except KeyError:
+        raise ValueError(f"no tiles for kind={kind!r}, dtype={dtype!r}, arch={arch!r}") from None
+
+
+def choose(kind: str, M: int, N: int, K: int, dtype: str, arch: int) -> TileConfig:
+    """The tile for an (M, N) output reduced over K: the first candidate that gives every multiprocessor a tile, else the
+    one with most tiles.
+
+    On the host (arch 0) each program costs the interpreter milliseconds, so one tile covers as much as is sensible.
+    K does not enter: the reduction order depends on bk alone, which all candidates of a dtype and architecture share.
+    """
+    if arch == 0:
+        return TileConfig(_clip(M, 128), _clip(N, 128), _clip(K, 128), 4, 1)
+    options = candidates(kind, dtype, arch)
+    for tile in options:
+        if -(-M // tile.bm) * -(-N // tile.bn) >= SM_COUNT[arch]:
+            return tile
+    return options[-1]
+
+
+def _clip(size: int, most: int) -> int:
+    """The power of two that covers `size`, from 16 to `most`."""
+    return max(16, min(most, 1 << max(0, size - 1).bit_length()))

@@ -1,0 +1,73 @@
+"""The two pieces that every GEMM kernel here shares: which tile a program computes, and the K loop.
+
+Shapes: a (M, K), b (N, K), both by arbitrary strides; acc (BM, BN) = a b^T in fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .numerics import operand
+
+__all__ = ["accumulate", "tile_of"]
+
+
+@triton.jit
+def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of the pid-th tile. GROUP_M row tiles advance together through the columns, so that the programs
+    that run at one time touch a near-square patch of the output and find their operands in L2."""
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    per_group = GROUP_M * tiles_n
+    first_m = (pid // per_group) * GROUP_M
+    rows = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = pid % per_group
+    return first_m + within % rows, within // rows
+
+
+@triton.jit
+def accumulate(
+    acc,
+    p_a,
+    p_b,
+    row0,
+    col0,
+    M,
+    N,
+    K,
+    stride_am,
+    stride_ak,
+    stride_bn,
+    stride_bk,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """acc + a[row0:row0+BM] b[col0:col0+BN]^T, K in steps of BK from 0 up: the order that makes a recomputed z bitwise equal.
+
+    row0, col0 are int64. Offsets are int64 before they meet a stride. fp32 operands are multiplied in full precision
+    ("ieee", no tensor cores): TF32 would make fp32 gradients differ from torch's default.
+    """
+    o_m = row0 + tl.arange(0, BM)
+    o_n = col0 + tl.arange(0, BN)
+    o_k = tl.arange(0, BK)
+    m_m = o_m < M
+    m_n = o_n < N
+    p_a += o_m[:, None] * stride_am + o_k[None, :].to(tl.int64) * stride_ak
+    p_b += o_n[None, :] * stride_bn + o_k[:, None].to(tl.int64) * stride_bk
+    step = tl.full((), BK, tl.int64)
+    for i_k in range(tl.cdiv(K, BK)):
+        if EVEN_K:
+            b_a = tl.load(p_a, mask=m_m[:, None], other=0.0)
+            b_b = tl.load(p_b, mask=m_n[None, :], other=0.0)
+        else:
+            m_k = o_k < K - i_k * BK
+            b_a = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
+            b_b = tl.load(p_b, mask=m_n[None, :] & m_k[:, None], other=0.0)
+        acc = tl.dot(operand(b_a, INTERPRET), operand(b_b, INTERPRET), acc, input_precision="ieee")
+        p_a += step * stride_ak
+        p_b += step * stride_bk
+    return acc
