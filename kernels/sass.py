@@ -1,0 +1,275 @@
+"""What a compiled kernel does, read from its machine code (SASS as `cuobjdump -sass` prints it).
+
+Counts instructions by kind and finds the loops that run on the tensor cores. Loops are the natural loops of the control
+flow graph (a back edge whose target dominates its source; Aho, Lam, Sethi and Ullman, section 9.6), not address ranges:
+ptxas moves the slow half of a barrier wait behind the kernel and jumps back, which looks like a loop and is none.
+
+Pure text analysis: needs no CUDA, no Triton and no GPU. It does not follow indirect branches (BRX), which warp-specialised
+code contains; their targets become separate roots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+__all__ = ["Instruction", "Loop", "SassReport", "analyse", "parse"]
+
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?\w+)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*([^;]*);", re.MULTILINE)
+_SCHEDULING = re.compile(r"\s+[&?][A-Za-z].*$")  # `&req={4} ?WAIT15_END_GROUP`, printed for sm_120 by CUDA 12.8's tool
+_ADDRESS = re.compile(r"\b0x([0-9a-f]+)\s*$")
+
+TENSOR_CORE = frozenset({"HMMA", "IMMA", "DMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA", "BGMMA"})
+UTC_MMA = re.compile(r"^UTC[A-Z]*MMA$")  # Blackwell: UTCHMMA (16-bit), UTCQMMA (8-bit), UTCIMMA, UTCOMMA (4-bit)
+GLOBAL_ATOMICS = frozenset({"ATOM", "ATOMG", "RED", "REDG", "UTMAREDG", "UBLKRED", "SUATOM", "SURED"})
+SHARED_ATOMICS = frozenset({"ATOMS", "REDS"})
+SPILLS = frozenset({"STL", "LDL"})
+GLOBAL_STORES = frozenset({"STG", "UTMASTG", "UBLKCP"})
+GLOBAL_LOADS = frozenset({"LDG"})
+TMA_LOADS = frozenset({"UTMALDG"})
+ASYNC_COPIES = frozenset({"LDGSTS"})
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One machine instruction. `op` is the name up to the first dot; `guard` the predicate or None."""
+
+    address: int
+    guard: str | None
+    opcode: str
+    operands: str
+
+    @property
+    def op(self) -> str:
+        return self.opcode.split(".", 1)[0]
+
+    @property
+    def is_tensor_core(self) -> bool:
+        return self.op in TENSOR_CORE or UTC_MMA.match(self.op) is not None
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop that runs on the tensor cores; all counts are static instructions in its body."""
+
+    address: int
+    instructions: int
+    tensor_core: int
+    tma_loads: int
+    async_copies: int
+    global_loads: int
+    spills: int
+
+
+@dataclass(frozen=True)
+class SassReport:
+    """Counts over the whole kernel, and its tensor-core loops in address order."""
+
+    instructions: int
+    spill_stores: int
+    spill_loads: int
+    tensor_core: dict[str, int]
+    tma_loads: int
+    async_copies: int
+    global_loads: int
+    global_stores: int
+    global_atomics: int
+    shared_atomics: int
+    loops: list[Loop] = field(default_factory=list)
+
+
+def parse(text: str) -> list[Instruction]:
+    """Instructions of the first function in `cuobjdump -sass` output, in address order."""
+    found: list[Instruction] = []
+    for match in _LINE.finditer(text):
+        address = int(match[1], 16)
+        if found and address <= found[-1].address:
+            break  # a second function starts again at zero
+        found.append(Instruction(address, match[2], match[3], _SCHEDULING.sub("", match[4]).strip()))
+    return found
+
+
+def analyse(text: str) -> SassReport:
+    """Read one kernel's SASS. Raises `ValueError` where the text holds no instruction."""
+    code = parse(text)
+    if not code:
+        raise ValueError("no SASS instruction found: expected the output of `cuobjdump -sass` on a cubin")
+    counts = Counter(i.op for i in code)
+
+    def total(names: frozenset[str]) -> int:
+        return sum(counts[n] for n in names)
+
+    return SassReport(
+        instructions=len(code),
+        spill_stores=counts["STL"],
+        spill_loads=counts["LDL"],
+        tensor_core=dict(sorted(Counter(i.op for i in code if i.is_tensor_core).items())),
+        tma_loads=total(TMA_LOADS),
+        async_copies=total(ASYNC_COPIES),
+        global_loads=total(GLOBAL_LOADS),
+        global_stores=total(GLOBAL_STORES),
+        global_atomics=total(GLOBAL_ATOMICS),
+        shared_atomics=total(SHARED_ATOMICS),
+        loops=_tensor_core_loops(code),
+    )
+
+
+def _target(instruction: Instruction) -> int | None:
+    match = _ADDRESS.search(instruction.operands)
+    return int(match[1], 16) if match else None
+
+
+def _successors(code: list[Instruction]) -> list[list[int]]:
+    """Indices that may run after each instruction."""
+    index = {i.address: n for n, i in enumerate(code)}
+    # BSSY Bk, target: where threads meet again after the BSYNC Bk that belongs to it.
+    meeting: dict[str, list[int]] = {}
+    for i in code:
+        target = _target(i)
+        if i.op == "BSSY" and target is not None:
+            meeting.setdefault(i.operands.split(",")[0].strip(), []).append(target)
+    result: list[list[int]] = []
+    for n, i in enumerate(code):
+        after = [n + 1] if n + 1 < len(code) else []
+        conditional = i.guard is not None
+        if i.op in ("BRA", "JMP", "BRX", "JMX", "RET"):
+            target = _target(i)
+            # `BRA.U UP0, 0x40` carries its condition as an operand; `BRA 0x40` has none.
+            conditional = conditional or (i.op == "BRA" and "," in i.operands)
+            jump = [index[target]] if target in index and i.op in ("BRA", "JMP") else []
+            after = jump + (after if conditional else [])
+        elif i.op == "EXIT":
+            after = after if conditional else []
+        elif i.op == "BSYNC":
+            after = after + [index[t] for t in meeting.get(i.operands.strip(), []) if t in index and index[t] > n]
+        result.append(after)
+    return result
+
+
+def _blocks(code: list[Instruction], after: list[list[int]]) -> tuple[list[range], list[list[int]]]:
+    """Basic blocks as ranges of instruction indices, and their successors."""
+    leaders = {0}
+    for n, nexts in enumerate(after):
+        if nexts != [n + 1]:
+            leaders.update(nexts)
+            if n + 1 < len(code):
+                leaders.add(n + 1)
+    starts = sorted(leaders)
+    blocks = [range(a, b) for a, b in zip(starts, [*starts[1:], len(code)], strict=True)]
+    number = {b.start: k for k, b in enumerate(blocks)}
+    return blocks, [sorted({number[s] for s in after[b.stop - 1]}) for b in blocks]
+
+
+def _dominators(successors: list[list[int]]) -> list[int]:
+    """Immediate dominators (Cooper, Harvey and Kennedy 2001) from a virtual root, numbered len(successors).
+
+    The root leads to block 0 and to every block that nothing else reaches: subroutines and indirect targets.
+    """
+    count = len(successors)
+    root = count
+    edges: list[list[int]] = [*successors, [0]]
+    order: list[int] = []
+    seen: set[int] = set()
+
+    def visit(start: int) -> None:
+        stack = [(start, iter(edges[start]))]
+        seen.add(start)
+        while stack:
+            node, rest = stack[-1]
+            step = next((s for s in rest if s not in seen), None)
+            if step is None:
+                order.append(node)
+                stack.pop()
+            else:
+                seen.add(step)
+                stack.append((step, iter(edges[step])))
+
+    visit(0)
+    for block in range(count):
+        if block not in seen:
+            edges[root].append(block)
+            visit(block)
+    order.append(root)
+    position = {b: k for k, b in enumerate(order)}
+    before: list[list[int]] = [[] for _ in range(count + 1)]
+    for node, nexts in enumerate(edges):
+        for s in nexts:
+            before[s].append(node)
+    parent: dict[int, int] = {root: root}
+
+    def meet(a: int, b: int) -> int:
+        while a != b:
+            if position[a] < position[b]:
+                a = parent[a]
+            else:
+                b = parent[b]
+        return a
+
+    changed = True
+    while changed:
+        changed = False
+        for node in reversed(order[:-1]):
+            known = [p for p in before[node] if p in parent]
+            best = known[0]
+            for p in known[1:]:
+                best = meet(best, p)
+            if parent.get(node) != best:
+                parent[node] = best
+                changed = True
+    return [parent[b] for b in range(count + 1)]
+
+
+def _natural_loops(successors: list[list[int]]) -> dict[int, set[int]]:
+    """Header block -> all blocks of its natural loop (loops that share a header are one)."""
+    count = len(successors)
+    parent = _dominators(successors)
+    before: list[list[int]] = [[] for _ in range(count)]
+    for node, nexts in enumerate(successors):
+        for s in nexts:
+            before[s].append(node)
+
+    def dominates(a: int, b: int) -> bool:
+        while b != count:
+            if a == b:
+                return True
+            b = parent[b]
+        return False
+
+    loops: dict[int, set[int]] = {}
+    for node, nexts in enumerate(successors):
+        for header in nexts:
+            if dominates(header, node):
+                body = loops.setdefault(header, {header})
+                stack = [node]
+                while stack:
+                    block = stack.pop()
+                    if block not in body:
+                        body.add(block)
+                        stack.extend(before[block])
+    return loops
+
+
+def _tensor_core_loops(code: list[Instruction]) -> list[Loop]:
+    blocks, successors = _blocks(code, _successors(code))
+    bodies = [
+        {n for block in body for n in blocks[block]}
+        for body in _natural_loops(successors).values()
+        if any(code[n].is_tensor_core for block in body for n in blocks[block])
+    ]
+    innermost = [b for b in bodies if not any(other < b for other in bodies)]
+    found = []
+    for body in innermost:
+        ops = Counter(code[n].op for n in body)
+        found.append(
+            Loop(
+                address=code[min(body)].address,
+                instructions=len(body),
+                tensor_core=sum(code[n].is_tensor_core for n in body),
+                tma_loads=sum(ops[n] for n in TMA_LOADS),
+                async_copies=sum(ops[n] for n in ASYNC_COPIES),
+                global_loads=sum(ops[n] for n in GLOBAL_LOADS),
+                spills=sum(ops[n] for n in SPILLS),
+            )
+        )
+    return sorted(found, key=lambda loop: loop.address)
