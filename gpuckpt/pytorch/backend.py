@@ -1,0 +1,55 @@
+"""Which back end runs an operation: Triton's kernels or plain torch.
+
+By default the device decides: Triton on CUDA, torch elsewhere. `GPUCKPT_BACKEND=triton|torch` overrides it for the whole
+process; `triton` on CPU tensors runs the real kernels in Triton's interpreter, which is slow and exact and meant for tests.
+The variable is read at every call, so a test may set it, but Triton itself decides at its import whether it interprets.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from gpuckpt.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BACKENDS", "load_kernels", "use_triton"]
+
+BACKENDS = ("triton", "torch")
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether operations on `tensor` run on the Triton kernels.
+
+    Raises `ValueError` for an unknown `GPUCKPT_BACKEND`.
+    """
+    choice = os.environ.get("GPUCKPT_BACKEND", "")
+    if not choice:
+        return tensor.is_cuda
+    if choice not in BACKENDS:
+        raise ValueError(
+            f"GPUCKPT_BACKEND={choice!r}: expected one of {', '.join(BACKENDS)}, or unset to choose by device"
+        )
+    return choice == "triton"
+
+
+def load_kernels(tensor: torch.Tensor) -> None:
+    """Make sure that the Triton kernels can run on `tensor`; call before importing from `gpuckpt.kernels`.
+
+    Raises `BackendUnavailable` without Triton, or on a CPU tensor where Triton was imported without its interpreter.
+    """
+    if not tensor.is_cuda:
+        # Triton reads the variable when a kernel is decorated; from here on it is too late to change it.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    try:
+        import triton
+    except ImportError as error:
+        raise BackendUnavailable(
+            "the Triton kernels need the package `triton` (Linux): pip install triton, or set GPUCKPT_BACKEND=torch"
+        ) from error
+    if not tensor.is_cuda and not triton.knobs.runtime.interpret:
+        raise BackendUnavailable(
+            "GPUCKPT_BACKEND=triton on a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
+        )

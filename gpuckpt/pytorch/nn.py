@@ -1,0 +1,70 @@
+"""Modules over `gpuckpt.functional`: drop-in replacements that keep their input for backward and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gpuckpt.pytorch.activations import check_activation
+from gpuckpt.pytorch.linear import linear
+from gpuckpt.pytorch.mlp import mlp
+
+__all__ = ["FusedLinear", "FusedMLP"]
+
+
+class FusedLinear(nn.Linear):
+    """`nn.Linear` followed by an activation, in one pass; parameters are named and initialised as `nn.Linear`'s.
+
+    Shapes: (..., in_features) -> (..., out_features).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_activation(activation)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias, activation=self.activation, residual=residual)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class FusedMLP(nn.Module):
+    """Two linear layers with an activation between them; keeps its input only.
+
+    Shapes: (..., in_features) -> (..., out_features). Parameters: `fc1.weight` (hidden, in), `fc1.bias`, `fc2.weight`
+    (out, hidden), `fc2.bias`, as in the MLPs of GPT-style models.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        bias: bool = True,
+        activation: str = "gelu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_activation(activation)
+        self.activation = activation
+        self.fc1 = nn.Linear(in_features, hidden_features, bias, device, dtype)
+        self.fc2 = nn.Linear(
+            hidden_features, in_features if out_features is None else out_features, bias, device, dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
