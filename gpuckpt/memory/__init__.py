@@ -1,1 +1,8 @@
+"""Budgets in bytes: the books, the pools behind them, arrays held in them, and how a planned step is laid out."""
 
+from gpuckpt.memory.budget import CheckpointBudget
+from gpuckpt.memory.ledger import Charge, Event, Ledger, Snapshot
+from gpuckpt.memory.saved import Saved
+from gpuckpt.memory.sizes import format_bytes, parse_bytes
+
+__all__ = ["Charge", "CheckpointBudget", "Event", "Ledger", "Saved", "Snapshot", "format_bytes", "parse_bytes"]

@@ -1,0 +1,56 @@
+"""Which device a budget belongs to."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Any
+
+from gpuckpt.errors import BackendUnavailable
+
+__all__ = ["choose_device"]
+
+_DEVICE = re.compile(r"cpu|cuda(?::(?P<index>\d+))?")
+
+
+def choose_device(device: Any = None) -> str:
+    """ "cpu" or "cuda:N". `device`: such a string, "cuda" for the current device, a torch device, or None, which takes the
+    current CUDA device where there is one. Raises `ValueError` for another name, `BackendUnavailable` where CUDA is asked for
+    and no package that can reach it is installed."""
+    if device is None:
+        return f"cuda:{_current_cuda()}" if _cuda_is_there() else "cpu"
+    match = _DEVICE.fullmatch(str(device))
+    if match is None:
+        raise ValueError(f'device must be "cpu", "cuda", "cuda:N" or None, got {device!r}')
+    if str(device) == "cpu":
+        return "cpu"
+    return f"cuda:{_current_cuda() if match['index'] is None else int(match['index'])}"
+
+
+def _cuda_is_there() -> bool:
+    # Whoever works with torch has loaded it, and then torch is the judge: it may be a CPU build on a machine with a GPU.
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return bool(torch.cuda.is_available())
+    cupy = sys.modules.get("cupy")
+    if cupy is not None:
+        return bool(cupy.cuda.is_available())
+    if not (os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")):
+        return False
+    try:
+        import torch as loaded
+    except ImportError:
+        return False
+    return bool(loaded.cuda.is_available())
+
+
+def _current_cuda() -> int:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.current_device())
+    try:
+        import cupy
+    except ImportError:
+        raise BackendUnavailable("a CUDA budget needs CuPy: install gpuckpt[cuda12] or gpuckpt[cuda13]") from None
+    return int(cupy.cuda.Device().id)

@@ -1,0 +1,139 @@
+"""A pool of host memory with a hard limit: live and cached bytes together never exceed it.
+
+Blocks are cached whole and handed out again for the same size, as the steps of a training run ask for the same sizes over
+and over. A block is never split, so the pool cannot fragment: whatever fits in the limit arithmetically is granted, after
+cached blocks have been given back to the system. Addresses are aligned to 64 bytes (what XLA's CPU buffers ask for); the
+padding of at most 63 bytes a block, like malloc's own header, is not counted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpuckpt.errors import BudgetExceeded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gpuckpt.memory.ledger import Charge
+
+__all__ = ["HostBlock", "HostPool"]
+
+_ALIGNMENT = 64
+
+Buffer = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class HostBlock:
+    """Bytes of a `HostPool`. NumPy views made by `np.asarray(block)` keep the block alive; with the last of them gone, the
+    bytes return to the pool and then the block's charge to its ledger."""
+
+    __slots__ = ("__weakref__", "_buffer", "_pool", "charge", "nbytes")
+
+    def __init__(self, pool: HostPool, buffer: Buffer) -> None:
+        self._pool = pool
+        self._buffer = buffer
+        self.nbytes = buffer.nbytes
+        self.charge: Charge | None = None
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"data": (self._buffer.ctypes.data, False), "shape": (self.nbytes,), "typestr": "|u1", "version": 3}
+
+    def __del__(self) -> None:
+        self._pool._returned.append(self._buffer)
+
+
+class HostPool:
+    """Host memory up to `limit_bytes`.
+
+    `allocate(nbytes)` makes a fresh uint8 buffer of that size: `np.empty` by default, page-locked memory for a pool that
+    feeds a CUDA device (`pinned_buffer`).
+    """
+
+    unit_bytes = 1
+
+    def __init__(self, limit_bytes: int, *, allocate: Callable[[int], Buffer] | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self._allocate = aligned_buffer if allocate is None else allocate
+        self._live_bytes = 0
+        self._cached_bytes = 0
+        # Sizes in the order of their last use: the front is given back to the system first.
+        self._cache: OrderedDict[int, list[Buffer]] = OrderedDict()
+        self._lock = threading.RLock()
+        # Dead blocks wait here: a finalizer must not wait for the lock. Everyone who takes the lock empties it first.
+        self._returned: deque[Buffer] = deque()
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes in blocks that somebody holds."""
+        with self._lock:
+            self._collect_returned()
+            return self._live_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes in free blocks kept for the next request of their size."""
+        with self._lock:
+            self._collect_returned()
+            return self._cached_bytes
+
+    def take(self, nbytes: int) -> HostBlock:
+        """A block of exactly `nbytes`, its contents undefined. Raises `BudgetExceeded` where the limit forbids it."""
+        with self._lock:
+            self._collect_returned()
+            available = self.limit_bytes - self._live_bytes
+            if nbytes > available:
+                raise BudgetExceeded(
+                    nbytes,
+                    available,
+                    f"the host pool has {self._live_bytes} of {self.limit_bytes} bytes in use; "
+                    "free what is held, or raise the limit",
+                )
+            buffers = self._cache.get(nbytes)
+            if buffers:
+                buffer = buffers.pop()
+                self._cached_bytes -= nbytes
+                self._cache.move_to_end(nbytes)
+            else:
+                self._shrink(available - nbytes)
+                buffer = self._allocate(nbytes)
+            block = HostBlock(self, buffer)
+            self._live_bytes += nbytes
+            return block
+
+    def trim(self, keep_bytes: int = 0) -> None:
+        """Give cached blocks back to the system until at most `keep_bytes` remain cached."""
+        with self._lock:
+            self._collect_returned()
+            self._shrink(max(keep_bytes, 0))
+
+    def _shrink(self, keep_bytes: int) -> None:
+        while self._cached_bytes > keep_bytes:
+            size, buffers = next(iter(self._cache.items()))
+            if buffers:
+                buffers.pop()
+                self._cached_bytes -= size
+            if not buffers:
+                del self._cache[size]
+
+    def _collect_returned(self) -> None:
+        while self._returned:
+            try:
+                buffer = self._returned.popleft()
+            except IndexError:  # a finalizer within this loop collected it
+                return
+            self._live_bytes -= buffer.nbytes
+            self._cached_bytes += buffer.nbytes
+            self._cache.setdefault(buffer.nbytes, []).append(buffer)
+
+
+def aligned_buffer(nbytes: int) -> Buffer:
+    """Fresh host memory of `nbytes`, aligned to 64 bytes."""
+    raw = np.empty(nbytes + _ALIGNMENT - 1, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes]

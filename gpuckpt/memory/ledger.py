@@ -1,0 +1,324 @@
+"""The books of one budget: who holds how many bytes, admitted or refused in one step.
+
+Exact under threads, under the garbage collector and under Ctrl-C:
+
+* Every change happens under one re-entrant lock, in a straight run of integer arithmetic. CPython runs finalizers and
+  signal handlers only at calls, backward jumps and container allocations, so none of them ever sees books half written.
+* A finalizer never waits. Where another thread holds the lock, `drop` leaves its bytes in a queue that everyone who reads
+  or changes the books empties first; two budgets whose finalizers run inside each other's calls cannot deadlock.
+* A handle gets its bytes in the same step in which they are booked, so that an interrupt cannot leave bytes that belong
+  to nobody.
+
+The ledger knows numbers only. Where bytes live is the pools' matter, what to do when they do not fit is the budget's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import deque
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from gpuckpt.errors import BudgetClosed, BudgetExceeded
+
+__all__ = ["Charge", "Event", "Ledger", "Snapshot"]
+
+
+class Event(NamedTuple):
+    """One line of the log. `kind`: charge, release, allocate, free, refuse, step, or the name of an eviction."""
+
+    kind: str
+    what: str
+    nbytes: int
+    used_bytes: int  # after the event
+    time_s: float  # of time.perf_counter
+    step: str | int | None  # of the plan, as last set
+
+
+class Snapshot(NamedTuple):
+    """The books at one instant. `pending_bytes` are admitted, while a pool is still looking for their place."""
+
+    max_bytes: int
+    used_bytes: int
+    peak_bytes: int
+    pending_bytes: int
+    charges: int
+    refusals: int
+
+
+class Charge:
+    """Bytes held in a ledger until `release()`, or until the handle is collected. Thread-safe."""
+
+    __slots__ = ("__weakref__", "_held_bytes", "_ledger", "_pending_bytes", "what")
+
+    def __init__(self, ledger: Ledger, what: str) -> None:
+        self._ledger = ledger
+        self._held_bytes = 0
+        self._pending_bytes = 0  # reserved, not committed yet
+        self.what = what
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes this handle still holds: 0 once released."""
+        return self._held_bytes
+
+    def release(self) -> None:
+        """Give the bytes back. The second time does nothing."""
+        self._ledger.release(self)
+
+    def __del__(self) -> None:
+        if self._held_bytes or self._pending_bytes:
+            self._ledger.drop(self._held_bytes, self._pending_bytes, self.what)
+
+    def __repr__(self) -> str:
+        return f"Charge({self._held_bytes} bytes, {self.what!r})"
+
+
+class Ledger:
+    """Counts bytes up to `max_bytes`. Sizes given to it are non-negative ints; the budget checks what users pass.
+
+    `log_events`: how many events are remembered; the oldest are forgotten first.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_booking",
+        "_closed_because",
+        "_dropped",
+        "_events",
+        "_limit_bytes",
+        "_lock",
+        "_pending_bytes",
+        "_plain_bytes",
+        "_used_bytes",
+        "charges",
+        "max_bytes",
+        "peak_bytes",
+        "refusals",
+        "step",
+    )
+
+    def __init__(self, max_bytes: int, *, log_events: int = 4096) -> None:
+        self.max_bytes = max_bytes
+        self.peak_bytes = 0
+        self.charges = 0
+        self.refusals = 0
+        self.step: str | int | None = None
+        self._used_bytes = 0
+        self._pending_bytes = 0
+        self._plain_bytes = 0
+        # What admission compares with: max_bytes, or -1 once closed, so that an open ledger pays nothing for the check.
+        self._limit_bytes = max_bytes
+        self._closed_because: str | None = None
+        self._lock = threading.RLock()
+        self._events: deque[list[Any]] = deque(maxlen=log_events)
+        self._dropped: deque[tuple[int, int, str]] = deque()
+        self._booking = False
+        _live_ledgers.add(self)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes held at this instant."""
+        if self._dropped:
+            with self._lock:
+                self._book_dropped()
+        return self._used_bytes
+
+    @property
+    def plain_bytes(self) -> int:
+        """The part of `used_bytes` that came through `allocate`."""
+        return self._plain_bytes
+
+    def charge(self, nbytes: int, what: str, handle: Charge | None = None) -> None:
+        """Book `nbytes` to `handle`, or as plain accounting without one. Raises `BudgetExceeded` and then changes nothing."""
+        # Built before anything is read: the container may start a collection, whose finalizers change the books.
+        event = ["charge" if handle is not None else "allocate", what, nbytes, 0, perf_counter(), self.step]
+        with self._lock:
+            if self._dropped:
+                self._book_dropped()
+            used = self._used_bytes + nbytes
+            if used + self._pending_bytes > self._limit_bytes:
+                self._refuse(nbytes, what)
+            self._used_bytes = used
+            if used > self.peak_bytes:
+                self.peak_bytes = used
+            if handle is None:
+                self._plain_bytes += nbytes
+            else:
+                handle._held_bytes += nbytes
+            self.charges += 1
+            event[3] = used
+            self._events.append(event)
+
+    def free(self, nbytes: int, what: str) -> None:
+        """Take `nbytes` of plain accounting off the books; `ValueError` where fewer were allocated."""
+        event = ["free", what, nbytes, 0, perf_counter(), self.step]
+        with self._lock:
+            plain = self._plain_bytes - nbytes
+            if plain < 0:
+                raise ValueError(
+                    f"free({nbytes}) of a budget with {self._plain_bytes} bytes allocated; "
+                    "free at most what allocate() took (arrays and charges are released by their own handles)"
+                )
+            self._plain_bytes = plain
+            self._used_bytes -= nbytes
+            event[3] = self._used_bytes
+            self._events.append(event)
+
+    def reserve(self, nbytes: int, handle: Charge) -> None:
+        """Admit `nbytes` that do not exist yet: a pool now looks for their place. `commit` or `cancel` follows."""
+        with self._lock:
+            if self._dropped:
+                self._book_dropped()
+            if self._used_bytes + self._pending_bytes + nbytes > self._limit_bytes:
+                self._refuse(nbytes, handle.what)
+            self._pending_bytes += nbytes
+            handle._pending_bytes += nbytes
+
+    def commit(self, handle: Charge) -> None:
+        """What was reserved for `handle` now exists, and the handle holds it."""
+        event = ["charge", handle.what, 0, 0, perf_counter(), self.step]
+        with self._lock:
+            nbytes = handle._pending_bytes
+            used = self._used_bytes + nbytes
+            self._pending_bytes -= nbytes
+            handle._pending_bytes = 0
+            handle._held_bytes += nbytes
+            self._used_bytes = used
+            if used > self.peak_bytes:
+                self.peak_bytes = used
+            self.charges += 1
+            event[2] = nbytes
+            event[3] = used
+            self._events.append(event)
+
+    def cancel(self, handle: Charge) -> None:
+        """What was reserved for `handle` found no place."""
+        with self._lock:
+            self._pending_bytes -= handle._pending_bytes
+            handle._pending_bytes = 0
+
+    def release(self, handle: Charge) -> None:
+        """Take what `handle` holds off the books; nothing where it holds nothing."""
+        event = ["release", handle.what, 0, 0, perf_counter(), self.step]
+        with self._lock:
+            nbytes = handle._held_bytes
+            if nbytes:
+                handle._held_bytes = 0
+                self._used_bytes -= nbytes
+                event[2] = nbytes
+                event[3] = self._used_bytes
+                self._events.append(event)
+
+    def drop(self, held_bytes: int, pending_bytes: int, what: str) -> None:
+        """Take a dead handle's bytes off the books, from its finalizer: never waits, never raises."""
+        self._dropped.append((held_bytes, pending_bytes, what))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._book_dropped()
+            finally:
+                self._lock.release()
+
+    def refused(self, need_bytes: int, what: str) -> BudgetExceeded:
+        """The error for a request of `need_bytes`, with the books as they are now."""
+        held = self._used_bytes + self._pending_bytes
+        available = max(self.max_bytes - held, 0)
+        return BudgetExceeded(
+            need_bytes,
+            available,
+            f"{what!r} is {need_bytes - available} bytes short: {held} of {self.max_bytes} bytes are in use, and the smallest "
+            f"budget that would have done is {held + need_bytes} bytes; raise the budget or recompute more",
+        )
+
+    def mark(self, kind: str, what: str, nbytes: int = 0) -> None:
+        """Write a line in the log that changes no books."""
+        event = [kind, what, nbytes, 0, perf_counter(), self.step]
+        with self._lock:
+            event[3] = self._used_bytes
+            self._events.append(event)
+
+    def reset_peak(self) -> None:
+        """Forget the highest `used_bytes` seen: what is held now is the new peak."""
+        with self._lock:
+            if self._dropped:
+                self._book_dropped()
+            self.peak_bytes = self._used_bytes
+
+    def events(self) -> list[Event]:
+        """The remembered events, oldest first."""
+        with self._lock:
+            if self._dropped:
+                self._book_dropped()
+            return [Event(*event) for event in self._events]
+
+    def snapshot(self) -> Snapshot:
+        """All numbers of one instant."""
+        with self._lock:
+            if self._dropped:
+                self._book_dropped()
+            return Snapshot(
+                self.max_bytes, self._used_bytes, self.peak_bytes, self._pending_bytes, self.charges, self.refusals
+            )
+
+    @property
+    def closed(self) -> bool:
+        """True once `close()` was called, or in a process that forked off the ledger's own."""
+        return self._closed_because is not None
+
+    def check_open(self) -> None:
+        """Raise `BudgetClosed` where nothing may be asked for any more."""
+        if self._closed_because is not None:
+            raise BudgetClosed(self._closed_because)
+
+    def close(self, because: str) -> None:
+        """Refuse every further request with `BudgetClosed(because)`; releases go on working."""
+        with self._lock:
+            self._closed_because = because
+            self._limit_bytes = -1
+
+    def _refuse(self, nbytes: int, what: str) -> None:
+        if self._closed_because is not None:
+            raise BudgetClosed(self._closed_because)
+        self.refusals += 1
+        self._events.append(["refuse", what, nbytes, self._used_bytes, perf_counter(), self.step])
+        raise self.refused(nbytes, what)
+
+    def _book_dropped(self) -> None:
+        if self._booking:  # a finalizer inside the loop below: the loop sees what it queued
+            return
+        self._booking = True
+        try:
+            while self._dropped:
+                event = ["release", "", 0, 0, perf_counter(), self.step]
+                held_bytes, pending_bytes, event[1] = self._dropped[0]
+                self._used_bytes -= held_bytes
+                self._pending_bytes -= pending_bytes
+                event[2] = held_bytes
+                event[3] = self._used_bytes
+                # Booked before it is popped, with nothing in between at which an interrupt could come.
+                self._dropped.popleft()
+                if held_bytes:
+                    self._events.append(event)
+        finally:
+            self._booking = False
+
+    def _forked(self) -> None:
+        # The lock may have been held by a thread that does not exist in this process.
+        self._lock = threading.RLock()
+        self._booking = False
+        self._closed_because = "this budget belongs to the process that made it, and this one is its fork; make a new CheckpointBudget here"
+        self._limit_bytes = -1
+
+
+_live_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+def _close_all_in_child() -> None:
+    for ledger in list(_live_ledgers):
+        ledger._forked()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_close_all_in_child)
