@@ -1,0 +1,237 @@
+"""The chain model: what every stage of a network costs, in bytes and seconds.
+
+A chain is a run of stages in order. Bytes live in *storages*, numbered 0, 1, 2, ...: two holders that name the same
+number hold the same bytes, and those are counted once. This is the model of heterogeneous chains of Beaumont, Eyraud-Dubois,
+Herrmann, Joly and Shilova, "Optimal checkpointing for heterogeneous chains" (2019), with shared storages added.
+
+What it does not do: it knows no framework and no device. Whoever measures a model fills these in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from numbers import Integral, Real
+from typing import Any
+
+from gpuckpt.errors import InvalidChain
+
+__all__ = ["KEEP", "Chain", "Stage", "Variant"]
+
+KEEP = "keep"
+"""The name of the option every stage has: save what autograd saves."""
+
+CHAIN_FORMAT = "gpuckpt.chain/1"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another way to keep a stage: spilled to the host, compressed, fused.
+
+    `saves`: storage ids held in the budget under this option; `forward_s`, `backward_s`: seconds of the stage's forward and
+    backward under it, transfers and (de)compression included.
+    """
+
+    name: str
+    saves: tuple[int, ...]
+    forward_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a chain.
+
+    Args:
+        name: how reports and errors call it.
+        forward_s, backward_s: seconds of one forward and of one backward (the recompute not included).
+        saves: ids of the storages autograd saves in it.
+        inputs: ids that a frame starting here holds as its input; `()` when the input is not charged.
+        extras: ids of arguments shared with other stages (masks, position embeddings) that every frame containing this
+            stage holds.
+        output: ids of its output; `()` when the output is not a storage of the chain, and then `output_bytes` alone counts.
+        output_bytes: bytes of its output, which are also those of the gradient that comes back through it.
+        workspace_bytes: temporaries at the worst moment of its forward or backward, beyond input, output and saves.
+        recomputable: False for stages that may only be kept, at top level (a loss, a stage with side effects).
+        variants: further ways to keep it.
+    """
+
+    name: str
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    saves: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    extras: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    output_bytes: int = 0
+    workspace_bytes: int = 0
+    recomputable: bool = True
+    variants: tuple[Variant, ...] = ()
+
+    def option(self, name: str) -> Variant:
+        """The way to keep this stage called `name`; `KeyError` when it has none of that name."""
+        if name == KEEP:
+            return Variant(KEEP, self.saves, self.forward_s, self.backward_s)
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise KeyError(name)
+
+    @property
+    def options(self) -> tuple[Variant, ...]:
+        """Every way to keep this stage, the plain one first."""
+        return (self.option(KEEP), *self.variants)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages in order and the bytes of the storages they name. Refuses what cannot be planned with `InvalidChain`.
+
+    `unit_bytes` is the granule of the pool: a storage of `b` bytes is charged `ceil(b / unit_bytes) * unit_bytes`
+    (1 on the host, 512 for CuPy's and torch's CUDA pools); an empty storage is free.
+    """
+
+    stages: tuple[Stage, ...]
+    storages: tuple[int, ...] = ()
+    unit_bytes: int = 1
+    name: str = "chain"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "storages", tuple(self.storages))
+        if not self.stages:
+            raise InvalidChain(f"chain {self.name!r} has no stages; a plan needs at least one")
+        if not _is_int(self.unit_bytes) or self.unit_bytes < 1:
+            raise InvalidChain(f"chain {self.name!r}: unit_bytes is {self.unit_bytes!r}; expected an int of at least 1")
+        for i, size in enumerate(self.storages):
+            _check_bytes(size, f"chain {self.name!r}: storage {i}")
+        for i, stage in enumerate(self.stages):
+            _check_stage(stage, f"chain {self.name!r}: stage {i} ({stage.name!r})", len(self.storages))
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    @cached_property
+    def footprints(self) -> tuple[int, ...]:
+        """Bytes each storage is charged, its size rounded up to the unit."""
+        unit = self.unit_bytes
+        return tuple(-(-size // unit) * unit for size in self.storages)
+
+    def charge(self, ids: Sequence[int]) -> int:
+        """Bytes that holding `ids` charges, each id once."""
+        return sum(self.footprints[i] for i in set(ids))
+
+    def frame_holds(self, first: int, last: int) -> tuple[int, ...]:
+        """Ids that a frame over stages `first..last` holds: its input and the extras of all its stages, each once."""
+        held = dict.fromkeys(self.stages[first].inputs)
+        for extras, users in self._users_of_extras.items():
+            following = bisect_left(users, first)
+            if following < len(users) and users[following] <= last:
+                held.update(dict.fromkeys(extras))
+        return tuple(held)
+
+    @cached_property
+    def _users_of_extras(self) -> dict[tuple[int, ...], list[int]]:
+        # Blocks usually share one set of extras: asking the sets, not the stages, keeps deep plans linear.
+        users: dict[tuple[int, ...], list[int]] = {}
+        for i, stage in enumerate(self.stages):
+            if stage.extras:
+                users.setdefault(stage.extras, []).append(i)
+        return users
+
+    def with_unit(self, unit_bytes: int) -> Chain:
+        """The same chain, charged in granules of `unit_bytes`."""
+        return replace(self, unit_bytes=unit_bytes)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        record = [CHAIN_FORMAT, self.unit_bytes, self.storages]
+        for s in self.stages:
+            variants = [(v.name, v.saves) for v in s.variants]
+            record.append([s.name, s.saves, s.inputs, s.extras, s.output, s.output_bytes, s.recomputable, variants])
+        return hashlib.sha256(json.dumps(record, separators=(",", ":")).encode()).hexdigest()[:32]
+
+    def fingerprint(self) -> str:
+        """32 hex digits of everything that decides bytes: names, storages, unit, options.
+
+        Seconds and workspace are left out: they change from one measurement to the next, and a plan stays valid.
+        """
+        return self._fingerprint
+
+    def to_json(self) -> str:
+        """The chain as JSON text."""
+        record = {"format": CHAIN_FORMAT, "name": self.name, "unit_bytes": self.unit_bytes, "storages": self.storages}
+        return json.dumps({**record, "stages": [asdict(stage) for stage in self.stages]})
+
+    @classmethod
+    def from_json(cls, text: str) -> Chain:
+        """A chain out of `to_json`'s text; `InvalidChain` names what is wrong with it."""
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise InvalidChain(f"a chain file is JSON; {error}") from None
+        if not isinstance(record, dict) or record.get("format") != CHAIN_FORMAT:
+            got = record.get("format") if isinstance(record, dict) else type(record).__name__
+            raise InvalidChain(f"a chain file has format {CHAIN_FORMAT!r}; got {got!r}")
+        try:
+            stages = tuple(_stage_from(fields) for fields in record["stages"])
+            return cls(stages, tuple(record["storages"]), record["unit_bytes"], record["name"])
+        except KeyError as error:
+            raise InvalidChain(f"the chain file has no {error.args[0]!r}") from None
+        except TypeError as error:
+            raise InvalidChain(f"the chain file is damaged: {error}") from None
+
+
+def _stage_from(fields: Mapping[str, Any]) -> Stage:
+    known = dict(fields)
+    for key in ("saves", "inputs", "extras", "output"):
+        known[key] = tuple(known.get(key, ()))
+    known["variants"] = tuple(
+        Variant(v["name"], tuple(v["saves"]), v["forward_s"], v["backward_s"]) for v in known.get("variants", ())
+    )
+    return Stage(**known)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_bytes(value: object, what: str) -> None:
+    if not _is_int(value) or value < 0:  # type: ignore[operator]
+        raise InvalidChain(f"{what}: bytes are {value!r}; expected an int of at least 0")
+
+
+def _check_seconds(value: object, what: str) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+        raise InvalidChain(f"{what} is {value!r}; expected finite seconds of at least 0")
+
+
+def _check_ids(ids: Sequence[int], n_storages: int, what: str) -> None:
+    for i in ids:
+        if not _is_int(i) or not 0 <= i < n_storages:
+            raise InvalidChain(f"{what} names storage {i!r}; the chain has storages 0..{n_storages - 1}")
+
+
+def _check_stage(stage: Stage, what: str, n_storages: int) -> None:
+    _check_seconds(stage.forward_s, f"{what}: forward_s")
+    _check_seconds(stage.backward_s, f"{what}: backward_s")
+    _check_bytes(stage.output_bytes, f"{what}: output_bytes")
+    _check_bytes(stage.workspace_bytes, f"{what}: workspace_bytes")
+    for field in ("saves", "inputs", "extras", "output"):
+        _check_ids(getattr(stage, field), n_storages, f"{what}: {field}")
+    names = {KEEP}
+    for variant in stage.variants:
+        if not variant.name or variant.name in names or any(c in "():" or c.isspace() for c in variant.name):
+            raise InvalidChain(
+                f"{what}: variant {variant.name!r}; names are unique, not {KEEP!r}, not empty, "
+                "and have no spaces, colons or parentheses"
+            )
+        names.add(variant.name)
+        _check_seconds(variant.forward_s, f"{what}: variant {variant.name!r}: forward_s")
+        _check_seconds(variant.backward_s, f"{what}: variant {variant.name!r}: backward_s")
+        _check_ids(variant.saves, n_storages, f"{what}: variant {variant.name!r}: saves")

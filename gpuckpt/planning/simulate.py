@@ -1,0 +1,210 @@
+"""The judge: what a plan holds and how long it takes, step by step, in a runtime that keeps to `Keep` and `Recompute`.
+
+The rules, which the runtime follows to the byte:
+- Forward runs the top level in order. `Keep` holds what the stage saves; a frame holds its input and its stages' extras.
+- Backward runs in reverse. Before the backward of a frame's last stage the frame runs its children forward again; a frame
+  that *ends* a sub-plan is then not run, since the recompute stops after the last thing that is held.
+- When the backward of a stage is done its saves are let go; when that of all stages of a frame is, the frame's input.
+- A storage is charged once however many hold it, and let go with its last holder.
+
+Held bytes therefore only rise in forward and recompute and only fall in backward. `total` adds, by the step: the stage's
+input and output while it runs, its workspace, and the gradients that come and go.
+
+Every node is held exactly once, so the walk takes time linear in the tree even when the plan's forwards are quadratic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from gpuckpt.planning.chain import KEEP, Chain
+from gpuckpt.planning.plan import Node, Step, check_tree
+
+__all__ = ["Simulation", "simulate"]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a plan does.
+
+    Attributes:
+        peak_bytes, peak_step: the most bytes held and the step where that is first reached.
+        trace: (step, bytes held after it), in order of execution.
+        forward_counts: how often each stage's forward runs in one training step.
+        recompute_s: seconds of forward run again in backward; step_s: seconds of everything.
+        total_peak_bytes, total_peak_step: the same as the peak, for all bytes alive (see the module).
+    """
+
+    peak_bytes: int
+    peak_step: str
+    trace: tuple[tuple[str, int], ...]
+    forward_counts: tuple[int, ...]
+    recompute_s: float
+    step_s: float
+    total_peak_bytes: int
+    total_peak_step: str
+
+
+def simulate(chain: Chain, tree: Iterable[Node]) -> Simulation:
+    """Run `tree` on `chain`. `InvalidPlan` when the tree is no plan for the chain."""
+    run = _Run(chain, check_tree(chain, tree))
+    run.step()
+    counts = tuple(accumulate(run.count_changes))[:-1]
+    return Simulation(
+        run.peak_bytes,
+        run.peak_step,
+        tuple(run.trace),
+        counts,
+        run.recompute_s,
+        run.step_s,
+        run.total_peak_bytes,
+        run.total_peak_step,
+    )
+
+
+class _Run:
+    """The state of one simulated training step."""
+
+    def __init__(self, chain: Chain, steps: list[Step]) -> None:
+        self.chain = chain
+        self.steps = steps
+        self.holders = [0] * len(chain.storages)
+        self.held_bytes = 0
+        self.peak_bytes = 0
+        self.peak_step = "start"
+        self.total_peak_bytes = 0
+        self.total_peak_step = "start"
+        self.trace: list[tuple[str, int]] = []
+        self.count_changes = [0] * (len(chain) + 1)
+        self.recompute_s = 0.0
+        self.step_s = 0.0
+        self.forward_sums = [0.0, *accumulate(stage.forward_s for stage in chain.stages)]
+        self.touched = [_touched(chain, i) for i in range(len(chain))]
+        self.transients = _RangeMax([self._transient_bytes(i) for i in range(len(chain))])
+
+    def step(self) -> None:
+        self._forward(0, len(self.steps), None)
+        # Whoever is on top of the stack goes backward next; `~i` marks a frame whose children are done.
+        stack = self._children(0, len(self.steps))
+        while stack:
+            i = stack.pop()
+            if i < 0:
+                step = self.steps[~i]
+                self._release(self.chain.frame_holds(step.first, step.last))
+                self._record(f"end of frame {self._span(step)}")
+            elif self.steps[i].variant is None:
+                self._forward(i + 1, self.steps[i].end, self.steps[i])
+                stack.append(~i)
+                stack.extend(self._children(i + 1, self.steps[i].end))
+            else:
+                self._backward(self.steps[i])
+
+    def _children(self, start: int, end: int) -> list[int]:
+        children = []
+        while start < end:
+            children.append(start)
+            start = self.steps[start].end
+        return children
+
+    def _forward(self, start: int, end: int, frame: Step | None) -> None:
+        """Run the nodes `start..end` forward and hold what they hold; `frame` is what recomputes them, if anything."""
+        label = "forward" if frame is None else f"recompute {self._span(frame)}:"
+        # While a frame recomputes, the gradient of its last stage's output waits.
+        gradient_bytes = 0 if frame is None else self.chain.stages[frame.last].output_bytes
+        for i in self._children(start, end):
+            step = self.steps[i]
+            stage = self.chain.stages[step.first]
+            if step.variant is not None:
+                option = stage.option(step.variant)
+                self._hold(option.saves)
+                self._spend(step.first, step.last, option.forward_s, frame)
+                self._alive(f"{label} {stage.name}", gradient_bytes + self._transient_bytes(step.first))
+                self._record(f"{label} {stage.name}" + ("" if step.variant == KEEP else f" ({step.variant})"))
+                continue
+            self._hold(self.chain.frame_holds(step.first, step.last))
+            if frame is None or not step.ends:
+                seconds = self.forward_sums[step.last + 1] - self.forward_sums[step.first]
+                self._spend(step.first, step.last, seconds, frame)
+                transient = self._transient_bytes(step.first)
+                if step.last > step.first:
+                    transient = max(transient, self.transients.over(step.first + 1, step.last))
+                self._alive(f"{label} {self._span(step)}", gradient_bytes + transient)
+            self._record(f"{label} input of {self._span(step)}")
+
+    def _backward(self, step: Step) -> None:
+        stage = self.chain.stages[step.first]
+        option = stage.option(step.variant or KEEP)
+        self.step_s += option.backward_s
+        gradients_bytes = stage.output_bytes + (self.chain.stages[step.first - 1].output_bytes if step.first else 0)
+        self._alive(f"backward {stage.name}", gradients_bytes + stage.workspace_bytes)
+        self._release(option.saves)
+        self._record(f"backward {stage.name}")
+
+    def _spend(self, first: int, last: int, seconds: float, frame: Step | None) -> None:
+        self.step_s += seconds
+        self.recompute_s += 0.0 if frame is None else seconds
+        self.count_changes[first] += 1
+        self.count_changes[last + 1] -= 1
+
+    def _hold(self, ids: tuple[int, ...]) -> None:
+        for i in set(ids):
+            if self.holders[i] == 0:
+                self.held_bytes += self.chain.footprints[i]
+            self.holders[i] += 1
+
+    def _release(self, ids: tuple[int, ...]) -> None:
+        for i in set(ids):
+            self.holders[i] -= 1
+            if self.holders[i] == 0:
+                self.held_bytes -= self.chain.footprints[i]
+
+    def _transient_bytes(self, stage: int) -> int:
+        """Input and output of a running stage, as far as nobody holds them, and its workspace."""
+        ids, untracked_bytes = self.touched[stage]
+        loose = sum(self.chain.footprints[i] for i in ids if self.holders[i] == 0)
+        return loose + untracked_bytes + self.chain.stages[stage].workspace_bytes
+
+    def _alive(self, label: str, beyond_bytes: int) -> None:
+        if self.held_bytes + beyond_bytes > self.total_peak_bytes:
+            self.total_peak_bytes = self.held_bytes + beyond_bytes
+            self.total_peak_step = label
+
+    def _record(self, label: str) -> None:
+        self.trace.append((label, self.held_bytes))
+        if self.held_bytes > self.peak_bytes:
+            self.peak_bytes, self.peak_step = self.held_bytes, label
+
+    def _span(self, step: Step) -> str:
+        first, last = self.chain.stages[step.first].name, self.chain.stages[step.last].name
+        return first if step.first == step.last else f"{first}..{last}"
+
+
+def _touched(chain: Chain, i: int) -> tuple[frozenset[int], int]:
+    """Ids of a stage's input and output, and the bytes of those of the two that are no storage of the chain."""
+    stage = chain.stages[i]
+    ids, untracked_bytes = {*stage.inputs, *stage.output}, 0 if stage.output else stage.output_bytes
+    if i > 0:
+        before = chain.stages[i - 1]
+        ids.update(before.output)
+        if not before.output and not stage.inputs:
+            untracked_bytes += before.output_bytes
+    return frozenset(ids), untracked_bytes
+
+
+class _RangeMax:
+    """The largest of any run of values, in constant time after n log n."""
+
+    def __init__(self, values: list[int]) -> None:
+        self.levels = [values]
+        width = 1
+        while 2 * width <= len(values):
+            below = self.levels[-1]
+            self.levels.append([max(below[i], below[i + width]) for i in range(len(below) - width)])
+            width *= 2
+
+    def over(self, first: int, last: int) -> int:
+        level = (last - first + 1).bit_length() - 1
+        row = self.levels[level]
+        return max(row[first], row[last + 1 - (1 << level)])
