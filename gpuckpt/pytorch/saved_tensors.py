@@ -119,7 +119,7 @@ class Holder:
             ref = self._holdings.get(key)
             holding = None if ref is None else ref()
             if holding is None:
-                holding = _Holding(budget.charge(storage.nbytes(), "saved tensor"))
+                holding = _Holding(budget.charge(budget.footprint(storage.nbytes()), "saved tensor"))
                 self._remember(key, holding)
         return Held(tensor.detach(), version, holding)
 
@@ -168,7 +168,7 @@ class Holder:
             raise TypeError(
                 f"a budget cannot hold a saved tensor of layout {tensor.layout}; convert it to a strided one"
             )
-        nbytes = sum(part.untyped_storage().nbytes() for part in parts)
+        nbytes = sum(budget.footprint(part.untyped_storage().nbytes()) for part in parts)
         return Held(detached, -1, _Holding(budget.charge(nbytes, "saved sparse tensor")))
 
     def _remember(self, key: tuple[int, int], holding: _Holding) -> None:
@@ -201,7 +201,7 @@ def current_budget() -> CheckpointBudget | None:
 
 
 class enter:
-    """Make `budget` the thread's current budget, and hold in it what autograd saves, until `exit()`.
+    """Make `budget` the thread's current budget, and hold in it what autograd saves, until `__exit__`.
 
     A checkpoint's recompute passes hooks of its own, which decide what of the saved tensors is held.
     """
@@ -218,6 +218,9 @@ class enter:
         self._hooks.__enter__()
         _current.stack.append(budget)
 
-    def exit(self) -> None:
+    def __enter__(self) -> None:
+        """Nothing more to do: entering begins with the constructor, so that a budget can keep the object for its exit."""
+
+    def __exit__(self, *error: object) -> None:
         _current.stack.pop()
         self._hooks.__exit__()
