@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .numerics import operand
 
-__all__ = ["accumulate", "tile_of"]
+__all__ = ["accumulate", "halves", "tile_of"]
 
 
 @triton.jit
@@ -71,3 +71,9 @@ def accumulate(
         p_a += step * stride_ak
         p_b += step * stride_bk
     return acc
+
+
+@triton.jit
+def halves(v, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of a (BM, BN) block; the tensor cores' layouts split in registers."""
+    return tl.split(tl.permute(tl.reshape(v, (BM, 2, BN // 2)), (0, 2, 1)))

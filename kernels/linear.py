@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, derivative, needs_z
-from .gemm import accumulate, tile_of
+from .gemm import accumulate, halves, tile_of
 from .launch import arch_of, check_activation, check_out, check_shape, check_tile, dtype_name, on_device
 from .numerics import INTERPRETED, narrow, widen
 from .registry import KernelSpec, make_spec
-from .tiles import TileConfig, candidates, choose
+from .tiles import TileConfig, candidates, choose, epilogue_piece
 
 __all__ = ["db_partials_shape", "linear_fwd", "linear_recompute_bwd", "specs"]
 
@@ -78,6 +78,70 @@ def linear_fwd_kernel(
 
 
 @triton.jit
+def _emit(
+    z,
+    row0,
+    col0,
+    p_b,
+    p_dy,
+    p_dz,
+    p_h,
+    p_db,
+    M,
+    N,
+    stride_b,
+    stride_dym,
+    stride_dyn,
+    stride_dzm,
+    stride_dzn,
+    stride_hm,
+    stride_hn,
+    stride_dbn,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PIECE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """The backward epilogue for columns col0 .. col0 + BN, PIECE at a time: act' of a whole tile would not fit in
+    registers beside z (255 of them and 80 spills at 128 x 128 on sm_90)."""
+    if BN > PIECE:
+        left, right = halves(z, BM, BN)
+        _emit(
+            left, row0, col0,
+            p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, stride_dym, stride_dyn, stride_dzm, stride_dzn,
+            stride_hm, stride_hn, stride_dbn, ACT, BM, BN // 2, PIECE, INTERPRET,
+        )  # fmt: skip
+        _emit(
+            right, row0, col0 + BN // 2,
+            p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, stride_dym, stride_dyn, stride_dzm, stride_dzn,
+            stride_hm, stride_hn, stride_dbn, ACT, BM, BN // 2, PIECE, INTERPRET,
+        )  # fmt: skip
+    else:
+        o_m = row0 + tl.arange(0, BM)
+        o_n = col0 + tl.arange(0, BN)
+        m_n = o_n < N
+        m = (o_m < M)[:, None] & m_n[None, :]
+        if p_b is not None:
+            z += widen(tl.load(p_b + o_n * stride_b, mask=m_n, other=0.0), INTERPRET)[None, :]
+        if p_h is not None:
+            h = activate(z, ACT)
+            tl.store(
+                p_h + o_m[:, None] * stride_hm + o_n[None, :] * stride_hn,
+                narrow(h, p_h.dtype.element_ty, INTERPRET),
+                mask=m,
+            )
+        p_dy += o_m[:, None] * stride_dym + o_n[None, :] * stride_dyn
+        dz = widen(tl.load(p_dy, mask=m, other=0.0), INTERPRET) * derivative(z, ACT)
+        p_dz += o_m[:, None] * stride_dzm + o_n[None, :] * stride_dzn
+        tl.store(p_dz, narrow(dz, p_dz.dtype.element_ty, INTERPRET), mask=m)
+        if p_db is not None:
+            # A row beyond M has z = b there, and 0 * act'(z) is NaN where act' is not finite: dropped, not added.
+            db = tl.sum(tl.where(m, dz, 0.0), axis=0)
+            tl.store(p_db + o_n * stride_dbn, db, mask=m_n)
+
+
+@triton.jit
 def linear_recompute_bwd_kernel(
     p_x,
     p_w,
@@ -104,6 +168,7 @@ def linear_recompute_bwd_kernel(
     stride_dbn,
     ACT: tl.constexpr,
     RECOMPUTE: tl.constexpr,
+    PIECE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -114,32 +179,38 @@ def linear_recompute_bwd_kernel(
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row0 = i_m.to(tl.int64) * BM
     col0 = i_n.to(tl.int64) * BN
-    o_m = row0 + tl.arange(0, BM)
-    o_n = col0 + tl.arange(0, BN)
-    m_n = o_n < N
-    m = (o_m < M)[:, None] & m_n[None, :]
     z = tl.zeros((BM, BN), tl.float32)
     if RECOMPUTE:
         z = accumulate(
             z, p_x, p_w, row0, col0, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, BM, BN, BK, EVEN_K, INTERPRET
         )
-        if p_b is not None:
-            z += widen(tl.load(p_b + o_n * stride_b, mask=m_n, other=0.0), INTERPRET)[None, :]
-    if p_h is not None:
-        h = activate(z, ACT)
-        tl.store(
-            p_h + o_m[:, None] * stride_hm + o_n[None, :] * stride_hn,
-            narrow(h, p_h.dtype.element_ty, INTERPRET),
-            mask=m,
-        )
-    p_dy += o_m[:, None] * stride_dym + o_n[None, :] * stride_dyn
-    dz = widen(tl.load(p_dy, mask=m, other=0.0), INTERPRET) * derivative(z, ACT)
-    p_dz += o_m[:, None] * stride_dzm + o_n[None, :] * stride_dzn
-    tl.store(p_dz, narrow(dz, p_dz.dtype.element_ty, INTERPRET), mask=m)
     if p_db is not None:
-        # A row beyond M has z = b there, and 0 * act'(z) is NaN where act' is not finite: drop it instead of adding it.
-        db = tl.sum(tl.where(m, dz, 0.0), axis=0)
-        tl.store(p_db + i_m.to(tl.int64) * stride_dbm + o_n * stride_dbn, db, mask=m_n)
+        p_db += i_m.to(tl.int64) * stride_dbm
+    _emit(
+        z,
+        row0,
+        col0,
+        p_b,
+        p_dy,
+        p_dz,
+        p_h,
+        p_db,
+        M,
+        N,
+        stride_b,
+        stride_dym,
+        stride_dyn,
+        stride_dzm,
+        stride_dzn,
+        stride_hm,
+        stride_hn,
+        stride_dbn,
+        ACT,
+        BM,
+        BN,
+        PIECE,
+        INTERPRET,
+    )
 
 
 def _tile(x: Tensor, weight: Tensor, tile: TileConfig | None) -> TileConfig:
@@ -271,6 +342,7 @@ def linear_recompute_bwd(
             *_strides(db_partials, 2),
             ACT=activation,
             RECOMPUTE=needs_z(activation) or h is not None,
+            PIECE=epilogue_piece(tile),
             BM=tile.bm,
             BN=tile.bn,
             BK=tile.bk,
@@ -355,6 +427,7 @@ def _pair(dtype: str, arch: int, tile: TileConfig, activation: str) -> list[Kern
             **shared,
             **dict.fromkeys(("stride_dyn", "stride_dzn", "stride_hn", "stride_dbn"), 1),
             "RECOMPUTE": True,
+            "PIECE": epilogue_piece(tile),
         },
         divisible=(*always, "p_dy", "p_dz", "p_h", "p_db", *rows),
         meta=meta,

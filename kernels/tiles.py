@@ -19,6 +19,7 @@ __all__ = [
     "TileConfig",
     "candidates",
     "choose",
+    "epilogue_piece",
     "nearest_arch",
     "why_invalid",
 ]
@@ -71,8 +72,8 @@ _T = TileConfig
 _HOPPER_16 = (_T(128, 128, 64, 8, 3), _T(128, 64, 64, 4, 4), _T(64, 64, 64, 4, 4))
 _AMPERE_16 = (_T(128, 128, 64, 8, 3), _T(128, 64, 64, 4, 3), _T(64, 64, 64, 4, 4))
 _CONSUMER_16 = (_T(128, 128, 64, 8, 3), _T(128, 64, 64, 4, 3), _T(64, 64, 64, 4, 4))
-# fp32 has no tensor cores here: plain FMAs want 8 x 8 outputs a thread, not more.
-_FP32 = (_T(64, 64, 32, 4, 3), _T(32, 64, 32, 4, 3))
+# fp32 has no tensor cores here. With 32 outputs a thread some architecture spills (ptxas 12.8); with 16 none does.
+_FP32 = (_T(64, 64, 16, 8, 4), _T(32, 32, 16, 4, 4))
 
 _TABLE: dict[tuple[str, int, bool], tuple[TileConfig, ...]] = {
     ("linear", 80, True): _AMPERE_16,
@@ -123,8 +124,8 @@ def why_invalid(kind: str, tile: TileConfig, dtype: str, arch: int) -> str | Non
     accumulator_registers = KINDS[kind].accumulators * tile.bm * tile.bn // (32 * tile.num_warps)
     if accumulator_registers > 128:
         return f"{tile.label} keeps {accumulator_registers} accumulator registers a thread; more than 128 spills"
-    if dtype == "fp32" and accumulator_registers > 32 * KINDS[kind].accumulators:
-        return f"{tile.label} gives a thread more than 32 fp32 outputs; without tensor cores that spills"
+    if dtype == "fp32" and accumulator_registers > 16 * KINDS[kind].accumulators:
+        return f"{tile.label} gives a thread more than 16 fp32 outputs; without tensor cores that spills"
     if arch in (90, 100) and dtype != "fp32" and (tile.bm < 64 or tile.num_warps < 4):
         return f"{tile.label}: the tensor cores of sm_{arch} need 64 rows and 4 warps"
     return None
@@ -157,3 +158,8 @@ def choose(kind: str, M: int, N: int, K: int, dtype: str, arch: int) -> TileConf
 def _clip(size: int, most: int) -> int:
     """The power of two that covers `size`, from 16 to `most`."""
     return max(16, min(most, 1 << max(0, size - 1).bit_length()))
+
+
+def epilogue_piece(tile: TileConfig) -> int:
+    """Columns that a backward epilogue handles at a time, so that its temporaries fit beside the accumulators."""
+    return min(tile.bn, max(16, 32 * 32 * tile.num_warps // tile.bm))
