@@ -11,6 +11,7 @@ __all__ = [
     "BudgetClosed",
     "BudgetExceeded",
     "CheckpointError",
+    "CheckpointLimit",
     "DLPackRefused",
     "DimMismatch",
     "EmptyPipeline",
@@ -73,6 +74,18 @@ class DimMismatch(CheckpointError, ValueError):
 
     def __str__(self) -> str:
         return f"{self.what} mismatch: expected {self.expected}, got {self.got}"
+
+
+class CheckpointLimit(CheckpointError, RuntimeError):
+    """As many activations are stored as a checkpointer may store. Attribute: `limit`."""
+
+    def __init__(self, limit: int, what: str) -> None:
+        super().__init__(limit, what)
+        self.limit = limit
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.what} cannot be stored: max_checkpoints={self.limit} are stored already; raise it, or clear() first"
 
 
 class NotCheckpointed(CheckpointError, RuntimeError):
