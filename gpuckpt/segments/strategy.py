@@ -1,0 +1,57 @@
+"""Which layers of a network keep their input. Pure: integers in, integers out.
+
+These are the fixed rules. For the layers that are best under a byte budget, ask the planner (`gpuckpt.plan_chain`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["CheckpointStrategy"]
+
+
+@dataclass(frozen=True)
+class CheckpointStrategy:
+    """A rule that selects layers. Build one with `every`, `every_nth`, `sqrt` or `none`."""
+
+    kind: Literal["every", "every_nth", "sqrt", "none"]
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("every", "every_nth", "sqrt", "none"):
+            raise ValueError(f"unknown strategy {self.kind!r}: expected every, every_nth, sqrt or none")
+        if self.n < 0:
+            raise ValueError(f"a stride of {self.n} selects nothing sensible; give 0 (counts as 1) or more")
+
+    @classmethod
+    def every(cls) -> CheckpointStrategy:
+        """Every layer."""
+        return cls("every")
+
+    @classmethod
+    def every_nth(cls, n: int) -> CheckpointStrategy:
+        """Layers 0, n, 2n, ...; 0 counts as 1."""
+        return cls("every_nth", n)
+
+    @classmethod
+    def sqrt(cls) -> CheckpointStrategy:
+        """isqrt(L) layers, L // isqrt(L) apart, from 0: memory and recompute both grow with the root of the depth."""
+        return cls("sqrt")
+
+    @classmethod
+    def none(cls) -> CheckpointStrategy:
+        """No layer."""
+        return cls("none")
+
+    def select_layers(self, total: int) -> list[int]:
+        """Indices of the selected ones of `total` layers, ascending. Raises `ValueError` for a negative `total`."""
+        if total < 0:
+            raise ValueError(f"a network cannot have {total} layers")
+        if self.kind == "none" or total == 0:
+            return []
+        if self.kind == "sqrt":
+            count = math.isqrt(total)
+            return list(range(0, total, total // count))[:count]
+        return list(range(0, total, max(self.n, 1)))
