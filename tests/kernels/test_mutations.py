@@ -1,0 +1,93 @@
+"""Teeth: each deliberate fault in a kernel's source must be caught by the very checks that the tests use."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from gpuckpt.kernels.numerics import INTERPRETED
+from gpuckpt.kernels.tiles import TileConfig, epilogue_piece
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter"),
+    # A faulty kernel may compute on the NaN beside its operands, of which numpy warns.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+SQUARE = TileConfig(16, 16, 16, 4, 1, group_m=2)
+SPLIT = TileConfig(32, 64, 16, 1, 1, group_m=2)
+"""One warp for 32 rows: the backward epilogue takes the 64 columns in two pieces."""
+
+
+@pytest.fixture(scope="session")
+def linear_tests():
+    """The module with the checks, loaded by path: tests are no package."""
+    path = Path(__file__).with_name("test_linear.py")
+    spec = importlib.util.spec_from_file_location("linear_checks", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FORWARD = {
+    "no bias": ("linear", "z += widen(tl.load(p_b", "z += 0 * widen(tl.load(p_b"),
+    "dropped residual": ("linear", "y += widen(tl.load(p_res", "y += 0 * widen(tl.load(p_res"),
+    "residual before the activation": ("linear", "y = activate(z, ACT)\n    if p_res", "y = z\n    if p_res"),
+    "another activation": (
+        "activations",
+        'elif ACT == "silu":\n        y = z * _sigmoid(z)',
+        'elif ACT == "silu":\n        y = _sigmoid(z)',
+    ),
+    "swapped operands": (
+        "gemm",
+        "tl.dot(operand(b_a, INTERPRET), operand(b_b, INTERPRET), acc",
+        "tl.dot(operand(tl.trans(b_b), INTERPRET), operand(tl.trans(b_a), INTERPRET), acc",
+    ),
+    "missing mask over K": ("gemm", "m_k = o_k < K - i_k * BK", "m_k = o_k < BK"),
+    "last step of K left out": ("gemm", "range(tl.cdiv(K, BK))", "range(K // BK)"),
+    "no accumulation": ("gemm", "acc, input_precision", "tl.zeros((BM, BN), tl.float32), input_precision"),
+    "tiles in the wrong place": ("gemm", "within // rows", "within // GROUP_M"),
+}
+
+BACKWARD = {
+    "no bias": ("linear", "z += widen(tl.load(p_b", "z += 0 * widen(tl.load(p_b"),
+    "derivative of another activation": (
+        "activations",
+        'elif ACT == "silu":\n        d = _sigmoid(z) + z * _sigmoid_slope(z)',
+        'elif ACT == "silu":\n        d = _sigmoid_slope(z)',
+    ),
+    "derivative forgotten": ("linear", "* derivative(z, ACT)", "* 1.0"),
+    "value instead of derivative": ("linear", "* derivative(z, ACT)", "* activate(z, ACT)"),
+    "half of the tile twice": ("linear", "right, row0, col0 + BN // 2", "left, row0, col0 + BN // 2"),
+    "db of one row of tiles": ("linear", "p_db += i_m.to(tl.int64) * stride_dbm", "p_db += 0 * stride_dbm"),
+    "h left unactivated": ("linear", "h = activate(z, ACT)", "h = z"),
+}
+
+
+@pytest.mark.parametrize("fault", FORWARD)
+def test_forward_fault_is_caught(fault, mutant, linear_tests, as_good_as_torch):
+    kernels = mutant(*FORWARD[fault])
+    fwd = importlib.import_module(f"{kernels.__name__}.linear").linear_fwd
+    x, w, b, r, _ = linear_tests.draw(48, 70, 53, torch.bfloat16)
+    # The original passes with the very same arguments, so that it is the fault that is caught.
+    linear_tests.check_forward(as_good_as_torch, x, w, b, r, "silu", SQUARE)
+    with pytest.raises(AssertionError, match="error"):
+        linear_tests.check_forward(as_good_as_torch, x, w, b, r, "silu", SQUARE, fwd=fwd)
+
+
+@pytest.mark.parametrize("fault", BACKWARD)
+def test_backward_fault_is_caught(fault, mutant, linear_tests, as_good_as_torch):
+    kernels = mutant(*BACKWARD[fault])
+    assert epilogue_piece(SPLIT) < SPLIT.bn
+    bwd = importlib.import_module(f"{kernels.__name__}.linear").linear_recompute_bwd
+    x, w, b, _, dy = linear_tests.draw(48, 70, 53, torch.bfloat16)
+    linear_tests.check_backward(as_good_as_torch, x, w, b, dy, "silu", SPLIT)
+    with pytest.raises(AssertionError, match="error"):
+        linear_tests.check_backward(as_good_as_torch, x, w, b, dy, "silu", SPLIT, bwd=bwd)
+
+
+def test_a_mutation_that_no_longer_applies_is_an_error(mutant):
+    with pytest.raises(AssertionError, match="adapt the mutation"):
+        mutant("linear", "text that is not there", "")
