@@ -4,5 +4,16 @@ from gpuckpt.memory.budget import CheckpointBudget
 from gpuckpt.memory.ledger import Charge, Event, Ledger, Snapshot
 from gpuckpt.memory.saved import Saved
 from gpuckpt.memory.sizes import format_bytes, parse_bytes
+from gpuckpt.memory.tracker import MemoryUsageTracker
 
-__all__ = ["Charge", "CheckpointBudget", "Event", "Ledger", "Saved", "Snapshot", "format_bytes", "parse_bytes"]
+__all__ = [
+    "Charge",
+    "CheckpointBudget",
+    "Event",
+    "Ledger",
+    "MemoryUsageTracker",
+    "Saved",
+    "Snapshot",
+    "format_bytes",
+    "parse_bytes",
+]
