@@ -1,1 +1,63 @@
+"""gpuckpt: activation checkpointing under a hard byte budget.
 
+Importing this loads neither torch, CuPy nor Triton; names that need them load them when they are first touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "gpuckpt.errors": (
+        "BackendUnavailable",
+        "BudgetClosed",
+        "BudgetExceeded",
+        "CheckpointError",
+        "DLPackRefused",
+        "DimMismatch",
+        "EmptyPipeline",
+        "EmptySegments",
+        "InvalidChain",
+        "InvalidPlan",
+        "NotCheckpointed",
+        "PromiseBroken",
+        "RecomputeMismatch",
+        "SavedTensorModified",
+    ),
+    "gpuckpt.memory": ("CheckpointBudget", "format_bytes", "parse_bytes"),
+    "gpuckpt.planning": ("Certificate", "Chain", "Keep", "Plan", "Recompute", "Stage", "plan_chain", "simulate"),
+    "gpuckpt.pytorch.checkpoint": ("checkpoint",),
+    "gpuckpt.pytorch.fit": ("Fitted", "fit"),
+    "gpuckpt.pytorch.measure": ("measure",),
+}
+_MODULES = {"functional": "gpuckpt.pytorch.functional", "nn": "gpuckpt.pytorch.nn"}
+_NAMES = {name: home for home, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", "functional", "nn", *sorted(_NAMES)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from gpuckpt.errors import *  # noqa: F403
+    from gpuckpt.memory import CheckpointBudget, format_bytes, parse_bytes
+    from gpuckpt.planning import Certificate, Chain, Keep, Plan, Recompute, Stage, plan_chain, simulate
+    from gpuckpt.pytorch import functional, nn
+    from gpuckpt.pytorch.checkpoint import checkpoint
+    from gpuckpt.pytorch.fit import Fitted, fit
+    from gpuckpt.pytorch.measure import measure
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    else:
+        raise AttributeError(f"module 'gpuckpt' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

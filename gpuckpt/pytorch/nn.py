@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from gpuckpt.pytorch.activations import check_activation
+from gpuckpt.pytorch.gated import gated_mlp
 from gpuckpt.pytorch.linear import linear
 from gpuckpt.pytorch.mlp import mlp
 
-__all__ = ["FusedLinear", "FusedMLP"]
+__all__ = ["FusedLinear", "FusedMLP", "GatedMLP"]
 
 
 class FusedLinear(nn.Linear):
@@ -65,6 +66,42 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+class GatedMLP(nn.Module):
+    """The gated MLP of Llama-style models (SwiGLU, GEGLU, ReGLU); keeps its input only.
+
+    Shapes: (..., in_features) -> (..., out_features). Parameters: `gate_proj.weight`, `up_proj.weight` (hidden, in) and
+    `down_proj.weight` (out, hidden), so that a Llama MLP's weights load unchanged.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        bias: bool = False,
+        activation: str = "silu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_activation(activation)
+        self.activation = activation
+        self.gate_proj = nn.Linear(in_features, hidden_features, bias, device, dtype)
+        self.up_proj = nn.Linear(in_features, hidden_features, bias, device, dtype)
+        self.down_proj = nn.Linear(
+            hidden_features, in_features if out_features is None else out_features, bias, device, dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        return gated_mlp(
+            x, gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias, activation=self.activation
+        )
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

@@ -1,0 +1,176 @@
+"""A model's chain of stages: which submodule calls it consists of, and how one call is replaced by ours.
+
+A chain is found by what runs, not by how a class is written: children of `nn.Sequential` and `nn.ModuleList` containers are
+watched during one forward, and calls form a chain where each receives the very tensor that the one before returned. Extra
+arguments that every block gets (masks, positions, caches) do not matter.
+
+Calls are replaced through `nn.Module._compiled_call_impl`, torch's own per-module slot for the implementation of a call:
+parameter names, `state_dict`, hooks, `isinstance` and the class stay as they are, and pickling and copying leave it out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpuckpt.errors import InvalidChain
+
+__all__ = ["find_chain", "intercept", "set_call", "statistics_frozen", "tensors_in"]
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """The tensors in nested containers, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@contextmanager
+def intercept(modules: Iterable[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, calling one of `modules` calls `call(module, *args, **kwargs)` instead.
+
+    `call` reaches the module's own implementation, hooks included, as `module._call_impl(*args, **kwargs)`.
+    """
+    undo = [set_call(module, call) for module in modules]
+    try:
+        yield
+    finally:
+        for restore in reversed(undo):
+            restore()
+
+
+def set_call(module: nn.Module, call: Callable[..., Any]) -> Callable[[], None]:
+    """Replace what calling `module` does; returns a function that puts back what was there."""
+    before = module._compiled_call_impl
+    if before is not None:
+        raise ValueError(
+            f"{type(module).__name__} has been compiled with module.compile() or is fitted already; "
+            "call unfit() first, or fit before compiling"
+        )
+    module._compiled_call_impl = functools.partial(call, module)
+
+    def restore() -> None:
+        module._compiled_call_impl = None
+
+    return restore
+
+
+def candidates(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that may be stages, with their names: the children of Sequentials and ModuleLists, at any depth."""
+    found: dict[nn.Module, str] = {}
+    for name, container in model.named_modules():
+        if isinstance(container, nn.Sequential | nn.ModuleList):
+            for child_name, child in container.named_children():
+                found.setdefault(child, f"{name}.{child_name}" if name else child_name)
+    return found
+
+
+@dataclass
+class Call:
+    """One call of a candidate module: where in the run it began and ended, by bytes produced; ids of tensors in and out."""
+
+    module: nn.Module
+    begin: int
+    inputs: frozenset[int]
+    end: int = -1
+    outputs: frozenset[int] = frozenset()
+
+
+class _CountBytes(TorchDispatchMode):
+    """Counts the bytes that operators produce: a position in the run, and a measure of how much work lies in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.position += 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(out))
+        return out
+
+
+def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Module]:
+    """The modules whose calls form the model's chain, in calling order (one module may occur several times).
+
+    Runs one forward without autograd. Raises `InvalidChain` where fewer than two calls follow one another.
+    """
+    calls: list[Call] = []
+    alive: list[Any] = []  # ids name tensors for as long as these live
+    counter = _CountBytes()
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        record = Call(module, counter.position, frozenset(map(id, tensors_in((args, kwargs)))))
+        calls.append(record)
+        out = module._call_impl(*args, **kwargs)
+        record.end, record.outputs = counter.position, frozenset(map(id, tensors_in(out)))
+        alive.append((args, kwargs, out))
+        return out
+
+    with torch.no_grad(), intercept(candidates(model), call), counter:
+        model._call_impl(*args, **kwargs)
+    chain = heaviest_path(calls)
+    if len(chain) < 2:
+        raise InvalidChain(
+            f"{type(model).__name__}: found no chain of stages to plan. Expected modules in an nn.Sequential or nn.ModuleList "
+            "of which each receives what the one before returned; wrap parts of the model in gpuckpt.checkpoint instead"
+        )
+    return [call.module for call in chain]
+
+
+def heaviest_path(calls: list[Call]) -> list[Call]:
+    """The run of calls, each beginning after the one before ended and receiving one of its outputs, that covers the most
+    work; among equals, the one with the most calls (inner blocks rather than the stages around them)."""
+    producers: dict[int, list[int]] = {}
+    order = sorted(range(len(calls)), key=lambda number: (calls[number].begin, -calls[number].end))
+    by_end = sorted(range(len(calls)), key=lambda number: calls[number].end)
+    best, before = [(0, 0)] * len(calls), [-1] * len(calls)
+    ended = 0
+    for number in order:
+        call = calls[number]
+        while ended < len(by_end) and calls[by_end[ended]].end <= call.begin:
+            done = by_end[ended]
+            for output in calls[done].outputs:
+                producers.setdefault(output, []).append(done)
+            ended += 1
+        previous = max(
+            (done for tensor in call.inputs for done in producers.get(tensor, ())),
+            key=lambda done: best[done],
+            default=-1,
+        )
+        covered, count = best[previous] if previous >= 0 else (0, 0)
+        best[number] = (covered + call.end - call.begin, count + 1)
+        before[number] = previous
+    number = max(range(len(calls)), key=lambda n: best[n], default=-1)
+    path = []
+    while number >= 0:
+        path.append(calls[number])
+        number = before[number]
+    return path[::-1]
+
+
+@contextmanager
+def statistics_frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run modules again without updating running statistics a second time (BatchNorm, InstanceNorm in training mode).
+
+    A momentum of zero leaves the running mean and variance bit for bit; the same kernel runs, so that the same tensors are
+    saved in the same order. The count of batches goes to a copy.
+    """
+    frozen: list[tuple[_NormBase, float | None, torch.Tensor | None]] = []
+    try:
+        for module in modules:
+            if isinstance(module, _NormBase) and module.training and module.track_running_stats:
+                count = module.num_batches_tracked
+                frozen.append((module, module.momentum, count))
+                module.momentum = 0.0
+                module.num_batches_tracked = None if count is None else count.clone()
+        yield
+    finally:
+        for norm, momentum, count in frozen:
+            norm.momentum, norm.num_batches_tracked = momentum, count
