@@ -27,25 +27,80 @@ _HOME = {
         "RecomputeMismatch",
         "SavedTensorModified",
     ),
-    "gpuckpt.memory": ("CheckpointBudget", "format_bytes", "parse_bytes"),
+    "gpuckpt.memory": ("CheckpointBudget", "MemoryUsageTracker", "format_bytes", "parse_bytes"),
     "gpuckpt.planning": ("Certificate", "Chain", "Keep", "Plan", "Recompute", "Stage", "plan_chain", "simulate"),
     "gpuckpt.pytorch.checkpoint": ("checkpoint",),
     "gpuckpt.pytorch.fit": ("Fitted", "fit"),
+    "gpuckpt.pytorch.graph": ("checkpoint_graph",),
     "gpuckpt.pytorch.measure": ("measure",),
+    "gpuckpt.segments": (
+        "ActivationCheckpointer",
+        "Checkpoint",
+        "CheckpointConfig",
+        "CheckpointStrategy",
+        "CheckpointedActivation",
+        "CheckpointedLayer",
+        "CheckpointedNetwork",
+        "CheckpointedPipeline",
+        "Dense",
+        "GraphCheckpointConfig",
+        "GraphSegment",
+        "Layer",
+        "LinearSegment",
+        "Recomputable",
+        "SegmentCheckpointer",
+        "plan_recomputation",
+        "vjp_checkpoint",
+    ),
 }
 _MODULES = {"functional": "gpuckpt.pytorch.functional", "nn": "gpuckpt.pytorch.nn"}
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
-__all__ = ["__version__", "functional", "nn", *sorted(_NAMES)]  # noqa: PLE0604
+__all__ = ["__version__", "functional", "nn", *sorted(_NAMES)]
 
-if TYPE_CHECKING:
-    from gpuckpt.errors import *  # noqa: F403
-    from gpuckpt.memory import CheckpointBudget, format_bytes, parse_bytes
+if TYPE_CHECKING:  # the same names for type checkers and editors, which do not run __getattr__
+    from gpuckpt.errors import (
+        BackendUnavailable,
+        BudgetClosed,
+        BudgetExceeded,
+        CheckpointError,
+        DimMismatch,
+        DLPackRefused,
+        EmptyPipeline,
+        EmptySegments,
+        InvalidChain,
+        InvalidPlan,
+        NotCheckpointed,
+        PromiseBroken,
+        RecomputeMismatch,
+        SavedTensorModified,
+    )
+    from gpuckpt.memory import CheckpointBudget, MemoryUsageTracker, format_bytes, parse_bytes
     from gpuckpt.planning import Certificate, Chain, Keep, Plan, Recompute, Stage, plan_chain, simulate
     from gpuckpt.pytorch import functional, nn
     from gpuckpt.pytorch.checkpoint import checkpoint
     from gpuckpt.pytorch.fit import Fitted, fit
+    from gpuckpt.pytorch.graph import checkpoint_graph
     from gpuckpt.pytorch.measure import measure
+    from gpuckpt.segments import (
+        ActivationCheckpointer,
+        Checkpoint,
+        CheckpointConfig,
+        CheckpointedActivation,
+        CheckpointedLayer,
+        CheckpointedNetwork,
+        CheckpointedPipeline,
+        CheckpointStrategy,
+        Dense,
+        GraphCheckpointConfig,
+        GraphSegment,
+        Layer,
+        LinearSegment,
+        Recomputable,
+        SegmentCheckpointer,
+        plan_recomputation,
+        vjp_checkpoint,
+    )
 
 
 def __getattr__(name: str) -> Any:
