@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Layout", "device_of", "layout_of", "library_of", "storage_bytes"]
+__all__ = ["Layout", "address_of", "device_of", "layout_of", "library_of", "storage_bytes"]
 
 _DLPACK_CPU = (1, 3)  # kDLCPU and kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA and kDLCUDAManaged
@@ -60,6 +60,19 @@ def storage_bytes(array: Any, library: str) -> int:
     if library == "cupy":
         return int(array.data.mem.size) if array.size else 0
     return int(array.nbytes)
+
+
+def address_of(array: Any, library: str) -> int:
+    """Where the memory begins that `array` lies in; 0 where that is not known."""
+    if library == "torch":
+        return int(array.untyped_storage().data_ptr()) if array.layout is sys.modules["torch"].strided else 0
+    if library == "numpy":
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        return int(array.__array_interface__["data"][0])
+    if library == "cupy":
+        return int(array.data.mem.ptr)
+    return 0
 
 
 class Layout(NamedTuple):

@@ -14,16 +14,19 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Literal
 
-from gpuckpt.errors import BudgetClosed
-from gpuckpt.memory.arrays import device_of, library_of, storage_bytes
+from gpuckpt.errors import BudgetClosed, BudgetExceeded
+from gpuckpt.memory.arrays import address_of, device_of, library_of, storage_bytes
 from gpuckpt.memory.devices import choose_device
+from gpuckpt.memory.forms import form_of
 from gpuckpt.memory.host_pool import HostPool
 from gpuckpt.memory.ledger import Charge, Event, Ledger, Snapshot
-from gpuckpt.memory.saved import Saved
+from gpuckpt.memory.moves import parse_storage_dtype
+from gpuckpt.memory.over_cap import Evictable, Holders, make_room, parse_policies
+from gpuckpt.memory.saved import Saved, SavedInPlace, SavedInPool
 from gpuckpt.memory.sizes import format_bytes, parse_bytes
-from gpuckpt.memory.stores import store_numpy, store_torch_cpu
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
 __all__ = ["CheckpointBudget"]
@@ -35,8 +38,15 @@ class CheckpointBudget:
     """A cap of `max_bytes` (an int, or "256MiB"), its ledger and its pool. Thread-safe. Zero is legal and holds nothing.
 
     `device`: "cpu", "cuda", "cuda:N" or a torch device; None takes the current CUDA device where there is one.
-    `hold`: "account" or "pool", see the module's docstring. `log_events`: how many events `events()` remembers.
+    `hold`: "account" or "pool", see the module's docstring.
+    `over_cap`: what to do when a request does not fit, in this order: see `gpuckpt.memory.over_cap`. `spill_to`: the second
+    budget, on the host and with hold="pool", for "spill". `storage_dtype`: for "compress", "float16" or another.
+    `allocator`: what a CUDA pool draws from (`torch_allocator()`), or a host pool (`pinned_buffer`); None: its own.
+    `log_events`: how many events `events()` remembers.
     """
+
+    device: str
+    hold: str
 
     def __init__(
         self,
@@ -44,16 +54,35 @@ class CheckpointBudget:
         *,
         device: Any = None,
         hold: Literal["account", "pool"] = "account",
+        over_cap: Sequence[Any] | str = ("raise",),
+        spill_to: CheckpointBudget | None = None,
+        storage_dtype: Any = None,
+        allocator: Callable[..., Any] | None = None,
         log_events: int = 4096,
     ) -> None:
         if hold not in ("account", "pool"):
             raise ValueError(f'hold must be "account" (count bytes where they are) or "pool" (move them), got {hold!r}')
+        self.over_cap = parse_policies(over_cap)
+        if "spill" in self.over_cap and (spill_to is None or spill_to.hold != "pool" or spill_to.device != "cpu"):
+            raise ValueError('over_cap names "spill": give spill_to=CheckpointBudget(..., device="cpu", hold="pool")')
+        self.spill_to = spill_to
+        self.storage_dtype = parse_storage_dtype(storage_dtype)
+        if "compress" in self.over_cap and self.storage_dtype is None:
+            raise ValueError('over_cap names "compress", which loses digits: declare storage_dtype, such as "float16"')
         self.device = choose_device(device)
         self.hold = hold
         self.unit_bytes = 1 if self.device == "cpu" else _CUDA_UNIT_BYTES
         self.ledger = Ledger(parse_bytes(max_bytes), log_events=log_events)
-        self._pool: HostPool | None = None
-        self._pool_lock = threading.Lock()
+        self.holders = Holders()
+        # Held while a saved array moves; None where nothing ever moves, so that loading pays nothing for it.
+        self.moving = (
+            threading.RLock() if {"spill", "compress"} & {p for p in self.over_cap if isinstance(p, str)} else None
+        )
+        self._allocator = allocator
+        self._pool: Any = None
+        self._pool_lock = threading.RLock()
+        # A refusal by the ledger is final and nothing has to be done around a request: the short way through.
+        self._plain = self.over_cap == ("raise",)
         self._entered = threading.local()
 
     @property
@@ -64,6 +93,8 @@ class CheckpointBudget:
     @property
     def used_bytes(self) -> int:
         """Bytes held now."""
+        if self._pool is not None:
+            self._pool.collect()
         return self.ledger.used_bytes
 
     @property
@@ -73,6 +104,8 @@ class CheckpointBudget:
 
     def remaining(self) -> int:
         """Bytes that can still be had."""
+        if self._pool is not None:
+            self._pool.collect()
         books = self.ledger.snapshot()
         return books.max_bytes - books.used_bytes - books.pending_bytes
 
@@ -93,7 +126,10 @@ class CheckpointBudget:
         """Count `nbytes` as held, until `free`. Raises `BudgetExceeded` where they do not fit."""
         if type(nbytes) is not int or nbytes < 0:
             nbytes = parse_bytes(nbytes)
-        self.ledger.charge(nbytes, "allocate")
+        if self._plain:
+            self.ledger.charge(nbytes, "allocate")
+        else:
+            self._admit(lambda: self.ledger.charge(nbytes, "allocate"), nbytes, "allocate")
 
     def free(self, nbytes: int) -> None:
         """Give back `nbytes` of what `allocate` took; `ValueError` for more than that."""
@@ -109,27 +145,83 @@ class CheckpointBudget:
         if type(nbytes) is not int or nbytes < 0:
             nbytes = parse_bytes(nbytes)
         handle = Charge(self.ledger, what)
-        self.ledger.charge(nbytes, what, handle)
+        if self._plain:
+            self.ledger.charge(nbytes, what, handle)
+        else:
+            self._admit(lambda: self.ledger.charge(nbytes, what, handle), nbytes, what)
         return handle
 
     def save(self, array: Any, what: str = "array") -> Saved:
         """Hold a NumPy, torch, CuPy or other DLPack array; `saved.load()` gives the same kind of array back.
 
-        hold="pool" copies its bytes into the pool (packed if the array has gaps; a repeated dimension is stored once).
+        hold="pool" copies its bytes into the pool (packed if the array has gaps; a repeated dimension is stored once), except
+        for one that lies in a block of this pool already: that block is held on, and charged once.
         hold="account" keeps the array itself and charges what it keeps alive: of a view, all the memory it looks into.
         When the bytes go back is told in `Saved`. Raises `BudgetExceeded` where they do not fit, `ValueError` for an array on
         another device, `TypeError` for what has no plain memory (sparse tensors, object arrays).
         """
         library = library_of(array)
         if self.hold == "account":
-            charge = self.charge(self.footprint(storage_bytes(array, library)), what=what)
-            return Saved(lambda: array, charge.release, charge.nbytes, what)
+            return SavedInPlace(array, self.charge(self.footprint(storage_bytes(array, library)), what), what)
         device = device_of(array, library)
         if device != self.device:
             raise ValueError(
                 f"{what!r} is on {device} and this budget's pool on {self.device}; move it, or use a budget there"
             )
-        return self._save_in_pool(array, library, what)
+        self.ledger.check_open()
+        if self._pool is not None and self._pool.owns(address_of(array, library)):
+            return SavedInPlace(array, None, what)
+        form = form_of(array, library)
+        block = self.take(form.nbytes, what, array)
+        form.write(array, block)
+        saved = SavedInPool(self, form, block, what)
+        if self.moving is not None:
+            self.holders.add(saved)
+        return saved
+
+    def take(self, nbytes: int, what: str, like: Any = None) -> Any:
+        """An uninitialised block of the pool, charged at its footprint until it and all views of it are gone.
+
+        `np.asarray(block)` looks at a host block, `block.pointer()` at a CUDA block. `like`: an array on whose stream a CUDA
+        block shall lie; CuPy's current stream otherwise.
+        """
+        pool = self._pool or self._make_pool()
+        charge = Charge(self.ledger, what)
+        footprint_bytes = self.footprint(nbytes)
+        block: Any = None
+
+        def ask() -> None:
+            nonlocal block
+            self.ledger.reserve(footprint_bytes, charge)
+            try:
+                block = pool.take(nbytes, like)
+            except BaseException:
+                self.ledger.cancel(charge)
+                raise
+            block.charge = charge
+            self.ledger.commit(charge)
+
+        self._admit(ask, footprint_bytes, what)
+        return block
+
+    def retake(self, small: Any, charge: Charge) -> Any:
+        """A block for the compressed form `small`, which takes over `charge` from the larger block that it replaces."""
+        self.ledger.shrink(charge, self.footprint(small.nbytes))
+        try:
+            block = self._pool.take(small.nbytes)
+        except MemoryError:
+            return small.loose(charge)
+        block.charge = charge
+        small.store(block)
+        return block
+
+    def offer(self, holder: Evictable) -> None:
+        """Register something that can give bytes up when a request does not fit; oldest are asked first. Held weakly."""
+        self.holders.add(holder)
+
+    def withdraw(self, holder: Evictable) -> None:
+        """Take back `offer`."""
+        self.holders.discard(holder)
 
     def reset_peak(self) -> None:
         """Start measuring the peak anew, from what is held now."""
@@ -196,29 +288,35 @@ class CheckpointBudget:
             stack = self._entered.stack = []
         return stack
 
-    def _save_in_pool(self, array: Any, library: str, what: str) -> Saved:
-        def take(nbytes: int) -> Any:
-            return self._take(nbytes, what)
-
-        store = {"numpy": store_numpy, "torch": store_torch_cpu}[library]
-        block, load = store(array, take)
-        return Saved(load, None, self.footprint(block.nbytes), what)
-
-    def _take(self, nbytes: int, what: str) -> Any:
-        """A block of the pool, charged at its footprint."""
-        charge = Charge(self.ledger, what)
-        self.ledger.reserve(self.footprint(nbytes), charge)
+    def _admit(self, ask: Callable[[], None], need_bytes: int, what: str) -> None:
+        """Make a request: at once; after blocks that wait for their readers are back; after the policies made room."""
         try:
-            block = self._own_pool().take(nbytes)
-        except BaseException:
-            self.ledger.cancel(charge)
-            raise
-        block.charge = charge
-        self.ledger.commit(charge)
-        return block
+            ask()
+        except BudgetExceeded:
+            pass  # and out of the handler: its traceback pins buffers that are about to go
+        else:
+            self._trim()
+            return
+        if self._pool is not None:
+            self._pool.collect(wait=True)
+        if not make_room(self, ask, need_bytes, what):
+            ask()  # raises for the reason that holds now
+        self._trim()
 
-    def _own_pool(self) -> HostPool:
+    def _trim(self) -> None:
+        """What the pool caches and what is held outside of it must fit under the cap together."""
+        pool = self._pool
+        if pool is not None:
+            books = self.ledger.snapshot()
+            pool.trim(books.max_bytes - books.used_bytes - books.pending_bytes)
+
+    def _make_pool(self) -> Any:
         with self._pool_lock:
-            if self._pool is None:
-                self._pool = HostPool(self.max_bytes)
+            if self._pool is None and self.device == "cpu":
+                self._pool = HostPool(self.max_bytes, allocate=self._allocator)
+            elif self._pool is None:
+                from gpuckpt.memory.cupy_pool import CupyPool
+
+                self._pool = CupyPool(self.max_bytes, int(self.device.removeprefix("cuda:")), allocator=self._allocator)
+            self._plain = False
             return self._pool

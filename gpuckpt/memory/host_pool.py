@@ -32,19 +32,22 @@ class HostBlock:
     """Bytes of a `HostPool`. NumPy views made by `np.asarray(block)` keep the block alive; with the last of them gone, the
     bytes return to the pool and then the block's charge to its ledger."""
 
-    __slots__ = ("__weakref__", "_buffer", "_pool", "charge", "nbytes")
+    __slots__ = ("__weakref__", "_buffer", "_pool", "address", "charge", "nbytes")
+    foreign_readers = False
 
     def __init__(self, pool: HostPool, buffer: Buffer) -> None:
         self._pool = pool
         self._buffer = buffer
         self.nbytes = buffer.nbytes
+        self.address: int = buffer.ctypes.data
         self.charge: Charge | None = None
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        return {"data": (self._buffer.ctypes.data, False), "shape": (self.nbytes,), "typestr": "|u1", "version": 3}
+        return {"data": (self.address, False), "shape": (self.nbytes,), "typestr": "|u1", "version": 3}
 
     def __del__(self) -> None:
+        self._pool._addresses.pop(self.address, None)
         self._pool._returned.append(self._buffer)
 
 
@@ -64,6 +67,7 @@ class HostPool:
         self._cached_bytes = 0
         # Sizes in the order of their last use: the front is given back to the system first.
         self._cache: OrderedDict[int, list[Buffer]] = OrderedDict()
+        self._addresses: dict[int, int] = {}
         self._lock = threading.RLock()
         # Dead blocks wait here: a finalizer must not wait for the lock. Everyone who takes the lock empties it first.
         self._returned: deque[Buffer] = deque()
@@ -82,8 +86,9 @@ class HostPool:
             self._collect_returned()
             return self._cached_bytes
 
-    def take(self, nbytes: int) -> HostBlock:
-        """A block of exactly `nbytes`, its contents undefined. Raises `BudgetExceeded` where the limit forbids it."""
+    def take(self, nbytes: int, like: Any = None) -> HostBlock:
+        """A block of exactly `nbytes`, its contents undefined. Raises `BudgetExceeded` where the limit forbids it. `like`, an
+        array whose stream matters to a CUDA pool, does not matter here."""
         with self._lock:
             self._collect_returned()
             available = self.limit_bytes - self._live_bytes
@@ -104,7 +109,18 @@ class HostPool:
                 buffer = self._allocate(nbytes)
             block = HostBlock(self, buffer)
             self._live_bytes += nbytes
+            if nbytes:
+                self._addresses[block.address] = nbytes
             return block
+
+    def owns(self, address: int) -> bool:
+        """Whether a live block begins at `address`."""
+        return address in self._addresses
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Put dead blocks into the cache. Host memory has no streams, so there is nothing to wait for."""
+        with self._lock:
+            self._collect_returned()
 
     def trim(self, keep_bytes: int = 0) -> None:
         """Give cached blocks back to the system until at most `keep_bytes` remain cached."""

@@ -200,6 +200,19 @@ class Ledger:
             self._pending_bytes -= handle._pending_bytes
             handle._pending_bytes = 0
 
+    def shrink(self, handle: Charge, nbytes: int) -> None:
+        """Let `handle` hold `nbytes` from now on, at most what it holds already."""
+        event = ["release", handle.what, 0, 0, perf_counter(), self.step]
+        with self._lock:
+            less = handle._held_bytes - nbytes
+            if less < 0:
+                raise ValueError(f"{handle!r} cannot shrink to {nbytes} bytes")
+            handle._held_bytes = nbytes
+            self._used_bytes -= less
+            event[2] = less
+            event[3] = self._used_bytes
+            self._events.append(event)
+
     def release(self, handle: Charge) -> None:
         """Take what `handle` holds off the books; nothing where it holds nothing."""
         event = ["release", handle.what, 0, 0, perf_counter(), self.step]
@@ -308,7 +321,9 @@ class Ledger:
         # The lock may have been held by a thread that does not exist in this process.
         self._lock = threading.RLock()
         self._booking = False
-        self._closed_because = "this budget belongs to the process that made it, and this one is its fork; make a new CheckpointBudget here"
+        self._closed_because = (
+            "this budget belongs to the process that made it, not to its fork; make a new CheckpointBudget here"
+        )
         self._limit_bytes = -1
 
 

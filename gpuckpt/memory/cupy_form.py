@@ -1,0 +1,45 @@
+"""CuPy arrays in a pool's block. Imported when the first CuPy array or CUDA block appears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpuckpt.memory.cupy_pool import import_cupy
+from gpuckpt.memory.forms import byte_layout
+
+__all__ = ["CupyForm", "flat_array"]
+
+
+class CupyForm:
+    """A CuPy array on one device."""
+
+    def __init__(self, array: Any) -> None:
+        self.dtype = array.dtype
+        self.layout = byte_layout(tuple(array.shape), tuple(array.strides), array.itemsize)
+        self.nbytes = self.layout.size * array.itemsize
+
+    def write(self, array: Any, block: Any) -> None:
+        stored, source = self.stored(block), array[self.layout.stored]
+        ours, theirs = stored.flags, source.flags
+        if stored.size and ((ours.c_contiguous and theirs.c_contiguous) or (ours.f_contiguous and theirs.f_contiguous)):
+            # Both dense and in the same order: a plain copy of the bytes, without a kernel.
+            stored.data.copy_from_device_async(source.data, self.nbytes, block.stream)
+        elif stored.size:
+            with block.stream:
+                stored[...] = source
+        block.written()
+
+    def view(self, block: Any) -> Any:
+        cupy = import_cupy()
+        block.used_on(cupy.cuda.get_current_stream())
+        stored = self.stored(block)
+        return cupy.broadcast_to(stored, self.layout.shape) if self.layout.expanded else stored
+
+    def stored(self, block: Any) -> Any:
+        strides = tuple(stride * self.dtype.itemsize for stride in self.layout.strides)
+        return import_cupy().ndarray(self.layout.stored_shape, self.dtype, memptr=block.pointer(), strides=strides)
+
+
+def flat_array(block: Any) -> Any:
+    """The bytes of a CUDA block as a one-dimensional uint8 CuPy array."""
+    return import_cupy().ndarray((block.nbytes,), "u1", memptr=block.pointer())

@@ -1,0 +1,105 @@
+"""What a budget does when a request does not fit, in the order its user names.
+
+"recompute"  what can be computed again is dropped (a torch frame's tensors; a `Saved` cannot)
+"spill"      bytes move to a second, host budget, and come back when they are loaded
+"compress"   floating-point arrays are stored in a smaller dtype; lossy, so only with a declared one
+a callable   `policy(budget, need_bytes, what)`: frees what it likes, and returns whether it freed anything
+"raise"      ends the list: `BudgetExceeded`. A list without it ends the same way
+
+Holders that can give bytes up register themselves with `budget.offer(holder)`. They are asked oldest first: what was saved
+first in forward is needed last in backward. They are asked outside every lock and never while an exception is being
+handled, whose traceback would pin the very buffers that should go.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from gpuckpt.errors import BudgetExceeded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from gpuckpt.memory.budget import CheckpointBudget
+
+    Policy = Literal["recompute", "spill", "compress", "raise"] | Callable[[CheckpointBudget, int, str], bool | int]
+
+__all__ = ["Evictable", "Holders", "make_room", "parse_policies"]
+
+_NAMES = ("recompute", "spill", "compress", "raise")
+
+
+class Evictable(Protocol):
+    """Something that holds bytes of a budget and can give them up. It must be weakly referencable."""
+
+    def evict(self, how: str) -> int:
+        """Give bytes up by "recompute", "spill" or "compress". Returns how many left the budget: 0 where it cannot, or does
+        not want to now. It may be called on any thread, raises nothing for want of room, and stays loadable."""
+
+
+class Holders:
+    """Who can be asked, oldest first. Holds nobody alive; needs no lock, as every change is one step of a dict."""
+
+    def __init__(self) -> None:
+        self._refs: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, holder: Evictable) -> None:
+        """From now on `holder` is asked. One that is offered again becomes the youngest."""
+        key, refs = id(holder), self._refs
+        refs.pop(key, None)
+        refs[key] = weakref.ref(holder, lambda dead: refs.pop(key, None) if refs.get(key) is dead else None)
+
+    def discard(self, holder: Evictable) -> None:
+        """`holder` is no longer asked."""
+        self._refs.pop(id(holder), None)
+
+    def in_order(self) -> list[Evictable]:
+        """Who is asked, oldest first."""
+        return [holder for ref in list(self._refs.values()) if (holder := ref()) is not None]
+
+
+def parse_policies(policies: Iterable[Any] | str) -> tuple[Any, ...]:
+    """The user's list, checked. Raises `ValueError` for a name that is none."""
+    listed = (policies,) if isinstance(policies, str) or callable(policies) else tuple(policies)
+    for policy in listed:
+        if not callable(policy) and policy not in _NAMES:
+            raise ValueError(f"over_cap must name {', '.join(map(repr, _NAMES))} or be callable, got {policy!r}")
+    return listed
+
+
+_asking = threading.local()
+
+
+def make_room(budget: CheckpointBudget, ask: Callable[[], None], need_bytes: int, what: str) -> bool:
+    """Apply the policies of `budget` until `ask()` passes; False where they ran out. A request that a policy makes while it
+    frees bytes is not helped by policies in turn."""
+    if getattr(_asking, "now", False):
+        return False
+    _asking.now = True
+    try:
+        for policy in budget.over_cap:
+            if policy == "raise":
+                return False
+            if callable(policy):
+                if policy(budget, need_bytes, what) and _passes(ask):
+                    return True
+                continue
+            for holder in budget.holders.in_order():
+                freed_bytes = holder.evict(policy)
+                if freed_bytes:
+                    budget.ledger.mark(policy, what, freed_bytes)
+                if freed_bytes and need_bytes <= budget.remaining() and _passes(ask):
+                    return True
+        return False
+    finally:
+        _asking.now = False
+
+
+def _passes(ask: Callable[[], None]) -> bool:
+    try:
+        ask()
+    except BudgetExceeded:
+        return False
+    return True
