@@ -111,7 +111,9 @@ class ReplayChain:
 
         Raises `NotCheckpointed` where no forward went before, and `TypeError` where a stage has no backward.
         """
-        if self.stages and not self._kept:
+        if not self.stages:
+            return as_array(grad_output)
+        if not self._kept:
             raise NotCheckpointed("backward without a forward before it: nothing is kept to start from")
         require_backwards(self.stages)
         grad = as_array(grad_output)

@@ -43,6 +43,7 @@ class StorageFormat:
     largest: float
     smallest: float
     roundoff: float
+    has_infinity: bool = True
 
     def error_bound(self, x: float, largest_x: float) -> float:
         """The largest error of an element of magnitude `x` in an array whose largest magnitude is `largest_x`."""
@@ -54,7 +55,7 @@ STORAGE_FORMATS = {
     for f in (
         StorageFormat("float16", 2, 65504.0, 2.0**-24, 2.0**-11),
         StorageFormat("bfloat16", 2, (2.0 - 2.0**-7) * 2.0**127, 2.0**-133, 2.0**-8),
-        StorageFormat("float8_e4m3fn", 1, 448.0, 2.0**-9, 2.0**-4),
+        StorageFormat("float8_e4m3fn", 1, 448.0, 2.0**-9, 2.0**-4, has_infinity=False),
         StorageFormat("float8_e5m2", 1, 57344.0, 2.0**-16, 2.0**-3),
     )
 }
@@ -94,9 +95,10 @@ def pack(array: Array, fmt: StorageFormat | None) -> Packed:
     if fmt is None or not xp.isdtype(array.dtype, "real floating") or array.dtype.itemsize <= fmt.nbytes:
         return Packed(array, None, 0, array.dtype)
     exponent = _exponent(xp, array, fmt)
-    # ldexp in two steps: 2^-exponent alone may lie outside float32, where x does not.
-    half = exponent // 2
-    scaled = array * 2.0**-half * 2.0 ** -(exponent - half)
+    scaled = _ldexp(xp, array, -exponent)
+    if not fmt.has_infinity:
+        # Libraries differ in what they make of an infinity here: some saturate, which would be a wrong number.
+        scaled = xp.where(xp.isinf(scaled), xp.full_like(scaled, math.nan), scaled)
     return Packed(_to_bits(scaled, fmt), fmt, exponent, array.dtype)
 
 
@@ -104,8 +106,24 @@ def unpack(packed: Packed, bits: Array) -> Array:
     """The array whose `bits` (of the same library) were kept, in its own dtype. A new array, or `bits` where unpacked."""
     if packed.format is None:
         return bits
+    array = _from_bits(bits, packed.format, packed.dtype)
+    xp = compat.array_namespace(array)
+    # Rounding may have lifted the largest elements above what the dtype can hold once they are scaled back.
     half = packed.exponent // 2
-    return _from_bits(bits, packed.format, packed.dtype) * 2.0**half * 2.0 ** (packed.exponent - half)
+    largest = float(xp.finfo(array.dtype).max) * 2.0**-half * 2.0 ** (half - packed.exponent)
+    if largest < packed.format.largest:
+        array = xp.where(xp.isfinite(array), xp.clip(array, -largest, largest), array)
+    return _ldexp(xp, array, packed.exponent)
+
+
+def _ldexp(xp: Any, array: Array, exponent: int) -> Array:
+    """array * 2^exponent, in steps whose factors the dtype can hold."""
+    most = math.frexp(float(xp.finfo(array.dtype).max))[1] - 1
+    while exponent:
+        step = max(-most, min(most, exponent))
+        array = array * 2.0**step
+        exponent -= step
+    return array
 
 
 def _exponent(xp: Any, array: Array, fmt: StorageFormat) -> int:

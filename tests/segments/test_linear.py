@@ -83,13 +83,16 @@ def test_the_fused_kernel_is_really_launched(monkeypatch: pytest.MonkeyPatch, in
     import gpuckpt.kernels.linear as kernels
 
     launched = []
+
+    def spied(name: str, real: Any) -> Any:
+        def spy(*args: Any, **kwargs: Any) -> None:
+            launched.append(name)
+            real(*args, **kwargs)
+
+        return spy
+
     for name in ("linear_fwd", "linear_recompute_bwd"):
-
-        def spy(*args: Any, _real: Any = getattr(kernels, name), _name: str = name, **kwargs: Any) -> None:
-            launched.append(_name)
-            _real(*args, **kwargs)
-
-        monkeypatch.setattr(kernels, name, spy)
+        monkeypatch.setattr(kernels, name, spied(name, getattr(kernels, name)))
     segment = LinearSegment.random_init(3, 2, 1, like=torch.zeros(1))
     x = torch.ones(4, 3)
     segment.backward(x, segment.forward(x))
