@@ -1,0 +1,1 @@
+"""The command line; `app` is where it begins."""

@@ -1,0 +1,99 @@
+"""The command line: `gpuckpt train | plan | audit | doctor`.
+
+Each command's work is in a module of its own, imported when the command runs. What a user got wrong ends with exit code 2
+and one line.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gpuckpt.errors import BudgetExceeded, CheckpointError
+from gpuckpt.memory import format_bytes
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Activation checkpointing under a hard byte budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Activation checkpointing under a hard byte budget."""
+
+
+@app.command()
+def train(
+    data: Annotated[
+        list[Path] | None, typer.Option(help="files or folders to learn from [the standard library]")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="transformer blocks")] = 12,
+    width: Annotated[int, typer.Option(help="model width")] = 128,
+    heads: Annotated[int, typer.Option(help="attention heads")] = 4,
+    context: Annotated[int, typer.Option(help="bytes a sample looks back")] = 128,
+    batch: Annotated[int, typer.Option(help="samples a step")] = 8,
+    steps: Annotated[int, typer.Option(help="training steps")] = 60,
+    seed: Annotated[int, typer.Option(help="of the weights and the batches")] = 0,
+    activation: Annotated[
+        str, typer.Option(help="gelu, gelu_tanh, silu, relu, relu2, swiglu, geglu, reglu, ...")
+    ] = "gelu",
+    budget: Annotated[str | None, typer.Option(help="bytes for activations, as 64MiB [40% of the plain run]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [a GPU if there is one]")] = None,
+    out: Annotated[Path, typer.Option(help="folder for report.json and the picture of the ledger")] = Path("out/train"),
+    json: Annotated[bool, typer.Option("--json", help="print the report as JSON, and nothing else")] = False,
+) -> None:
+    """Train a byte-level transformer under a hard activation budget, and compare it with the plain run."""
+    from dataclasses import asdict
+    from json import dumps
+
+    from rich.console import Console
+
+    from gpuckpt.cli import train as command
+    from gpuckpt.cli.transformer import Config
+
+    console = Console(stderr=json)
+    options = command.Options(
+        data=tuple(data or ()),
+        config=Config(layers, width, heads, context, activation),
+        batch=batch,
+        steps=steps,
+        seed=seed,
+        budget=budget,
+        device=device,
+        out=out,
+    )
+    report, fitted = command.train(options, console)
+    command.write_report(report, fitted, out)
+    if json:
+        print(dumps(asdict(report), indent=1, default=str))
+    else:
+        console.print(command.table(report))
+        console.print(f"report: {out / 'report.json'}, picture: {out / 'ledger.png'}", highlight=False)
+    if report.interrupted:
+        raise typer.Exit(130)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except BudgetExceeded as error:
+        _fail(
+            f"a budget of {error.available} bytes ({format_bytes(error.available)}) is too small: "
+            f"the smallest that would do is {error.need} bytes ({format_bytes(error.need)})"
+        )
+    except (CheckpointError, OSError, TypeError, ValueError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    print(f"gpuckpt: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,256 @@
+"""`gpuckpt train`: a byte-level transformer under a hard activation budget, beside the plain run of its first steps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gpuckpt.cli.text import Batches, read_text
+from gpuckpt.cli.transformer import Config, Transformer
+from gpuckpt.memory import CheckpointBudget, format_bytes, parse_bytes
+from gpuckpt.planning import plan_chain
+from gpuckpt.pytorch.fit import Fitted, fit
+from gpuckpt.pytorch.measure import measure
+from gpuckpt.report.ledger import draw_ledger, one_step
+
+__all__ = ["DEFAULT_SHARE", "Options", "Report", "table", "train", "write_report"]
+
+DEFAULT_SHARE = 0.4
+"""The default budget, as a share of what the plain run holds."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `gpuckpt train` was asked for."""
+
+    data: tuple[Path, ...] = ()
+    config: Config = field(default_factory=Config)
+    batch: int = 8
+    steps: int = 60
+    plain_steps: int = 5
+    seed: int = 0
+    learning_rate: float = 1e-3
+    budget: str | None = None
+    device: str | None = None
+    out: Path = Path("out/train")
+
+
+@dataclass
+class Report:
+    """What report.json holds. Bytes are ints, seconds floats; None where there is nothing to say."""
+
+    cap_bytes: int
+    promised_peak_bytes: int
+    measured_peak_bytes: int = 0
+    plain_peak_bytes: int | None = None
+    smallest_budget_bytes: int = 0
+    step_s: float | None = None
+    plain_step_s: float | None = None
+    recompute_share: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    plain_losses: list[float] = field(default_factory=list)
+    losses_equal: bool | None = None
+    leftover_bytes: int = 0
+    interrupted: bool = False
+    device: str = "cpu"
+    plan: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class _Run:
+    """One model in training."""
+
+    def __init__(self, model: Transformer, learning_rate: float) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        began_s = time.perf_counter()
+        loss = self.model(*batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.item())  # waits for the device
+        self.seconds.append(time.perf_counter() - began_s)
+
+    def median_s(self, steps: int | None = None) -> float | None:
+        """Median seconds of the steps after the first, which warms up."""
+        counted = self.seconds[1:steps] or self.seconds[:1]
+        return statistics.median(counted) if counted else None
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best there is. Raises `ValueError` for one that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        have = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ValueError(
+            f"--device {name!r} is not there ({str(error).splitlines()[0]}); this machine has {', '.join(have)}"
+        ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r}: expected cpu or cuda")
+    return device
+
+
+def train(options: Options, console: Console) -> tuple[Report, Fitted]:
+    """Measure, plan, train, compare; returns the report, whole or as far as Ctrl-C let it come.
+
+    Raises `BudgetExceeded` before the first step where the budget is too small, `ValueError` and `FileNotFoundError` for
+    options that make no sense.
+    """
+    for name in ("batch", "steps"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
+    device = choose_device(options.device)
+    cap_bytes = None if options.budget is None else parse_bytes(options.budget)
+    config = options.config
+    data = read_text(options.data, config.context)
+    batches = Batches(data, options.batch, config.context, options.seed, device)
+
+    torch.manual_seed(options.seed)
+    model = Transformer(config).to(device)
+    unit_bytes = CheckpointBudget(0, device=device).unit_bytes
+    chain = measure(model, *batches[0], unit_bytes=unit_bytes)
+    keep_all = plan_chain(chain, sum(chain.footprints), strategy="none")
+    if cap_bytes is None:
+        cap_bytes = int(DEFAULT_SHARE * keep_all.certificate.peak_bytes)
+    plain = _Run(copy.deepcopy(model), options.learning_rate)
+    budget = CheckpointBudget(cap_bytes, device=device, log_events=1 << 17)
+    fitted = fit(model, batches[0], budget)
+    certificate = fitted.plan.certificate
+    console.print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} bytes of text, {len(chain)} stages; "
+        f"the plain run holds {format_bytes(keep_all.certificate.peak_bytes)}, the cap is {format_bytes(cap_bytes)}"
+    )
+    report = Report(
+        cap_bytes,
+        certificate.peak_bytes,
+        smallest_budget_bytes=certificate.smallest_budget_bytes,
+        recompute_share=certificate.recompute_s / certificate.step_s if certificate.step_s else 0.0,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        plan=repr(fitted.plan),
+        options={**asdict(config), **{k: v for k, v in vars(options).items() if k not in ("config", "data", "out")}},
+        versions=_versions(),
+    )
+    run = _Run(model, options.learning_rate)
+    try:
+        _loop(options, console, batches, run, plain, fitted, report)
+    except KeyboardInterrupt:
+        report.interrupted = True
+    compared = min(len(run.losses), len(plain.losses))
+    report.losses, report.plain_losses = run.losses, plain.losses
+    report.step_s, report.plain_step_s = run.median_s(options.plain_steps), plain.median_s()
+    report.losses_equal = run.losses[:compared] == plain.losses[:compared] if compared else None
+    return report, fitted
+
+
+def _loop(
+    options: Options,
+    console: Console,
+    batches: Batches,
+    run: _Run,
+    plain: _Run,
+    fitted: Fitted,
+    report: Report,
+) -> None:
+    budget = fitted.budget
+    tokens = options.batch * options.config.context
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s  budget {task.fields[held]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=options.steps, loss=0.0, rate=0.0, held="")
+        for number in range(options.steps):
+            batch = batches[number]
+            if number < options.plain_steps:
+                if number == 0:  # what the plain run holds, by the same books
+                    with CheckpointBudget("1PiB", device=budget.device) as ledger:
+                        plain.step(batch)
+                    report.plain_peak_bytes = ledger.peak_bytes
+                else:
+                    plain.step(batch)
+            run.step(batch)
+            fitted.check_promise()
+            report.measured_peak_bytes = max(report.measured_peak_bytes, budget.peak_bytes)
+            report.leftover_bytes = max(report.leftover_bytes, budget.used_bytes)
+            progress.update(
+                task,
+                advance=1,
+                loss=run.losses[-1],
+                rate=tokens / run.seconds[-1],
+                held=f"{format_bytes(budget.peak_bytes)} of {format_bytes(budget.max_bytes)}",
+            )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("gpuckpt", "torch", "triton", "numpy", "numba", "cupy-cuda12x", "cupy-cuda13x"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_report(report: Report, fitted: Fitted, out: Path) -> None:
+    """report.json and the picture of the ledger, into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(asdict(report), indent=1, default=str) + "\n")
+    events = one_step(fitted.budget.events())
+    if len(events) > 1 and report.losses:
+        peak, cap = format_bytes(report.measured_peak_bytes), format_bytes(report.cap_bytes)
+        title = f"One training step: {peak} held at the peak, {cap} allowed"
+        for suffix in ("svg", "png"):
+            path = out / f"ledger.{suffix}"
+            draw_ledger(events, report.cap_bytes, report.promised_peak_bytes, report.plain_peak_bytes, path, title)
+
+
+def table(report: Report) -> Table:
+    """The end of the run at a glance."""
+
+    def size(nbytes: int | None) -> str:
+        return "-" if nbytes is None else f"{nbytes:,} B ({format_bytes(nbytes)})"
+
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f} s"
+
+    equal = {None: "not compared", True: "bitwise equal", False: "DIFFERENT"}[report.losses_equal]
+    rows = Table(title="gpuckpt train" + (" (interrupted)" if report.interrupted else ""), show_header=False)
+    rows.add_column(style="bold")
+    rows.add_column(justify="right")
+    rows.add_row("cap", size(report.cap_bytes))
+    rows.add_row("peak promised by the plan", size(report.promised_peak_bytes))
+    rows.add_row("peak measured", size(report.measured_peak_bytes))
+    rows.add_row("peak of the plain run", size(report.plain_peak_bytes))
+    rows.add_row("smallest budget that would do", size(report.smallest_budget_bytes))
+    rows.add_row("held after every step", size(report.leftover_bytes))
+    rows.add_row("a step under the plan", seconds(report.step_s))
+    rows.add_row("a plain step", seconds(report.plain_step_s))
+    rows.add_row("recomputed share of a step", f"{report.recompute_share:.1%}")
+    rows.add_row(f"losses of {len(report.plain_losses)} steps, plan and plain", equal)
+    if report.losses:
+        rows.add_row("loss, first and last step", f"{report.losses[0]:.4f} -> {report.losses[-1]:.4f}")
+    return rows

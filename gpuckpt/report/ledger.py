@@ -1,0 +1,65 @@
+"""A picture of a budget's ledger over one training step: forward climbing, backward draining, the cap as a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpuckpt.memory import Event, format_bytes
+
+__all__ = ["draw_ledger", "one_step"]
+
+
+def one_step(events: Sequence[Event]) -> list[Event]:
+    """The events of the last complete training step in a log: from the last "forward" mark on."""
+    begins = [i for i, event in enumerate(events) if event.kind == "step" and event.what == "forward"]
+    return list(events[begins[-1] :]) if begins else []
+
+
+def draw_ledger(
+    events: Sequence[Event], cap_bytes: int, promised_bytes: int, plain_peak_bytes: int | None, path: Path, title: str
+) -> None:
+    """Write a picture (SVG or PNG, by `path`'s suffix) of the bytes held over the events of one step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    began_s = events[0].time_s
+    times_ms = [(event.time_s - began_s) * 1e3 for event in events]
+    used = [event.used_bytes for event in events]
+    turn_ms = next(
+        (t for t, event in zip(times_ms, events, strict=True) if event.kind == "step" and event.what == "backward"),
+        times_ms[-1],
+    )
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    canvas = FigureCanvasSVG(figure) if path.suffix == ".svg" else FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.axvspan(0, turn_ms, color="#f1f5f9", zorder=0)
+    axes.fill_between(times_ms, used, step="post", color="#2563eb", alpha=0.25, linewidth=0)
+    axes.step(times_ms, used, where="post", color="#1d4ed8", linewidth=1.4, label="held by the budget")
+    axes.axhline(cap_bytes, color="#dc2626", linewidth=1.6, label=f"cap {format_bytes(cap_bytes)}")
+    axes.axhline(
+        promised_bytes, color="#16a34a", linewidth=1.2, linestyle="--", label=f"promised {format_bytes(promised_bytes)}"
+    )
+    top_bytes = cap_bytes
+    if plain_peak_bytes is not None:
+        axes.axhline(
+            plain_peak_bytes,
+            color="#64748b",
+            linewidth=1.2,
+            linestyle=":",
+            label=f"plain run {format_bytes(plain_peak_bytes)}",
+        )
+        top_bytes = max(top_bytes, plain_peak_bytes)
+    axes.set_xlim(0, max(times_ms[-1], 1e-3))
+    axes.set_ylim(0, top_bytes * 1.18)
+    for x, name in ((turn_ms / 2, "forward"), ((turn_ms + times_ms[-1]) / 2, "backward")):
+        axes.text(x, top_bytes * 1.12, name, ha="center", va="center", color="#475569")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(round(value))))
+    axes.set_xlabel("milliseconds into the step")
+    axes.set_ylabel("bytes held")
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    canvas.print_figure(path, dpi=130)
