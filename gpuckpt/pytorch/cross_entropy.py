@@ -15,73 +15,24 @@ cuBLAS. Not here: class weights, probabilities as targets, a vocabulary split ov
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gpuckpt.errors import BudgetExceeded, DimMismatch
-from gpuckpt.pytorch.backend import load_kernels, use_triton
-from gpuckpt.pytorch.linear import autocast_input, cast, check_weight
+from gpuckpt.errors import DimMismatch
+from gpuckpt.pytorch.linear import autocast_input, check_weight
+from gpuckpt.pytorch.loss_chunks import (
+    LossOptions,
+    backward_chunks,
+    choose_rows,
+    chunk_rows_for,
+    forward_chunks,
+    loss_dtype,
+    transient_bytes,
+)
 
 __all__ = ["REDUCTIONS", "chunk_rows_for", "linear_cross_entropy", "transient_bytes"]
 
 REDUCTIONS = ("mean", "sum", "none")
-_MIN_CHUNK_ROWS = 128  # fewer rows than a tile has leave a GEMM's tensor cores waiting for the weight
-_SUM_ROWS = 8192  # rows of dW summed at a time, so that the float32 product of a chunk stays small
-
-
-@dataclass(frozen=True)
-class _Loss:
-    """What the formula needs beside the logits."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
-
-    def options(self) -> dict[str, Any]:
-        return vars(self)
-
-
-def chunk_rows_for(rows: int, width: int, vocab: int, itemsize: int, scratch_bytes: int | None = None) -> int:
-    """Rows of logits to hold at a time.
-
-    With `scratch_bytes`: as many as fit in it. Without: a power of two that makes the chunk about as large as x itself, and no
-    fewer than 128, so that the GEMMs stay efficient.
-
-    Raises `BudgetExceeded` where not even one row fits.
-    """
-    if scratch_bytes is not None:
-        fitting = scratch_bytes // (vocab * itemsize)
-        if fitting < 1:
-            raise BudgetExceeded(vocab * itemsize, scratch_bytes, "one row of logits is the least: raise scratch_bytes")
-        return max(1, min(fitting, rows))
-    balanced = -(-rows * width // vocab)
-    return max(1, min(rows, max(_MIN_CHUNK_ROWS, 1 << (balanced - 1).bit_length())))
-
-
-def transient_bytes(
-    rows: int,
-    width: int,
-    vocab: int,
-    dtype: torch.dtype,
-    chunk_rows: int,
-    *,
-    weight_dtype: torch.dtype | None = None,
-    needs_weight: bool = True,
-) -> int:
-    """Bytes of scratch that backward holds beside the gradients it returns, on the Triton path: the logits of one chunk, the
-    weight in x's dtype where its own differs, and the float32 sum of dW and one block to add to it where there are several
-    16-bit chunks. Forward holds no more."""
-    logits_bytes = min(chunk_rows, rows) * vocab * dtype.itemsize
-    cast_bytes = vocab * width * dtype.itemsize if weight_dtype not in (None, dtype) else 0
-    sum_bytes = 0
-    if needs_weight and chunk_rows < rows and dtype.itemsize < 4:
-        own = weight_dtype or dtype
-        sum_bytes = 4 * width * ((0 if own == torch.float32 else vocab) + min(_SUM_ROWS, vocab))
-    return logits_bytes + cast_bytes + sum_bytes
 
 
 @torch.library.custom_op("gpuckpt::linear_cross_entropy_fwd", mutates_args=())
@@ -99,8 +50,8 @@ def linear_cross_entropy_fwd(
     scratch_bytes: int | None,
 ) -> Tensor:
     """x (M, K), weight (V, K), bias (V,), target (M,) -> the loss, () or (M,) for "none", float32 (float64 for float64 x)."""
-    what = _Loss(ignore_index, label_smoothing, z_loss, softcap)
-    chunk_rows = chunk_rows or _choose_rows(x, weight, scratch_bytes)
+    what = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    chunk_rows = chunk_rows or choose_rows(x, weight, scratch_bytes)
     return forward_chunks(x, weight, bias, target, what, reduction, chunk_rows)
 
 
@@ -108,7 +59,7 @@ def linear_cross_entropy_fwd(
 def _(
     x, weight, bias, target, ignore_index, label_smoothing, z_loss, softcap, reduction, chunk_rows, scratch_bytes
 ) -> Tensor:
-    return x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=_loss_dtype(x))
+    return x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=loss_dtype(x))
 
 
 @torch.library.custom_op("gpuckpt::linear_cross_entropy_bwd", mutates_args=())
@@ -128,8 +79,8 @@ def linear_cross_entropy_bwd(
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients of x, weight and bias that `needs` asks for, in that order; each in its input's dtype."""
-    what = _Loss(ignore_index, label_smoothing, z_loss, softcap)
-    chunk_rows = chunk_rows or _choose_rows(x, weight, scratch_bytes)
+    what = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    chunk_rows = chunk_rows or choose_rows(x, weight, scratch_bytes)
     return backward_chunks(dloss, x, weight, bias, target, what, reduction, chunk_rows, needs)
 
 
@@ -166,160 +117,6 @@ def _backward(ctx, dloss: Tensor):
 
 
 linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup)
-
-
-def forward_chunks(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, what: _Loss, reduction: str, chunk_rows: int
-) -> Tensor:
-    """The operation itself: one chunk of logits after the other."""
-    _check_targets(target, weight.shape[0], what.ignore_index)
-    weight, bias = weight.to(x.dtype), cast(bias, x)
-    losses = torch.empty(x.shape[0], dtype=_loss_dtype(x), device=x.device)
-    scratch = _scratch(x, weight, chunk_rows)
-    for first in range(0, x.shape[0], chunk_rows):
-        rows = slice(first, first + chunk_rows)
-        _chunk_loss(_logits(x[rows], weight, bias, scratch), target[rows], losses[rows], what)
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total / (target != what.ignore_index).sum() if reduction == "mean" else total
-
-
-def backward_chunks(
-    dloss: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    what: _Loss,
-    reduction: str,
-    chunk_rows: int,
-    needs: list[bool],
-) -> list[Tensor]:
-    """The operation's gradients: logits again, their gradient in place, then dX and dW of the chunk."""
-    needs_x, needs_weight, needs_bias = needs
-    if reduction == "mean":
-        dloss = dloss / (target != what.ignore_index).sum()
-    if reduction != "none":
-        dloss = dloss.expand(x.shape[0])
-    used, used_bias = weight.to(x.dtype), cast(bias, x)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-    dw = torch.zeros(weight.shape, dtype=_sum_dtype(x, chunk_rows), device=x.device) if needs_weight else None
-    db = torch.zeros(weight.shape[0], dtype=_loss_dtype(x), device=x.device) if needs_bias else None
-    scratch = _scratch(x, used, chunk_rows)
-    for first in range(0, x.shape[0], chunk_rows):
-        rows = slice(first, first + chunk_rows)
-        dlogits = _logits(x[rows], used, used_bias, scratch)
-        _chunk_grad(dlogits, target[rows], dloss[rows], what)
-        if dx is not None:
-            torch.mm(dlogits, used, out=dx[rows])
-        if dw is not None:
-            _add_product(dw, dlogits, x[rows])
-        if db is not None:
-            db += dlogits.sum(0, dtype=db.dtype)
-    grads = []
-    if dx is not None:
-        grads.append(dx)
-    if dw is not None:
-        grads.append(dw.to(weight.dtype))
-    if db is not None:
-        assert bias is not None
-        grads.append(db.to(bias.dtype))
-    return grads
-
-
-def _choose_rows(x: Tensor, weight: Tensor, scratch_bytes: int | None) -> int:
-    # Inside the operation, where sizes are numbers also when torch.compile traces symbols.
-    return chunk_rows_for(x.shape[0], x.shape[1], weight.shape[0], x.dtype.itemsize, scratch_bytes)
-
-
-def _loss_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _sum_dtype(x: Tensor, chunk_rows: int) -> torch.dtype:
-    """Of dW while it is summed: 16-bit sums of many chunks would lose what each of them adds."""
-    return x.dtype if x.shape[0] <= chunk_rows else _loss_dtype(x)
-
-
-def _scratch(x: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
-    return x.new_empty(min(chunk_rows, x.shape[0]), weight.shape[0])
-
-
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
-    """x W^T + b of a chunk (C, K), in the first C rows of `scratch`."""
-    out = scratch[: x.shape[0]]
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(bias, x, weight.t(), out=out)
-
-
-def _add_product(dw: Tensor, dlogits: Tensor, x: Tensor) -> None:
-    """dw += dlogits^T x. With 16-bit operands the product stays in float32 until it is added, a block of rows at a time:
-    rounding it to 16 bits for each chunk made the error of dW 2.7 times torch's in our tests."""
-    if dw.dtype == x.dtype:
-        dw.addmm_(dlogits.t(), x)
-        return
-    for first in range(0, dw.shape[0], _SUM_ROWS):
-        part = slice(first, first + _SUM_ROWS)
-        block = dlogits[:, part].t()
-        # torch has GEMMs that widen their output on CUDA only.
-        dw[part] += torch.mm(block, x, out_dtype=dw.dtype) if x.is_cuda else block.to(dw.dtype) @ x.to(dw.dtype)
-
-
-def _check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
-    # On a device this would wait for it; the kernel gives NaN for such a row instead.
-    if target.device.type == "cpu" and target.numel():
-        wrong = (target != ignore_index) & ((target < 0) | (target >= vocab))
-        if bool(wrong.any()):
-            found = int(target[wrong][0])
-            raise ValueError(
-                f"target {found} is not a class: expected 0 to {vocab - 1}, or ignore_index={ignore_index}"
-            )
-
-
-def _chunk_loss(logits: Tensor, target: Tensor, losses: Tensor, what: _Loss) -> None:
-    """Writes the loss of each row of logits (C, V) into losses (C,)."""
-    if use_triton(logits):
-        load_kernels(logits)
-        from gpuckpt.kernels.cross_entropy import cross_entropy_fwd
-
-        cross_entropy_fwd(logits, target, losses, **what.options())
-        return
-    z = _capped(logits, what.softcap, losses.dtype)
-    lse = torch.logsumexp(z, dim=-1)
-    ignored = target == what.ignore_index
-    picked = z.gather(1, target.masked_fill(ignored, 0)[:, None])[:, 0]
-    loss = (1 - what.label_smoothing) * (lse - picked) + what.z_loss * lse.square()
-    if what.label_smoothing:
-        loss += what.label_smoothing * (lse - z.mean(dim=-1))
-    losses.copy_(loss.masked_fill_(ignored, 0))
-
-
-def _chunk_grad(logits: Tensor, target: Tensor, dloss: Tensor, what: _Loss) -> None:
-    """Overwrites logits (C, V) with their gradient."""
-    if use_triton(logits):
-        load_kernels(logits)
-        from gpuckpt.kernels.cross_entropy import cross_entropy_bwd
-
-        cross_entropy_bwd(logits, target, dloss, **what.options())
-        return
-    z = _capped(logits, what.softcap, dloss.dtype)
-    lse = torch.logsumexp(z, dim=-1, keepdim=True)
-    ignored = target == what.ignore_index
-    d = torch.exp(z - lse).mul_(1 + 2 * what.z_loss * lse)
-    d.scatter_add_(1, target.masked_fill(ignored, 0)[:, None], torch.full_like(lse, what.label_smoothing - 1))
-    if what.label_smoothing:
-        d -= what.label_smoothing / z.shape[1]
-    if what.softcap is not None:
-        d *= 1 - (z / what.softcap).square()
-    d *= dloss[:, None]
-    logits.copy_(d.masked_fill_(ignored[:, None], 0))
-
-
-def _capped(logits: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:
-    z = logits.to(dtype)
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def linear_cross_entropy(

@@ -1,0 +1,324 @@
+"""Cross entropy over a large vocabulary, in place on one chunk of logits.
+
+One program owns one row. It reads the row once with an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) and either
+writes the row's loss, or reads it a second time and writes the loss's gradient over the logits. Nothing is kept from forward to
+backward: the chunk's logits are computed again, and the log-sum-exp with them, so that chunk by chunk all a training step holds
+is one chunk of logits. The GEMMs around this kernel belong to cuBLAS; `gpuckpt.pytorch.cross_entropy` puts them together.
+
+    z' = softcap tanh(z / softcap)                         (Gemma 2, arXiv:2408.00118), or z
+    lse = log sum_v exp z'_v
+    loss = (1 - s) (lse - z'_target) + s (lse - mean_v z'_v) + w lse^2
+           s: label smoothing as in torch; w: z-loss (PaLM, arXiv:2204.02311)
+
+Shapes: logits (M, V), rows at any stride and contiguous along V; target (M) int64; loss, dloss (M) fp32.
+A row whose target is `ignore_index` has loss 0 and gradient 0. A target outside [0, V) gives NaN instead of a read out of bounds.
+
+Not here: class weights, probabilities as targets, allocation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor, int64
+
+from .activations import activate
+from .launch import check_out, check_shape, dtype_name, on_device
+from .numerics import INTERPRETED, narrow, widen
+from .registry import KernelSpec, make_spec
+
+__all__ = ["RowTile", "choose_rows", "cross_entropy_bwd", "cross_entropy_fwd", "specs"]
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """block: elements of a row taken at a time."""
+
+    block: int
+    num_warps: int
+    num_stages: int = 1
+
+    @property
+    def label(self) -> str:
+        """Short name, e.g. "1x4096w8"."""
+        return f"1x{self.block}w{self.num_warps}"
+
+
+_TILES = (RowTile(4096, 8), RowTile(1024, 4))
+
+
+def choose_rows(V: int) -> RowTile:
+    """The block for rows of V elements: wide ones where a row fills several of them."""
+    return _TILES[0] if 4 * _TILES[1].block < V else _TILES[1]
+
+
+@triton.jit
+def _load_capped(p_row, o, V, inv_softcap, softcap, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr):
+    """z' (BLOCK,) fp32; minus infinity beyond V."""
+    z = widen(tl.load(p_row + o, mask=o < V, other=0.0), INTERPRET)
+    if SOFTCAP:
+        z = softcap * activate(z * inv_softcap, "tanh")
+    return tl.where(o < V, z, float("-inf"))
+
+
+@triton.jit
+def _row_sums(
+    p_row,
+    V,
+    inv_softcap,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """max z' of a row, sum exp(z' - max), and sum z' where SMOOTH. max and log sum are never added up before something of
+    the same size is subtracted: at logits of 100 that would cost four digits of a probability near 1."""
+    top = tl.full((), float("-inf"), tl.float32)
+    mass = tl.full((), 0.0, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for v0 in range(0, V, BLOCK):
+        o = v0 + tl.arange(0, BLOCK)
+        z = _load_capped(p_row, o, V, inv_softcap, softcap, SOFTCAP, INTERPRET)
+        higher = tl.maximum(top, tl.max(z, axis=0))
+        # While every logit is minus infinity there is nothing to subtract: inf - inf would be NaN.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        mass = mass * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), axis=0)
+        top = higher
+        if SMOOTH:
+            total += tl.sum(tl.where(o < V, z, 0.0), axis=0)
+    return top, mass, total
+
+
+@triton.jit
+def cross_entropy_fwd_kernel(
+    p_logits,
+    p_target,
+    p_loss,
+    V,
+    stride_m,
+    stride_t,
+    ignore_index,
+    smoothing,
+    z_weight,
+    inv_softcap,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    i_m = tl.program_id(0).to(tl.int64)
+    target = tl.load(p_target + i_m * stride_t).to(tl.int64)
+    p_row = p_logits + i_m * stride_m
+    loss = tl.full((), 0.0, tl.float32)
+    if target != ignore_index:
+        top, mass, total = _row_sums(p_row, V, inv_softcap, softcap, SOFTCAP, SMOOTH, BLOCK, INTERPRET)
+        inside = (target >= 0) & (target < V)
+        picked = widen(tl.load(p_row + target, mask=inside, other=0.0), INTERPRET)
+        if SOFTCAP:
+            picked = softcap * activate(picked * inv_softcap, "tanh")
+        log_mass = tl.log(mass)
+        loss = (top - tl.where(inside, picked, float("nan"))) + log_mass
+        if SMOOTH:
+            loss = (1.0 - smoothing) * loss + smoothing * ((top - total / V) + log_mass)
+        lse = top + log_mass
+        loss += z_weight * lse * lse
+    tl.store(p_loss + i_m, loss)
+
+
+@triton.jit
+def cross_entropy_bwd_kernel(
+    p_logits,
+    p_target,
+    p_dloss,
+    V,
+    stride_m,
+    stride_t,
+    stride_d,
+    ignore_index,
+    smoothing,
+    z_weight,
+    inv_softcap,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    i_m = tl.program_id(0).to(tl.int64)
+    target = tl.load(p_target + i_m * stride_t).to(tl.int64)
+    p_row = p_logits + i_m * stride_m
+    if target == ignore_index:
+        for v0 in range(0, V, BLOCK):
+            o = v0 + tl.arange(0, BLOCK)
+            zero = tl.full((BLOCK,), 0.0, tl.float32)
+            tl.store(p_row + o, narrow(zero, p_logits.dtype.element_ty, INTERPRET), mask=o < V)
+    else:
+        dloss = widen(tl.load(p_dloss + i_m * stride_d), INTERPRET)
+        dloss = tl.where((target >= 0) & (target < V), dloss, float("nan"))
+        top, mass, _ = _row_sums(p_row, V, inv_softcap, softcap, SOFTCAP, False, BLOCK, INTERPRET)
+        scale = (1.0 + 2.0 * z_weight * (top + tl.log(mass))) / mass
+        for v0 in range(0, V, BLOCK):
+            o = v0 + tl.arange(0, BLOCK)
+            z = _load_capped(p_row, o, V, inv_softcap, softcap, SOFTCAP, INTERPRET)
+            d = scale * tl.exp(z - top) - tl.where(o == target, 1.0 - smoothing, 0.0)
+            if SMOOTH:
+                d -= smoothing / V
+            if SOFTCAP:
+                t = tl.where(o < V, z * inv_softcap, 0.0)
+                d *= (1.0 - t) * (1.0 + t)
+            tl.store(p_row + o, narrow(dloss * d, p_logits.dtype.element_ty, INTERPRET), mask=o < V)
+
+
+def cross_entropy_fwd(
+    logits: Tensor,
+    target: Tensor,
+    loss: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    tile: RowTile | None = None,
+) -> None:
+    """loss[i] = the loss of row i, in fp32. Writes every element of `loss`, and nothing else.
+
+    logits (M, V): fp32, fp16 or bf16, contiguous along V. target (M): int64. loss (M): fp32, contiguous.
+    """
+    M, V = _check(logits, target, label_smoothing, softcap)
+    check_shape({"loss": (loss, (M,))}, logits)
+    if dtype_name(loss) != "fp32" or not loss.is_contiguous():
+        raise TypeError(f"loss must be a contiguous float32 vector; got {loss.dtype} with strides {loss.stride()}")
+    if M == 0:
+        return
+    tile = tile or choose_rows(V)
+    with on_device(logits):
+        cross_entropy_fwd_kernel[(M,)](
+            logits,
+            target,
+            loss,
+            V,
+            logits.stride(0),
+            target.stride(0),
+            **_options(tile, ignore_index, label_smoothing, z_loss, softcap),
+        )
+
+
+def cross_entropy_bwd(
+    logits: Tensor,
+    target: Tensor,
+    dloss: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    tile: RowTile | None = None,
+) -> None:
+    """Overwrites the logits with dloss[i] * d loss[i] / d logits[i, :].
+
+    dloss (M): any stride, also zero, any of the three float types. The rest as in `cross_entropy_fwd`, with the same values.
+    """
+    M, V = _check(logits, target, label_smoothing, softcap)
+    check_shape({"dloss": (dloss, (M,))}, logits)
+    check_out(logits=logits)
+    if M == 0:
+        return
+    tile = tile or choose_rows(V)
+    with on_device(logits):
+        cross_entropy_bwd_kernel[(M,)](
+            logits,
+            target,
+            dloss,
+            V,
+            logits.stride(0),
+            target.stride(0),
+            dloss.stride(0),
+            **_options(tile, ignore_index, label_smoothing, z_loss, softcap),
+        )
+
+
+def _check(logits: Tensor, target: Tensor, label_smoothing: float, softcap: float | None) -> tuple[int, int]:
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be a matrix with at least one column; got shape {tuple(logits.shape)}")
+    M, V = logits.shape
+    dtype_name(logits)
+    if V > 1 and logits.stride(1) != 1:
+        raise ValueError(f"logits must be contiguous along the vocabulary; got strides {logits.stride()}")
+    if target.shape != (M,) or target.dtype != int64 or target.device != logits.device:
+        raise ValueError(
+            f"target must be int64 of shape ({M},) on {logits.device}; "
+            f"got {target.dtype} of shape {tuple(target.shape)} on {target.device}"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing} must be from 0 to 1")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap={softcap} must be positive, or None for no cap")
+    return M, V
+
+
+def _options(
+    tile: RowTile, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None
+) -> dict[str, object]:
+    return {
+        "ignore_index": ignore_index,
+        "smoothing": float(label_smoothing),
+        "z_weight": float(z_loss),
+        "inv_softcap": 1.0 / softcap if softcap is not None else 0.0,
+        "softcap": float(softcap) if softcap is not None else 0.0,
+        "SOFTCAP": softcap is not None,
+        "SMOOTH": label_smoothing != 0.0,
+        "BLOCK": tile.block,
+        "INTERPRET": INTERPRETED,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def specs(arch: int) -> list[KernelSpec]:
+    """Both kernels at both blocks, without and with every option, as called on contiguous 16-byte aligned logits."""
+    found = []
+    scalars = dict.fromkeys(("smoothing", "z_weight", "inv_softcap", "softcap"), "fp32")
+    for dtype in ("bf16", "fp16", "fp32"):
+        for tile in _TILES:
+            for variant, options in (("plain", False), ("softcap_smooth", True)):
+                constexprs = {
+                    "SOFTCAP": options,
+                    "SMOOTH": options,
+                    "BLOCK": tile.block,
+                    "INTERPRET": False,
+                    "stride_t": 1,
+                }
+                types = {
+                    "p_logits": "T",
+                    "p_target": "*i64",
+                    "V": "i32",
+                    "stride_m": "i32",
+                    "ignore_index": "i32",
+                    **scalars,
+                }
+                meta = {"activation": None, "gemm_loops": 0, "tensor_cores": False, "tma": False, "pipelined": False}
+                common = {"variant": variant, "dtype": dtype, "arch": arch, "tile": tile, "meta": meta}
+                divisible = ("p_logits", "p_target", "V", "stride_m")
+                found.append(
+                    make_spec(
+                        cross_entropy_fwd_kernel,
+                        types={**types, "p_loss": "*fp32"},
+                        constexprs=constexprs,
+                        divisible=(*divisible, "p_loss"),
+                        **common,
+                    )
+                )
+                found.append(
+                    make_spec(
+                        cross_entropy_bwd_kernel,
+                        types={**types, "p_dloss": "*fp32"},
+                        constexprs={**constexprs, "stride_d": 1},
+                        divisible=(*divisible, "p_dloss"),
+                        **common,
+                    )
+                )
+    return found
