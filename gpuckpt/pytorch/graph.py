@@ -1,0 +1,119 @@
+"""`checkpoint_graph`: run a traced PyTorch model with ranges of its nodes recomputed in backward.
+
+Each range becomes one call under `gpuckpt.checkpoint`: its inputs are kept, what its nodes save for autograd is not. Ranges
+are contiguous in the graph's own order, so whatever a range needs is computed before it and nothing can go in a circle.
+
+The new module shares the old one's submodules, parameters and buffers, under the same names: an optimizer, `state_dict`,
+`to` and `train` see no difference. Not handled: nodes with side effects run twice, as BatchNorm in training does, whose
+running statistics are then updated twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from gpuckpt.pytorch.checkpoint import checkpoint
+from gpuckpt.segments.graph import GraphCheckpointConfig
+
+__all__ = ["checkpoint_graph"]
+
+_COMPUTES = ("call_function", "call_method", "call_module")
+"""Nodes that do work. Placeholders, attributes and the output count as nodes too, but there is nothing in them to redo."""
+
+
+def checkpoint_graph(graph_module: GraphModule, config: GraphCheckpointConfig) -> GraphModule:
+    """A module that computes what `graph_module` computes, with the config's ranges recomputed in backward.
+
+    Node ids count `graph_module.graph.nodes` from 0, placeholders and the output included. What is kept is held by the
+    budget whose `with` block the module runs in, if any; random numbers are repeated in the recompute.
+
+    Raises `ValueError`, naming segment and nodes, where a segment runs past the graph. (Segments that overlap or run
+    backward cannot be built: see `GraphCheckpointConfig` and `GraphSegment`.)
+    """
+    nodes = list(graph_module.graph.nodes)
+    try:
+        config.check_within(len(nodes))
+    except ValueError as error:
+        raise ValueError(f"{error} (0 is {nodes[0].name!r}, {len(nodes) - 1} is {nodes[-1].name!r})") from None
+
+    graph = Graph()
+    graph.set_codegen(copy.copy(graph_module.graph._codegen))
+    env: dict[Node, Node] = {}
+    ranges: dict[str, _Range] = {}
+    inside: list[Node] = []
+    for index, node in enumerate(nodes):
+        segment = config.segment_of(index)
+        computes = segment is not None and node.op in _COMPUTES
+        if computes:
+            inside.append(node)
+        if inside and segment is not None and (index == segment.end_node or node.op == "output"):
+            name = f"recomputed_{segment.start_node}_to_{segment.end_node}"
+            ranges[name] = _emit(graph, env, graph_module, inside, name)
+            inside = []
+        if not computes:
+            # An attribute read inside a range is read before the range's call, and handed to it.
+            env[node] = graph.node_copy(node, lambda n: env[n])
+
+    graph.lint()
+    holder = torch.nn.Module()
+    _share_members(graph_module, holder)
+    for name, module in ranges.items():
+        holder.add_module(name, module)
+    result = GraphModule(holder, graph, f"Checkpointed{type(graph_module).__name__}")
+    # GraphModule takes over only what its nodes name; the ranges' own submodules belong to it as well.
+    _share_members(holder, result)
+    result.train(graph_module.training)
+    return result
+
+
+class _Range(torch.nn.Module):
+    """One range of nodes. `inner` is kept out of the module tree: its members are there already, under their own names."""
+
+    def __init__(self, inner: GraphModule) -> None:
+        super().__init__()
+        self._hidden = (inner,)
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the nodes of the range that are used outside of it give, as a tuple."""
+        # One tuple as the only argument: a range may well have no input, and is run again all the same.
+        return checkpoint(lambda values: self._hidden[0](*values), inputs)
+
+
+def _emit(graph: Graph, env: dict[Node, Node], owner: GraphModule, inside: list[Node], name: str) -> _Range:
+    """Write one call into `graph` for the nodes `inside`, and enter its results in `env`."""
+    members = set(inside)
+    inputs = list(dict.fromkeys(i for n in inside for i in n.all_input_nodes if i not in members))
+    outputs = [n for n in inside if any(user not in members for user in n.users)]
+
+    body = Graph()
+    inner = {i: body.placeholder(i.name) for i in inputs}
+    for node in inside:
+        inner[node] = body.node_copy(node, lambda n: inner[n])
+    body.output(tuple(inner[n] for n in outputs))
+
+    call = graph.create_node("call_module", name, tuple(env[i] for i in inputs), name=name)
+    for position, node in enumerate(outputs):
+        env[node] = graph.call_function(_item, (call, position))
+        env[node].meta = copy.copy(node.meta)
+    return _Range(GraphModule(owner, body, name))
+
+
+def _item(values: tuple[Any, ...], position: int) -> Any:
+    return values[position]
+
+
+def _share_members(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Make the members of `source` members of `target` too: the same objects, under the same names, in the same order.
+
+    Optimizers number parameters by their order.
+    """
+    for kind in ("_modules", "_parameters", "_buffers"):
+        theirs, ours = getattr(source, kind), getattr(target, kind)
+        merged = {**theirs, **{name: member for name, member in ours.items() if name not in theirs}}
+        ours.clear()
+        ours.update(merged)
+    target._non_persistent_buffers_set |= source._non_persistent_buffers_set
