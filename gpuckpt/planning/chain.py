@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
@@ -143,6 +143,19 @@ class Chain:
             if stage.extras:
                 users.setdefault(stage.extras, []).append(i)
         return users
+
+    def running_bytes(self, stage: int, held: Container[int] = ()) -> int:
+        """Bytes of a running stage's input and output, but for those in `held`.
+
+        An output that is no storage of the chain counts with its stage's `output_bytes`.
+        """
+        now, before = self.stages[stage], self.stages[stage - 1] if stage else None
+        ids, untracked_bytes = {*now.inputs, *now.output}, 0 if now.output else now.output_bytes
+        if before is not None:
+            ids.update(before.output)
+            if not before.output and not now.inputs:
+                untracked_bytes += before.output_bytes
+        return untracked_bytes + sum(self.footprints[i] for i in ids if i not in held)
 
     def with_unit(self, unit_bytes: int) -> Chain:
         """The same chain, charged in granules of `unit_bytes`."""

@@ -8,18 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
 
+import numpy as np
+
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning import strategies
+from gpuckpt.planning._least import least_tree
+from gpuckpt.planning._problem import Problem, build_problem
 from gpuckpt.planning.chain import Chain
+from gpuckpt.planning.optimal import Solution, solve
 from gpuckpt.planning.plan import Certificate, Node, Plan
 from gpuckpt.planning.simulate import Simulation, simulate
 
 __all__ = ["STRATEGIES", "plan_chain"]
 
 Tree = tuple[Node, ...]
+Trial = tuple[Tree, Simulation]
 
 # Parameters worth trying on a long chain: every small one, then ever wider steps.
 _MOST_PARAMETERS = 64
+# How many of the plans beyond the budget's slots are put before the simulator.
+_MOST_TRIALS = 12
+# A second solve proves how far an inexact one can be from the optimum; beyond this many additions it is left out.
+_BOUND_SUMS = 1_000_000_000
 
 
 def _counts(chain: Chain) -> Iterator[int]:
@@ -42,31 +52,142 @@ STRATEGIES: dict[str, Callable[[Chain, int], Iterable[Tree]]] = {
 """Strategies beside "optimal", by name: each yields the trees it can offer; the fastest that fits wins."""
 
 
-def plan_chain(chain: Chain, budget_bytes: int, strategy: str = "optimal") -> Plan:
-    """The fastest plan `strategy` has for `chain` within `budget_bytes` held bytes.
+def plan_chain(
+    chain: Chain,
+    budget_bytes: int,
+    strategy: str = "optimal",
+    *,
+    objective: str = "held",
+    slots: int = 500,
+    engine: str = "auto",
+) -> Plan:
+    """The fastest plan `strategy` has for `chain` within `budget_bytes`.
 
-    `BudgetExceeded` when none fits, with the smallest budget that would do.
+    Args:
+        chain: what the stages cost.
+        budget_bytes: the cap.
+        strategy: "optimal" or a name in `STRATEGIES`.
+        objective: "held" (what a budget's ledger holds) or "total" (all bytes alive) has to fit.
+        slots: memory resolution of the solver where the chain's sizes share no unit that makes it exact.
+        engine: of the solver: "numpy", "numba", or "auto".
+
+    Raises:
+        BudgetExceeded: nothing fits; `need` is the smallest budget that would do.
+        ValueError: an argument that makes no sense.
     """
     if not isinstance(budget_bytes, Integral) or isinstance(budget_bytes, bool) or budget_bytes < 0:
         raise ValueError(f"budget_bytes is {budget_bytes!r}; expected an int of at least 0")
-    names = list(STRATEGIES) if strategy == "optimal" else [strategy]
-    trials = [(tree, simulate(chain, tree)) for name in names for tree in STRATEGIES[name](chain, budget_bytes)]
-    smallest_bytes = min(s.peak_bytes for _, s in trials)
-    fitting = [(tree, s) for tree, s in trials if s.peak_bytes <= budget_bytes]
-    if not fitting:
-        raise BudgetExceeded(smallest_bytes, budget_bytes, f"no {strategy!r} plan of chain {chain.name!r} holds less")
-    tree, simulation = min(fitting, key=lambda trial: (trial[1].step_s, trial[1].peak_bytes))
-    certificate = _certify(simulation, smallest_bytes)
-    return Plan(tree, certificate, chain.fingerprint(), int(budget_bytes), strategy)
-
-
-def _certify(simulation: Simulation, smallest_bytes: int) -> Certificate:
-    return Certificate(
+    if objective not in ("held", "total"):
+        raise ValueError(f"objective is {objective!r}; expected 'held' or 'total'")
+    if strategy != "optimal" and strategy not in STRATEGIES:
+        raise ValueError(f"strategy is {strategy!r}; expected 'optimal' or one of {', '.join(STRATEGIES)}")
+    if slots < 1:
+        raise ValueError(f"slots is {slots!r}; expected at least 1")
+    budget_bytes = int(budget_bytes)
+    search = _Search(chain, budget_bytes, objective, slots, engine)
+    if strategy == "optimal":
+        tree, simulation, gap, slot_bytes = search.optimal()
+    else:
+        tree, simulation = search.classic(strategy)
+        gap, slot_bytes = None, 0
+    certificate = Certificate(
         peak_bytes=simulation.peak_bytes,
         peak_step=simulation.peak_step,
         total_peak_bytes=simulation.total_peak_bytes,
         recompute_s=simulation.recompute_s,
         step_s=simulation.step_s,
-        smallest_budget_bytes=smallest_bytes,
+        smallest_budget_bytes=search.smallest_bytes,
         layout_bytes=simulation.peak_bytes,
+        gap=gap,
+        slot_bytes=slot_bytes,
     )
+    return Plan(tree, certificate, chain.fingerprint(), budget_bytes, strategy, objective)
+
+
+class _Search:
+    """One call of `plan_chain`."""
+
+    def __init__(self, chain: Chain, budget_bytes: int, objective: str, slots: int, engine: str) -> None:
+        self.chain, self.budget_bytes, self.objective = chain, budget_bytes, objective
+        self.slots, self.engine = slots, engine
+        self.problem: Problem = build_problem(chain, objective)
+        self.smallest_tree = least_tree(chain, self.problem)
+        self.smallest = simulate(chain, self.smallest_tree)
+        if objective == "total":
+            self._search_smallest()
+        self.smallest_bytes = self.peak(self.smallest)
+
+    def peak(self, simulation: Simulation) -> int:
+        return simulation.peak_bytes if self.objective == "held" else simulation.total_peak_bytes
+
+    def fits(self, simulation: Simulation) -> bool:
+        return self.peak(simulation) <= self.budget_bytes
+
+    def classic(self, strategy: str) -> Trial:
+        trials = [(tree, simulate(self.chain, tree)) for tree in STRATEGIES[strategy](self.chain, self.budget_bytes)]
+        fitting = [trial for trial in trials if self.fits(trial[1])]
+        if not fitting:
+            need = min(self.peak(simulation) for _, simulation in trials)
+            hint = (
+                f"no {strategy!r} plan of chain {self.chain.name!r} holds less; 'optimal' needs {self.smallest_bytes}"
+            )
+            raise BudgetExceeded(need, self.budget_bytes, hint)
+        return min(fitting, key=self._rank)
+
+    def optimal(self) -> tuple[Tree, Simulation, float | None, int]:
+        plain = strategies.keep_all(self.chain)
+        kept = simulate(self.chain, plain)
+        if self.fits(kept) and np.nanmin(self.problem.option_s) >= 0:
+            return plain, kept, 0.0, 0
+        solution = solve(self.chain, self.problem, self.budget_bytes, slots=self.slots, engine=self.engine)
+        trials = list(self._read(solution))
+        trials += [trial for trial in ((plain, kept), (self.smallest_tree, self.smallest)) if self.fits(trial[1])]
+        if not trials:
+            hint = f"no plan of chain {self.chain.name!r} holds less; raise the budget or make its stages smaller"
+            raise BudgetExceeded(self.smallest_bytes, self.budget_bytes, hint)
+        tree, simulation = min(trials, key=self._rank)
+        return tree, simulation, self._gap(solution, kept, simulation), solution.grid.slot_bytes
+
+    def _rank(self, trial: Trial) -> tuple[float, int]:
+        return trial[1].step_s, self.peak(trial[1])
+
+    def _search_smallest(self) -> None:
+        """For total bytes the closed form is an upper bound only: ask the tables."""
+        solution = solve(self.chain, self.problem, self.peak(self.smallest), slots=self.slots, engine=self.engine)
+        fitting = np.flatnonzero(np.isfinite(solution.seconds_by_slots))
+        if len(fitting):
+            tree = solution.tree(int(fitting[0]))
+            simulation = simulate(self.chain, tree)
+            if self.peak(simulation) < self.peak(self.smallest):
+                self.smallest_tree, self.smallest = tree, simulation
+
+    def _read(self, solution: Solution) -> Iterator[Trial]:
+        """Plans that fit: the one within the budget's slots, and better ones beyond if rounding left room."""
+        grid = solution.grid
+        low, high = min(self.budget_bytes // grid.slot_bytes, grid.slots), grid.slots
+        for _ in range(_MOST_TRIALS):
+            if low > high:
+                return
+            middle = (low + high + 1) // 2 if solution.exact or low < high else low
+            middle = low if not np.isfinite(solution.seconds_by_slots[low]) else middle
+            if not np.isfinite(solution.seconds_by_slots[middle]):
+                low = middle + 1
+                continue
+            tree = solution.tree(solution.least_slots(middle))
+            simulation = simulate(self.chain, tree)
+            if self.fits(simulation):
+                yield tree, simulation
+                low = middle + 1
+            else:
+                high = middle - 1
+
+    def _gap(self, solution: Solution, kept: Simulation, found: Simulation) -> float | None:
+        if solution.exact:
+            return 0.0
+        if solution.pieces.sums * self.slots > _BOUND_SUMS:
+            return None
+        bound = solve(
+            self.chain, self.problem, self.budget_bytes, slots=self.slots, engine=self.engine, optimistic=True
+        )
+        least_s = kept.step_s + float(bound.seconds_by_slots[-1])
+        return max(0.0, found.step_s / least_s - 1.0) if least_s > 0 else 0.0

@@ -71,6 +71,7 @@ class _Run:
         self.chain = chain
         self.steps = steps
         self.holders = [0] * len(chain.storages)
+        self.held = _Held(self.holders)
         self.held_bytes = 0
         self.peak_bytes = 0
         self.peak_step = "start"
@@ -81,7 +82,6 @@ class _Run:
         self.recompute_s = 0.0
         self.step_s = 0.0
         self.forward_sums = [0.0, *accumulate(stage.forward_s for stage in chain.stages)]
-        self.touched = [_touched(chain, i) for i in range(len(chain))]
         self.transients = _RangeMax([self._transient_bytes(i) for i in range(len(chain))])
 
     def step(self) -> None:
@@ -162,9 +162,7 @@ class _Run:
 
     def _transient_bytes(self, stage: int) -> int:
         """Input and output of a running stage, as far as nobody holds them, and its workspace."""
-        ids, untracked_bytes = self.touched[stage]
-        loose = sum(self.chain.footprints[i] for i in ids if self.holders[i] == 0)
-        return loose + untracked_bytes + self.chain.stages[stage].workspace_bytes
+        return self.chain.running_bytes(stage, self.held) + self.chain.stages[stage].workspace_bytes
 
     def _alive(self, label: str, beyond_bytes: int) -> None:
         if self.held_bytes + beyond_bytes > self.total_peak_bytes:
@@ -181,16 +179,14 @@ class _Run:
         return first if step.first == step.last else f"{first}..{last}"
 
 
-def _touched(chain: Chain, i: int) -> tuple[frozenset[int], int]:
-    """Ids of a stage's input and output, and the bytes of those of the two that are no storage of the chain."""
-    stage = chain.stages[i]
-    ids, untracked_bytes = {*stage.inputs, *stage.output}, 0 if stage.output else stage.output_bytes
-    if i > 0:
-        before = chain.stages[i - 1]
-        ids.update(before.output)
-        if not before.output and not stage.inputs:
-            untracked_bytes += before.output_bytes
-    return frozenset(ids), untracked_bytes
+class _Held:
+    """`id in _Held(holders)`: whether anyone holds that storage."""
+
+    def __init__(self, holders: list[int]) -> None:
+        self.holders = holders
+
+    def __contains__(self, i: object) -> bool:
+        return isinstance(i, int) and self.holders[i] > 0
 
 
 class _RangeMax:

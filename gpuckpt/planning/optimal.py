@@ -1,0 +1,124 @@
+"""The optimal plan of a heterogeneous chain under a budget.
+
+Dynamic programming over persistent schedules, "rotor": Beaumont, Eyraud-Dubois, Herrmann, Joly and Shilova, "Optimal
+checkpointing for heterogeneous chains: how to train deep neural networks with limited memory" (2019). A persistent schedule
+is exactly a tree of `Keep` and `Recompute`; here with several ways to keep a stage, storages shared across boundaries counted once,
+shared extras, and stages that cannot be recomputed. Time n^3 / 6 additions a slot, half that squared for a body of equal blocks.
+
+Memory is counted in slots and every size rounded up, so no plan is ever over. When a common divisor of all sizes serves as the slot the
+result is the optimum; else the slots reach beyond the budget, by what rounding wastes, and the simulator says which of
+the plans found there still fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuckpt.planning._grid import Grid, Pieces, common_unit, make_grid, make_pieces
+from gpuckpt.planning._problem import Problem
+from gpuckpt.planning._tables_numpy import Tables
+from gpuckpt.planning._tables_numpy import fill_tables as fill_tables_plainly
+from gpuckpt.planning._walk import Walk
+from gpuckpt.planning.chain import Chain
+from gpuckpt.planning.plan import Node, build_tree
+
+__all__ = ["Solution", "solve"]
+
+Tree = tuple[Node, ...]
+
+# Above this many additions compiled code pays even when Numba has yet to be imported: NumPy does about 5e8 a second.
+_NUMPY_SUMS = 200_000_000
+# An exact grid may take this many additions (a tenth of a second compiled) and table bytes, however many slots that is.
+_EXACT_SUMS = 500_000_000
+_TABLE_BYTES = 400_000_000
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Tables that answer for every budget up to `grid.slots` slots."""
+
+    chain: Chain
+    problem: Problem
+    grid: Grid
+    pieces: Pieces
+    tables: Tables
+    exact: bool
+
+    def least_slots(self, slots: int) -> int:
+        """The fewest slots in which the least seconds of `slots` are reached."""
+        return int(np.searchsorted(-self.seconds_by_slots, -self.seconds_by_slots[slots]))
+
+    def tree(self, slots: int) -> Tree:
+        """A plan with `seconds(slots)`."""
+        return build_tree(Walk(self.chain, self.problem, self.grid, self.pieces, self.tables).tokens(slots))
+
+    @property
+    def seconds_by_slots(self) -> NDArray[np.float32]:
+        """Least seconds above plainly keeping for every number of slots; infinity when nothing fits."""
+        return self.tables.top[0 if self.grid.extras else 1, 0, 0]
+
+
+def solve(
+    chain: Chain,
+    problem: Problem,
+    budget_bytes: int,
+    *,
+    slots: int = 500,
+    engine: str = "auto",
+    optimistic: bool = False,
+) -> Solution:
+    """Fill the tables for budgets up to `budget_bytes` at least.
+
+    Args:
+        slots: how many slots of memory to plan in where sizes share no unit that would do.
+        engine: "numpy", "numba", or "auto", which spares short solves Numba's import.
+        optimistic: round sizes down, which gives a lower bound on seconds and no plan to run.
+    """
+    pieces = make_pieces(problem)
+    # No plan holds more than everything at once.
+    everything = int(problem.option_bytes[0].max(axis=1).sum() + problem.input_bytes.sum()) + problem.extras_bytes
+    useful_bytes = min(budget_bytes, everything + _largest_need(problem))
+    unit = common_unit(problem) or 1
+    exact_slots = useful_bytes // unit
+    most = min(_EXACT_SUMS // max(1, pieces.sums), _TABLE_BYTES // (8 * (pieces.rows + 2 * problem.n)))
+    exact = exact_slots <= max(slots, most)
+    if exact:
+        grid = make_grid(problem, unit, exact_slots)
+    elif optimistic:
+        grid = make_grid(problem, -(-useful_bytes // slots), slots, round_up=False)
+    else:
+        grid = make_grid(problem, _slot_bytes(problem, useful_bytes, slots), slots)
+    fill = _engine(engine, pieces.sums * (grid.slots + 1))
+    return Solution(chain, problem, grid, pieces, fill(problem, grid, pieces), exact and problem.exact)
+
+
+def _largest_need(problem: Problem) -> int:
+    needs = max(int(problem.option_need.max()), int(problem.run_need.max()), int(problem.first_need.max()))
+    return needs + int(problem.back_need.max()) + int(problem.gradient_bytes.max())
+
+
+def _engine(engine: str, sums: int) -> Callable[[Problem, Grid, Pieces], Tables]:
+    if engine not in ("auto", "numpy", "numba"):
+        raise ValueError(f"engine is {engine!r}; expected 'auto', 'numpy' or 'numba'")
+    if engine == "numpy" or (engine == "auto" and sums <= _NUMPY_SUMS):
+        return fill_tables_plainly
+    from gpuckpt.planning._tables_numba import fill_tables
+
+    return fill_tables
+
+
+def _slot_bytes(problem: Problem, budget_bytes: int, slots: int) -> int:
+    """A slot such that `slots` of them reach as far beyond the budget as rounding up wastes, and that wastes little."""
+    sizes = problem.option_bytes[0, :, 0].astype(np.float64)
+    sizes = np.concatenate([sizes[sizes > 0], problem.input_bytes[problem.input_bytes > 0] / 4])
+    best, least_reach = -(-2 * budget_bytes // slots), np.inf
+    for stretch in np.linspace(1.0, 2.0, 101):
+        slot = -(-int(budget_bytes * stretch) // slots)
+        inflation = float((np.ceil(sizes / slot) * slot).sum() / sizes.sum())
+        if inflation <= stretch and inflation * stretch**0.5 < least_reach:
+            best, least_reach = slot, inflation * stretch**0.5
+    return best
