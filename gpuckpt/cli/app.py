@@ -97,3 +97,7 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"gpuckpt: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

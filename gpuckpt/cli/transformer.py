@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpuckpt.pytorch.activations import GATED
+from gpuckpt.pytorch.activations import ACTIVATIONS, GATED
 from gpuckpt.pytorch.nn import FusedMLP, GatedMLP
 
 __all__ = ["VOCABULARY", "Config", "Transformer"]
@@ -30,6 +30,8 @@ class Config:
     activation: str = "gelu"
 
     def __post_init__(self) -> None:
+        if self.activation not in (*ACTIVATIONS, *GATED):
+            raise ValueError(f"--activation {self.activation!r}: expected one of {', '.join((*ACTIVATIONS, *GATED))}")
         for name in ("layers", "width", "heads", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}: expected at least 1")

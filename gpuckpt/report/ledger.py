@@ -23,11 +23,14 @@ def draw_ledger(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
 
     began_s = events[0].time_s
     times_ms = [(event.time_s - began_s) * 1e3 for event in events]
-    used = [event.used_bytes for event in events]
+    # Ticks at round numbers of a binary unit.
+    top_bytes = max(cap_bytes, plain_peak_bytes or 0)
+    power = max(0, (top_bytes.bit_length() - 1) // 10)
+    unit = 1024**power
+    used = [event.used_bytes / unit for event in events]
     turn_ms = next(
         (t for t, event in zip(times_ms, events, strict=True) if event.kind == "step" and event.what == "backward"),
         times_ms[-1],
@@ -38,27 +41,24 @@ def draw_ledger(
     axes.axvspan(0, turn_ms, color="#f1f5f9", zorder=0)
     axes.fill_between(times_ms, used, step="post", color="#2563eb", alpha=0.25, linewidth=0)
     axes.step(times_ms, used, where="post", color="#1d4ed8", linewidth=1.4, label="held by the budget")
-    axes.axhline(cap_bytes, color="#dc2626", linewidth=1.6, label=f"cap {format_bytes(cap_bytes)}")
+    axes.axhline(cap_bytes / unit, color="#dc2626", linewidth=1.6, label=f"cap {format_bytes(cap_bytes)}")
     axes.axhline(
-        promised_bytes, color="#16a34a", linewidth=1.2, linestyle="--", label=f"promised {format_bytes(promised_bytes)}"
+        promised_bytes / unit,
+        color="#16a34a",
+        linewidth=1.2,
+        linestyle="--",
+        label=f"promised {format_bytes(promised_bytes)}",
     )
-    top_bytes = cap_bytes
     if plain_peak_bytes is not None:
-        axes.axhline(
-            plain_peak_bytes,
-            color="#64748b",
-            linewidth=1.2,
-            linestyle=":",
-            label=f"plain run {format_bytes(plain_peak_bytes)}",
-        )
-        top_bytes = max(top_bytes, plain_peak_bytes)
+        label = f"plain run {format_bytes(plain_peak_bytes)}"
+        axes.axhline(plain_peak_bytes / unit, color="#64748b", linewidth=1.2, linestyle=":", label=label)
     axes.set_xlim(0, max(times_ms[-1], 1e-3))
-    axes.set_ylim(0, top_bytes * 1.18)
+    top = top_bytes / unit or 1.0
+    axes.set_ylim(0, top * 1.18)
     for x, name in ((turn_ms / 2, "forward"), ((turn_ms + times_ms[-1]) / 2, "backward")):
-        axes.text(x, top_bytes * 1.12, name, ha="center", va="center", color="#475569")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(round(value))))
+        axes.text(x, top * 1.12, name, ha="center", va="center", color="#475569")
     axes.set_xlabel("milliseconds into the step")
-    axes.set_ylabel("bytes held")
+    axes.set_ylabel(f"held, {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}")
     axes.set_title(title, fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

@@ -1,0 +1,108 @@
+"""The package as others get it: built, installed elsewhere, and imported from outside the checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+ISOLATED = """
+import sys
+sys.path.insert(0, {wheel!r})
+import gpuckpt, gpuckpt.kernels
+assert gpuckpt.__file__.startswith({wheel!r}), gpuckpt.__file__
+assert gpuckpt.kernels.__file__.startswith({wheel!r}), gpuckpt.kernels.__file__
+"""
+
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+import gpuckpt, torch
+model = torch.nn.Sequential(*[gpuckpt.nn.FusedMLP(8, 16) for _ in range(4)])
+fitted = gpuckpt.fit(model, torch.randn(4, 8), "1MiB")
+fitted(torch.randn(4, 8)).sum().backward()
+assert fitted.budget.used_bytes == 0
+"""
+
+NO_IMPORTS = """
+import sys, gpuckpt
+for room in ("torch", "cupy", "triton", "numba", "numpy", "matplotlib"):
+    assert room not in sys.modules, room
+gpuckpt.CheckpointBudget(1024, device="cpu").allocate(10)
+gpuckpt.BudgetExceeded
+for room in ("torch", "cupy", "triton"):
+    assert room not in sys.modules, room
+"""
+
+
+def python(code: str, cwd: Path, *options: str) -> None:
+    done = subprocess.run([sys.executable, *options, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+        ROOT,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("gpuckpt-*.whl")
+    return path
+
+
+def test_the_wheel_has_every_room_and_no_top_level_kernels(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    shipped = {name for name in names if name.endswith(".py")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "gpuckpt").rglob("*.py")}
+    expected |= {"gpuckpt/" + str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")}
+    assert shipped == expected
+    assert "gpuckpt/py.typed" in names
+    assert not any(name.startswith("kernels/") for name in names)
+
+
+def test_the_wheel_imports_from_anywhere(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    python(ISOLATED.format(wheel=str(tmp_path / "site")), tmp_path)
+
+
+def test_the_editable_install_finds_the_kernels_from_outside(tmp_path):
+    python("import gpuckpt.kernels; from gpuckpt.kernels import tiles", tmp_path)
+
+
+def test_importing_loads_nothing_that_is_not_needed(tmp_path):
+    python(NO_IMPORTS, tmp_path)
+
+
+@pytest.mark.parametrize("missing", [("cupy", "cupy_backends"), ("triton",), ("cupy", "cupy_backends", "triton")])
+def test_the_cpu_side_works_without(missing, tmp_path):
+    python(WITHOUT.format(missing=missing), tmp_path, "-W", "ignore")
+
+
+def test_every_public_name_is_there():
+    import gpuckpt
+
+    for name in gpuckpt.__all__:
+        assert getattr(gpuckpt, name) is not None
+    assert set(gpuckpt.__all__) <= set(dir(gpuckpt))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = gpuckpt.nonsense
