@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
+    from gpuckpt.memory.arena import Arena
+    from gpuckpt.memory.layout import Slab
+
 __all__ = ["CheckpointBudget"]
 
 _CUDA_UNIT_BYTES = 512  # CuPy's pools hand out multiples of this
@@ -203,6 +206,13 @@ class CheckpointBudget:
 
         self._admit(ask, footprint_bytes, what)
         return block
+
+    def reserve(self, slab: Slab, what: str = "planned step") -> Arena:
+        """One block for a whole planned step (`gpuckpt.memory.lay_out`), taken in one piece before the first step. Raises
+        `BudgetExceeded` where the slab does not fit."""
+        from gpuckpt.memory.arena import Arena
+
+        return Arena(self, slab, what)
 
     def retake(self, small: Any, charge: Charge) -> Any:
         """A block for the compressed form `small`, which takes over `charge` from the larger block that it replaces."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaBlock", "CupyPool", "import_cupy", "pinned_buffer", "torch_allocator"]
 
+_CUDA_ERROR_MEMORY_ALLOCATION = 2  # CuPy does not name it for Python
+
 
 def import_cupy() -> Any:
     """The module `cupy`. Raises `BackendUnavailable` with what to install."""
@@ -51,8 +53,12 @@ class CudaBlock:
 
     def pointer(self) -> Any:
         """A CuPy `MemoryPointer` to the block's first byte."""
+        return self.pointer_at(self.address, self.nbytes, self)
+
+    def pointer_at(self, address: int, nbytes: int, owner: Any) -> Any:
+        """A `MemoryPointer` to `nbytes` at `address` in the block, which keeps `owner` alive."""
         cuda = self._pool.cupy.cuda
-        return cuda.MemoryPointer(cuda.UnownedMemory(self.address, self.nbytes, self, self._pool.device_id), 0)
+        return cuda.MemoryPointer(cuda.UnownedMemory(address, nbytes, owner, self._pool.device_id), 0)
 
     @property
     def foreign_readers(self) -> bool:
@@ -72,6 +78,12 @@ class CudaBlock:
         if key not in self._consumers and self.ready is not None:
             stream.wait_event(self.ready)
         self._consumers[key] = stream
+
+    def order_after(self, stream: Any) -> None:
+        """Let further work on the block's own stream wait for what `stream` has been given so far."""
+        for event in self._pool._last_uses([stream]):
+            if isinstance(event, self._pool.cupy.cuda.Event):
+                self.stream.wait_event(event)
 
     def __del__(self) -> None:
         self._pool._retire(self)
@@ -244,7 +256,7 @@ def torch_allocator() -> Any:
         try:
             return int(torch.cuda.caching_allocator_alloc(nbytes, device_id, stream))
         except torch.OutOfMemoryError:
-            status = cuda.runtime.errorMemoryAllocation
+            status = _CUDA_ERROR_MEMORY_ALLOCATION
         # Outside the handler: CuPy retries, and torch's traceback would keep its buffers alive meanwhile.
         raise cuda.runtime.CUDARuntimeError(status)
 

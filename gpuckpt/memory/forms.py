@@ -77,15 +77,21 @@ class TorchForm:
         source = tensor.detach()
         # copy_ resolves the conjugate and negative bits: the block holds plain values.
         self.stored(block).copy_(source[self.layout.stored] if self.layout.expanded else source)
+        if tensor.is_cuda:
+            block.written()
 
     def view(self, block: Any) -> Any:
         stored = self.stored(block)
+        if stored.is_cuda:
+            from gpuckpt.memory.cupy_pool import current_stream, import_cupy
+
+            block.used_on(current_stream(import_cupy().cuda, stored))
         return stored.expand(self.layout.shape) if self.layout.expanded else stored
 
     def stored(self, block: Any) -> Any:
         import torch
 
-        if isinstance(block.address, int) and hasattr(block, "__array_interface__"):
+        if hasattr(block, "__array_interface__"):
             flat = torch.from_numpy(np.asarray(block))
         else:
             from gpuckpt.memory.cupy_form import flat_array

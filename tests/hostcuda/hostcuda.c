@@ -67,7 +67,7 @@ static cudaError_t allocate(void **out, size_t size, enum cudaMemoryType type) {
   int on_device = type != cudaMemoryTypeHost;
   pthread_mutex_lock(&lock);
   int injected = fail_in >= 0 && fail_in-- == 0;
-  if (!injected && !(on_device && size > capacity[current_device] - used[current_device])) {
+  if (!injected && !(on_device && used[current_device] + size > capacity[current_device])) {
     void *at = NULL;
     if (posix_memalign(&at, ALIGNMENT, size ? size : 1) == 0) {
       status = enter(at, size, type, 1);
