@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -52,6 +53,13 @@ def python(code: str, cwd: Path, *options: str) -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
+    # A copy: building leaves a build folder behind, whose stale files would get into the next wheel.
+    source = folder / "source"
+    source.mkdir()
+    for name in ("gpuckpt", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
     command = [
         sys.executable,
         "-m",
