@@ -1,10 +1,10 @@
-# make setup | demo | test | check | nightly | bench
+# make setup | demo | test | check | nightly | audit | bench
 PYTHON ?= python3
 EXTRAS ?= cuda12,dev
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test check nightly format clean
+.PHONY: setup demo test check nightly audit format clean
 
 setup: $(VENV)/.installed
 
@@ -27,6 +27,10 @@ check: setup
 
 nightly: setup
 	$(BIN)/python -m pytest -m slow -q -s
+
+# Every kernel, tile, type and architecture through the compiler; half an hour on two cores is the bound.
+audit: setup
+	timeout 1800 $(BIN)/python benchmarks/dossier.py
 
 format: setup
 	$(BIN)/ruff format .

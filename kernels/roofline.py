@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 __all__ = [
     "DEVICES",
+    "ITEM_BYTES",
     "SM_LIMITS",
     "Device",
     "Occupancy",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 _T = 1e12
-_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def work_of(kernel: str, shape: Shape, dtype: str) -> Work:
 
     Raises `ValueError` for a kernel without a model.
     """
-    s, b = shape, _ITEM_BYTES[dtype]
+    s, b = shape, ITEM_BYTES[dtype]
     match kernel:
         case "linear_fwd":
             return _gemms(s, b, 1, 0, 1)
@@ -202,7 +203,7 @@ def work_of(kernel: str, shape: Shape, dtype: str) -> Work:
             return Work(flops, (s.M * s.K + s.N * s.K + s.M * s.O + s.N * s.O) * b, 2 * s.M * s.N * b)
         case "gated_fwd":
             return _gemms(s, b, 2, 0, 1)
-        case "cross_entropy":  # logits in, their gradient out, in place
+        case "cross_entropy_bwd":  # logits in, their gradient out, in place
             return Work(8 * s.M * s.N, s.M * s.N * b, s.M * s.N * b)
         case "cross_entropy_fwd":
             return Work(4 * s.M * s.N, s.M * s.N * b, s.M * 4)
