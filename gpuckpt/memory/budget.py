@@ -225,6 +225,10 @@ class CheckpointBudget:
         small.store(block)
         return block
 
+    def owns(self, address: int) -> bool:
+        """Whether a live block of this budget's pool begins at `address`."""
+        return self._pool is not None and self._pool.owns(address)
+
     def offer(self, holder: Evictable) -> None:
         """Register something that can give bytes up when a request does not fit; oldest are asked first. Held weakly."""
         self.holders.add(holder)

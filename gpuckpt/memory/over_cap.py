@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from gpuckpt.errors import BudgetExceeded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from gpuckpt.memory.budget import CheckpointBudget
 
@@ -55,9 +55,13 @@ class Holders:
         """`holder` is no longer asked."""
         self._refs.pop(id(holder), None)
 
-    def in_order(self) -> list[Evictable]:
-        """Who is asked, oldest first."""
-        return [holder for ref in list(self._refs.values()) if (holder := ref()) is not None]
+    def in_order(self) -> Iterator[Evictable]:
+        """Who is asked, oldest first. Keeps none of them alive but the one it is at, so that what one drops is gone."""
+        for ref in list(self._refs.values()):
+            holder = ref()
+            if holder is not None:
+                yield holder
+            del holder
 
 
 def parse_policies(policies: Iterable[Any] | str) -> tuple[Any, ...]:
