@@ -81,6 +81,24 @@ def train(
         raise typer.Exit(130)
 
 
+@app.command()
+def audit(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90, ...; several may follow [all that ship]")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    json: Annotated[bool, typer.Option("--json", help="print the dossier as JSON")] = False,
+    html: Annotated[Path | None, typer.Option(help="write the dossier as a page")] = None,
+    jobs: Annotated[int | None, typer.Option(help="compiler processes [one a core]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="the preferred tile of each kernel only")] = False,
+) -> None:
+    """Compile every shipped kernel ahead of time and check registers, spills and instructions. Needs no GPU."""
+    from gpuckpt.report.audit import run_audit
+
+    archs = [*(arch or ()), *(more or ())]
+    raise typer.Exit(run_audit(archs, "-" if json else None, html, jobs, quick=quick))
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
