@@ -9,7 +9,9 @@ padding of at most 63 bytes a block, like malloc's own header, is not counted.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict, deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,27 +30,36 @@ _ALIGNMENT = 64
 Buffer = np.ndarray[Any, np.dtype[np.uint8]]
 
 
+class _Place(weakref.ref["HostBlock"]):
+    """The buffer of one block. The pool keeps it; its callback puts it among the returned ones when the block dies, without
+    running a line of Python in which a lock or an interrupt could get in between."""
+
+    __slots__ = ("buffer", "held_bytes")
+
+    buffer: Buffer
+    held_bytes: int
+
+
 class HostBlock:
     """Bytes of a `HostPool`. NumPy views made by `np.asarray(block)` keep the block alive; with the last of them gone, the
     bytes return to the pool and then the block's charge to its ledger."""
 
-    __slots__ = ("__weakref__", "_buffer", "_pool", "address", "charge", "nbytes")
+    __slots__ = ("__weakref__", "address", "charge", "nbytes")
     foreign_readers = False
 
     def __init__(self, pool: HostPool, buffer: Buffer) -> None:
-        self._pool = pool
-        self._buffer = buffer
         self.nbytes = buffer.nbytes
-        self.address: int = buffer.ctypes.data
+        self.address: int = buffer.__array_interface__["data"][0]
         self.charge: Charge | None = None
+        place = _Place(self, pool._when_dead)
+        place.buffer, place.held_bytes = buffer, 0
+        pool._places.add(place)
+        pool._live_bytes += self.nbytes
+        place.held_bytes = self.nbytes
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
         return {"data": (self.address, False), "shape": (self.nbytes,), "typestr": "|u1", "version": 3}
-
-    def __del__(self) -> None:
-        self._pool._addresses.pop(self.address, None)
-        self._pool._returned.append(self._buffer)
 
 
 class HostPool:
@@ -69,8 +80,10 @@ class HostPool:
         self._cache: OrderedDict[int, list[Buffer]] = OrderedDict()
         self._addresses: dict[int, int] = {}
         self._lock = threading.RLock()
-        # Dead blocks wait here: a finalizer must not wait for the lock. Everyone who takes the lock empties it first.
-        self._returned: deque[Buffer] = deque()
+        self._places: set[_Place] = set()
+        # Places of dead blocks. Everyone who takes the lock empties it first.
+        self._returned: deque[_Place] = deque()
+        self._when_dead = self._returned.append
 
     @property
     def live_bytes(self) -> int:
@@ -101,14 +114,15 @@ class HostPool:
                 )
             buffers = self._cache.get(nbytes)
             if buffers:
-                buffer = buffers.pop()
+                # Counted first: an interrupt comes after the call, and then the buffer is gone as counted.
                 self._cached_bytes -= nbytes
-                self._cache.move_to_end(nbytes)
+                buffer = buffers.pop()
+                with suppress(KeyError):
+                    self._cache.move_to_end(nbytes)
             else:
                 self._shrink(available - nbytes)
                 buffer = self._allocate(nbytes)
             block = HostBlock(self, buffer)
-            self._live_bytes += nbytes
             if nbytes:
                 self._addresses[block.address] = nbytes
             return block
@@ -129,23 +143,33 @@ class HostPool:
             self._shrink(max(keep_bytes, 0))
 
     def _shrink(self, keep_bytes: int) -> None:
-        while self._cached_bytes > keep_bytes:
+        while self._cached_bytes > keep_bytes and self._cache:
             size, buffers = next(iter(self._cache.items()))
             if buffers:
-                buffers.pop()
                 self._cached_bytes -= size
+                buffers.pop()
             if not buffers:
-                del self._cache[size]
+                self._cache.pop(size, None)
 
     def _collect_returned(self) -> None:
-        while self._returned:
+        # As in the ledger: counted before it leaves the queue, in steps between which nothing can get in.
+        returned = self._returned
+        while returned:
             try:
-                buffer = self._returned.popleft()
-            except IndexError:  # a finalizer within this loop collected it
+                place = returned[0]
+                self._addresses.pop(place.buffer.__array_interface__["data"][0], None)
+                buffers = self._cache.setdefault(place.buffer.nbytes, [])
+                nbytes = place.held_bytes
+                place.held_bytes = 0
+                self._live_bytes -= nbytes
+                if nbytes:
+                    self._cached_bytes += nbytes
+                    buffers.append(place.buffer)
+                self._places.discard(place)
+                if returned[0] is place:
+                    returned.popleft()
+            except IndexError:
                 return
-            self._live_bytes -= buffer.nbytes
-            self._cached_bytes += buffer.nbytes
-            self._cache.setdefault(buffer.nbytes, []).append(buffer)
 
 
 def aligned_buffer(nbytes: int) -> Buffer:

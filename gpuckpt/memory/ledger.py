@@ -4,10 +4,14 @@ Exact under threads, under the garbage collector and under Ctrl-C:
 
 * Every change happens under one re-entrant lock, in a straight run of integer arithmetic. CPython runs finalizers and
   signal handlers only at calls, backward jumps and container allocations, so none of them ever sees books half written.
-* A finalizer never waits. Where another thread holds the lock, `drop` leaves its bytes in a queue that everyone who reads
-  or changes the books empties first; two budgets whose finalizers run inside each other's calls cannot deadlock.
-* A handle gets its bytes in the same step in which they are booked, so that an interrupt cannot leave bytes that belong
-  to nobody.
+* A handle's bytes stand on its claim, which the ledger keeps: a weak reference whose callback is `deque.append` itself. When
+  the handle dies the claim is in the queue without a line of Python having run, so neither a lock held elsewhere nor an
+  interrupt can get in between; everyone who reads or changes the books empties the queue first.
+* A handle's finalizer books it at once where it can, so that the log has the right time. It never waits, and it does not
+  matter if it is cut short: the queue has the claim. Two budgets whose finalizers run inside each other's calls cannot
+  deadlock.
+* A claim gets its bytes in the same step in which they are booked, so that an interrupt cannot leave bytes that belong to
+  nobody.
 
 The ledger knows numbers only. Where bytes live is the pools' matter, what to do when they do not fit is the budget's.
 """
@@ -48,32 +52,49 @@ class Snapshot(NamedTuple):
     refusals: int
 
 
+class _Claim(weakref.ref["Charge"]):
+    """What one handle holds. Outlives the handle by as long as it takes to book its end."""
+
+    __slots__ = ("held_bytes", "pending_bytes", "what")
+
+    held_bytes: int
+    pending_bytes: int  # reserved, not committed yet
+    what: str
+
+
 class Charge:
     """Bytes held in a ledger until `release()`, or until the handle is collected. Thread-safe."""
 
-    __slots__ = ("__weakref__", "_held_bytes", "_ledger", "_pending_bytes", "what")
+    __slots__ = ("__weakref__", "_claim", "_ledger")
 
     def __init__(self, ledger: Ledger, what: str) -> None:
         self._ledger = ledger
-        self._held_bytes = 0
-        self._pending_bytes = 0  # reserved, not committed yet
-        self.what = what
+        self._claim = claim = _Claim(self, ledger._when_dead)
+        claim.held_bytes = claim.pending_bytes = 0
+        claim.what = what
+        ledger._claims.add(claim)
 
     @property
     def nbytes(self) -> int:
         """Bytes this handle still holds: 0 once released."""
-        return self._held_bytes
+        return self._claim.held_bytes
+
+    @property
+    def what(self) -> str:
+        """What the bytes are, as it was said when they were charged."""
+        return self._claim.what
 
     def release(self) -> None:
         """Give the bytes back. The second time does nothing."""
         self._ledger.release(self)
 
     def __del__(self) -> None:
-        if self._held_bytes or self._pending_bytes:
-            self._ledger.drop(self._held_bytes, self._pending_bytes, self.what)
+        claim = self._claim
+        if claim.held_bytes:
+            self._ledger._try_to_book(claim)
 
     def __repr__(self) -> str:
-        return f"Charge({self._held_bytes} bytes, {self.what!r})"
+        return f"Charge({self.nbytes} bytes, {self.what!r})"
 
 
 class Ledger:
@@ -84,15 +105,16 @@ class Ledger:
 
     __slots__ = (
         "__weakref__",
-        "_booking",
+        "_claims",
         "_closed_because",
-        "_dropped",
+        "_dead",
         "_events",
         "_limit_bytes",
         "_lock",
         "_pending_bytes",
         "_plain_bytes",
         "_used_bytes",
+        "_when_dead",
         "charges",
         "max_bytes",
         "peak_bytes",
@@ -114,16 +136,17 @@ class Ledger:
         self._closed_because: str | None = None
         self._lock = threading.RLock()
         self._events: deque[list[Any]] = deque(maxlen=log_events)
-        self._dropped: deque[tuple[int, int, str]] = deque()
-        self._booking = False
+        self._claims: set[_Claim] = set()
+        self._dead: deque[_Claim] = deque()
+        self._when_dead = self._dead.append
         _live_ledgers.add(self)
 
     @property
     def used_bytes(self) -> int:
         """Bytes held at this instant."""
-        if self._dropped:
+        if self._dead:
             with self._lock:
-                self._book_dropped()
+                self._book_dead()
         return self._used_bytes
 
     @property
@@ -136,8 +159,8 @@ class Ledger:
         # Built before anything is read: the container may start a collection, whose finalizers change the books.
         event = ["charge" if handle is not None else "allocate", what, nbytes, 0, perf_counter(), self.step]
         with self._lock:
-            if self._dropped:
-                self._book_dropped()
+            if self._dead:
+                self._book_dead()
             used = self._used_bytes + nbytes
             if used + self._pending_bytes > self._limit_bytes:
                 self._refuse(nbytes, what)
@@ -147,7 +170,7 @@ class Ledger:
             if handle is None:
                 self._plain_bytes += nbytes
             else:
-                handle._held_bytes += nbytes
+                handle._claim.held_bytes += nbytes
             self.charges += 1
             event[3] = used
             self._events.append(event)
@@ -170,22 +193,23 @@ class Ledger:
     def reserve(self, nbytes: int, handle: Charge) -> None:
         """Admit `nbytes` that do not exist yet: a pool now looks for their place. `commit` or `cancel` follows."""
         with self._lock:
-            if self._dropped:
-                self._book_dropped()
+            if self._dead:
+                self._book_dead()
             if self._used_bytes + self._pending_bytes + nbytes > self._limit_bytes:
                 self._refuse(nbytes, handle.what)
             self._pending_bytes += nbytes
-            handle._pending_bytes += nbytes
+            handle._claim.pending_bytes += nbytes
 
     def commit(self, handle: Charge) -> None:
         """What was reserved for `handle` now exists, and the handle holds it."""
-        event = ["charge", handle.what, 0, 0, perf_counter(), self.step]
+        claim = handle._claim
+        event = ["charge", claim.what, 0, 0, perf_counter(), self.step]
         with self._lock:
-            nbytes = handle._pending_bytes
+            nbytes = claim.pending_bytes
             used = self._used_bytes + nbytes
             self._pending_bytes -= nbytes
-            handle._pending_bytes = 0
-            handle._held_bytes += nbytes
+            claim.pending_bytes = 0
+            claim.held_bytes += nbytes
             self._used_bytes = used
             if used > self.peak_bytes:
                 self.peak_bytes = used
@@ -197,17 +221,18 @@ class Ledger:
     def cancel(self, handle: Charge) -> None:
         """What was reserved for `handle` found no place."""
         with self._lock:
-            self._pending_bytes -= handle._pending_bytes
-            handle._pending_bytes = 0
+            claim = handle._claim
+            self._pending_bytes -= claim.pending_bytes
+            claim.pending_bytes = 0
 
     def shrink(self, handle: Charge, nbytes: int) -> None:
         """Let `handle` hold `nbytes` from now on, at most what it holds already."""
         event = ["release", handle.what, 0, 0, perf_counter(), self.step]
         with self._lock:
-            less = handle._held_bytes - nbytes
+            less = handle._claim.held_bytes - nbytes
             if less < 0:
                 raise ValueError(f"{handle!r} cannot shrink to {nbytes} bytes")
-            handle._held_bytes = nbytes
+            handle._claim.held_bytes = nbytes
             self._used_bytes -= less
             event[2] = less
             event[3] = self._used_bytes
@@ -215,24 +240,8 @@ class Ledger:
 
     def release(self, handle: Charge) -> None:
         """Take what `handle` holds off the books; nothing where it holds nothing."""
-        event = ["release", handle.what, 0, 0, perf_counter(), self.step]
         with self._lock:
-            nbytes = handle._held_bytes
-            if nbytes:
-                handle._held_bytes = 0
-                self._used_bytes -= nbytes
-                event[2] = nbytes
-                event[3] = self._used_bytes
-                self._events.append(event)
-
-    def drop(self, held_bytes: int, pending_bytes: int, what: str) -> None:
-        """Take a dead handle's bytes off the books, from its finalizer: never waits, never raises."""
-        self._dropped.append((held_bytes, pending_bytes, what))
-        if self._lock.acquire(blocking=False):
-            try:
-                self._book_dropped()
-            finally:
-                self._lock.release()
+            self._book_end(handle._claim)
 
     def refused(self, need_bytes: int, what: str) -> BudgetExceeded:
         """The error for a request of `need_bytes`, with the books as they are now."""
@@ -255,22 +264,22 @@ class Ledger:
     def reset_peak(self) -> None:
         """Forget the highest `used_bytes` seen: what is held now is the new peak."""
         with self._lock:
-            if self._dropped:
-                self._book_dropped()
+            if self._dead:
+                self._book_dead()
             self.peak_bytes = self._used_bytes
 
     def events(self) -> list[Event]:
         """The remembered events, oldest first."""
         with self._lock:
-            if self._dropped:
-                self._book_dropped()
+            if self._dead:
+                self._book_dead()
             return [Event(*event) for event in self._events]
 
     def snapshot(self) -> Snapshot:
         """All numbers of one instant."""
         with self._lock:
-            if self._dropped:
-                self._book_dropped()
+            if self._dead:
+                self._book_dead()
             return Snapshot(
                 self.max_bytes, self._used_bytes, self.peak_bytes, self._pending_bytes, self.charges, self.refusals
             )
@@ -298,29 +307,42 @@ class Ledger:
         self._events.append(["refuse", what, nbytes, self._used_bytes, perf_counter(), self.step])
         raise self.refused(nbytes, what)
 
-    def _book_dropped(self) -> None:
-        if self._booking:  # a finalizer inside the loop below: the loop sees what it queued
-            return
-        self._booking = True
-        try:
-            while self._dropped:
-                event = ["release", "", 0, 0, perf_counter(), self.step]
-                held_bytes, pending_bytes, event[1] = self._dropped[0]
-                self._used_bytes -= held_bytes
-                self._pending_bytes -= pending_bytes
-                event[2] = held_bytes
-                event[3] = self._used_bytes
-                # Booked before it is popped, with nothing in between at which an interrupt could come.
-                self._dropped.popleft()
-                if held_bytes:
-                    self._events.append(event)
-        finally:
-            self._booking = False
+    def _try_to_book(self, claim: _Claim) -> None:
+        if self._lock.acquire(blocking=False):
+            try:
+                self._book_end(claim)
+            finally:
+                self._lock.release()
+
+    def _book_dead(self) -> None:
+        # Booked before it leaves the queue: booking a claim again does nothing, losing one would. A finalizer or a signal
+        # handler inside this loop may have emptied the queue meanwhile.
+        dead = self._dead
+        while dead:
+            try:
+                claim = dead[0]
+                self._book_end(claim)
+                self._claims.discard(claim)
+                if dead[0] is claim:
+                    dead.popleft()
+            except IndexError:
+                return
+
+    def _book_end(self, claim: _Claim) -> None:
+        """Book that a claim ends. The caller holds the lock."""
+        event = ["release", claim.what, 0, 0, perf_counter(), self.step]
+        nbytes = claim.held_bytes
+        self._used_bytes -= nbytes
+        self._pending_bytes -= claim.pending_bytes
+        claim.held_bytes = claim.pending_bytes = 0
+        event[2] = nbytes
+        event[3] = self._used_bytes
+        if nbytes:
+            self._events.append(event)
 
     def _forked(self) -> None:
         # The lock may have been held by a thread that does not exist in this process.
         self._lock = threading.RLock()
-        self._booking = False
         self._closed_because = (
             "this budget belongs to the process that made it, not to its fork; make a new CheckpointBudget here"
         )
