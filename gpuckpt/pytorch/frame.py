@@ -5,7 +5,11 @@
 2. Under `hooks()` autograd's saved tensors are numbered, and nothing is kept.
 3. The first unpack replays the work under hooks that put tensor number i into the budget, and stops after the last one
    that somebody still waits for (early stop).
-4. What was recomputed dies with the autograd node that asked for it.
+4. What was recomputed dies with the autograd node that asked for it; where the node outlives the backward, at the end of that
+   backward at the latest.
+
+A budget that is full may drop what was recomputed (the policy "recompute"), oldest first: it is then computed once more when
+it is asked for, so that a frame gets by with less than all its saved tensors, for more work.
 
 torch.utils.checkpoint keeps what it recomputes in a dictionary of its own, where no budget sees it; here nested frames,
 budgets and other hooks compose without a special case.
@@ -20,17 +24,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
-from gpuckpt.errors import RecomputeMismatch
+from gpuckpt.errors import BudgetExceeded, RecomputeMismatch
 from gpuckpt.memory import CheckpointBudget
-from gpuckpt.pytorch.saved_tensors import Held, enter, holder_of, is_resident, modified
+from gpuckpt.pytorch.holdings import Held, Holding, modified
+from gpuckpt.pytorch.saved_tensors import enter, holder_of, is_resident
 
 __all__ = ["Environment", "Frame", "Verify"]
 
 Verify = Literal["metadata", "bitwise"]
 
 _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
+_graph_task_id = torch._C._current_graph_task_id  # -1 outside of any backward
 
 
 class _EarlyStop(BaseException):
@@ -98,6 +103,22 @@ class _Slot:
         self.seen = seen
         self.held: Held | None = None
 
+    def evict(self, how: str) -> int:
+        """Drop what a recompute can bring again; see `gpuckpt.memory.over_cap.Evictable`."""
+        lock = self.frame._lock
+        if how != "recompute" or not lock.acquire(blocking=False):
+            return 0
+        try:
+            held = self.held
+            if held is None or not isinstance(held.holding, Holding) or self is self.frame._wanted:
+                return 0
+            holding = weakref.ref(held.holding)
+            nbytes = held.holding.nbytes
+            self.held = held = None
+            return nbytes if holding() is None else 0
+        finally:
+            lock.release()
+
 
 class Frame:
     """One piece of work that is run now and replayed in backward.
@@ -114,48 +135,63 @@ class Frame:
         self._verify = verify
         self._inputs: list[Any] = []
         self._slots: list[weakref.ref[_Slot]] = []
+        self._wanted: _Slot | None = None
         self._lock = threading.RLock()
 
     def save(self, tensors: Sequence[torch.Tensor]) -> None:
         """Keep `tensors` to start from, in whatever the active hooks save into. Raises `BudgetExceeded`."""
         if tensors:
             # The anchor makes autograd record a node; the node holds the inputs, and nothing in the graph points to it.
-            anchor = torch.empty((), requires_grad=True)
-            self._inputs.append(_SaveInputs.apply(anchor, *tensors).grad_fn)  # type: ignore[attr-defined]
+            anchor = torch.empty((), device="cpu", requires_grad=True)
+            self._inputs.append(_SaveInputs.apply(anchor, *tensors).grad_fn)
 
-    def hooks(self) -> saved_tensors_hooks:
-        """The context to do the work in."""
-        return saved_tensors_hooks(self._number, _unpack)
+    def hooks(self) -> enter:
+        """The context to do the work in; the frame's budget is the current one in it."""
+        return enter(self._budget, self._number, _unpack)
 
     def _number(self, tensor: torch.Tensor) -> _Slot:
         slot = _Slot(self, len(self._slots), _describe(tensor, self._verify))
         self._slots.append(weakref.ref(slot))
         return slot
 
-    def recompute(self) -> None:
-        """Replay, and fill the slots that somebody still waits for. After a failure no slot holds anything."""
-        waiting = {index: slot for index, ref in enumerate(self._slots) if (slot := ref()) is not None}
-        last = max(waiting)
+    def recompute(self, wanted: _Slot) -> None:
+        """Replay, and fill the slots that somebody still waits for, `wanted` among them. After a failure no slot holds anything.
+
+        Raises `BudgetExceeded` where they do not fit, `RecomputeMismatch` where the work is not what it was.
+        """
+        slots = {index: slot for index, ref in enumerate(self._slots) if (slot := ref()) is not None}
+        last = max(index for index, slot in slots.items() if slot.held is None)
+        evicting = self._budget is not None and "recompute" in self._budget.over_cap
         hold = holder_of(self._budget).hold
+        made: list[weakref.ref[_Slot]] = []
         count = 0
 
         def pack(tensor: torch.Tensor) -> _Slot:
             nonlocal count
             index = count
             count += 1
-            # The graph of the replay is thrown away; it gets slots too, so that a failure empties it as well.
-            slot = waiting.get(index)
+            slot = slots.get(index)
             if slot is None:
+                # Nobody waits for it, but the graph of the replay holds it for as long as it lives.
                 slot = _Slot(self, index, ())
-                slot.held = Held(tensor.detach(), -1, None)
-                return slot
-            _check(slot, tensor, self._verify)
-            slot.held = hold(tensor)
+                made.append(weakref.ref(slot))
+            else:
+                _check(slot, tensor, self._verify)
+            if slot.held is None:
+                try:
+                    slot.held = hold(tensor)
+                except BudgetExceeded:
+                    if not evicting or wanted.held is None:
+                        raise
+                    raise _EarlyStop from None  # the rest when it is wanted
+                if evicting and slot.seen:
+                    self._budget.offer(slot)  # type: ignore[union-attr]
             if index == last:
                 raise _EarlyStop
             return slot
 
         tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
+        outer, self._wanted = self._wanted, wanted
         try:
             with torch.enable_grad(), enter(self._budget, pack, _unpack):
                 self._replay(tensors)
@@ -166,21 +202,49 @@ class Frame:
         except _EarlyStop:
             return
         except BaseException:
-            for slot in waiting.values():
+            for slot in [*slots.values(), *(slot for ref in made if (slot := ref()) is not None)]:
                 slot.held = None
             raise
+        finally:
+            self._wanted = outer
+
+    def forget(self) -> None:
+        """Let go of all that was recomputed."""
+        with self._lock:
+            for ref in self._slots:
+                slot = ref()
+                if slot is not None:
+                    slot.held = None
 
 
 def _unpack(slot: _Slot) -> torch.Tensor:
-    with slot.frame._lock:
+    frame = slot.frame
+    with frame._lock:
+        in_backward = _graph_task_id() >= 0
         if slot.held is None:
-            slot.frame.recompute()
+            if in_backward:
+                # What this backward turns out not to need would stay until the graph is gone.
+                _forget_after_backward(frame)
+            frame.recompute(slot)
         held = slot.held
         assert held is not None
-        if _keep_graph():
+        if not in_backward:
+            frame.forget()  # somebody looks at a node's saved tensors: one is given, and none kept
+        elif _keep_graph():
             # The node outlives this backward (retain_graph), and would keep the bytes with it.
             slot.held = None
     return held.load()
+
+
+def _forget_after_backward(frame: Frame) -> None:
+    ref = weakref.ref(frame)  # the frame itself would keep its inputs that long
+
+    def forget() -> None:
+        frame = ref()
+        if frame is not None:
+            frame.forget()
+
+    torch.autograd.Variable._execution_engine.queue_callback(forget)
 
 
 def _describe(tensor: torch.Tensor, verify: Verify | None) -> tuple:
@@ -195,6 +259,8 @@ def _describe(tensor: torch.Tensor, verify: Verify | None) -> tuple:
 
 def _checksum(tensor: torch.Tensor) -> int:
     """64 bits that change with any byte of the tensor and, unlike an exclusive or, with their order."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
     weights = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)  # odd, so that no bit is multiplied away

@@ -5,11 +5,14 @@ The unit that is charged is the storage, because a storage is what a saved tenso
 - a storage that several saved tensors share is charged once, and given back when the last of them is gone;
 - parameters and their views are never charged. A parameter is a leaf that requires a gradient, or an `nn.Parameter`,
   or any storage named by `mark_resident` (`fit` names those of a model's parameters and buffers);
-- a tensor that already lies in a block of the budget's pool is not copied again.
+- a tensor that already lies in a block of the budget's pool is not copied again;
+- of a sparse or nested tensor each part is charged.
 
 Two ways to hold (`CheckpointBudget(hold=...)`): "account" leaves the bytes where they are and charges them; "pool" copies
 the storage into the budget's pool, so that the pool's own limit guards it. An in-place change after saving is an error
-under "account" (backward would read the changed bytes) and harmless under "pool" (backward reads the copy).
+under "account" (backward would read the changed bytes) and harmless under "pool" (backward reads the copy). Changes behind
+autograd's back (`tensor.data`, foreign kernels) are seen under neither. What a pool cannot hold (tensors on another device,
+sparse ones, subclasses) is charged where it is.
 
 The hooks are `torch.autograd.graph.saved_tensors_hooks`; they are thread-local, as is the notion of a current budget.
 """
@@ -25,10 +28,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gpuckpt.errors import SavedTensorModified
+from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import CheckpointBudget
+from gpuckpt.pytorch.holdings import Geometry, Held, Holding, MovableHolding, flat_bytes, modified
 
-__all__ = ["Held", "Holder", "current_budget", "enter", "holder_of", "is_resident", "mark_resident"]
+__all__ = ["Held", "Holder", "current_budget", "enter", "holder_of", "is_resident", "mark_resident", "modified"]
 
 Parameter = torch.nn.Parameter
 
@@ -38,7 +42,7 @@ _current = threading.local()
 
 def mark_resident(tensors: Iterable[torch.Tensor]) -> None:
     """Declare that the storages of `tensors` belong to the model: no budget charges them. Forgotten when they die."""
-    for key in [key for key, ref in _residents.items() if ref.expired()]:
+    for key in [key for key, ref in list(_residents.items()) if ref.expired()]:
         del _residents[key]
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -48,47 +52,13 @@ def mark_resident(tensors: Iterable[torch.Tensor]) -> None:
 
 def is_resident(tensor: torch.Tensor) -> bool:
     """Whether the bytes of `tensor` are a parameter's (or another resident's) and so are never charged."""
-    if isinstance(tensor, Parameter) or (tensor.is_leaf and tensor.requires_grad):
+    if tensor.is_leaf and (tensor.requires_grad or isinstance(tensor, Parameter)):
         return True
     # A view of a parameter. Under FakeTensorMode its storage is another object, and only `_base` tells.
     base = tensor._base
-    if base is not None and (isinstance(base, Parameter) or (base.is_leaf and base.requires_grad)):
+    if base is not None and base.is_leaf and (base.requires_grad or isinstance(base, Parameter)):
         return True
-    return bool(_residents) and tensor.untyped_storage()._cdata in _residents
-
-
-def modified(tensor: torch.Tensor) -> SavedTensorModified:
-    return SavedTensorModified(
-        f"a saved {tensor.dtype} tensor of shape {tuple(tensor.shape)} was changed in place before its backward ran; "
-        "replace the in-place operation, or save under hold='pool', which keeps a copy"
-    )
-
-
-class Held:
-    """One saved tensor: a view of a storage that a budget holds."""
-
-    __slots__ = ("__weakref__", "holding", "tensor", "version")
-
-    def __init__(self, tensor: torch.Tensor, version: int, holding: object | None) -> None:
-        self.tensor = tensor
-        self.version = version  # -1: a copy that nobody else can change
-        self.holding = holding
-
-    def load(self) -> torch.Tensor:
-        tensor = self.tensor
-        if self.version >= 0 and tensor._version != self.version:
-            raise modified(tensor)
-        return tensor
-
-
-class _Holding:
-    """One charged storage. Lives as long as a `Held` refers to it, and gives its bytes back when it dies."""
-
-    __slots__ = ("__weakref__", "charge", "loaded")
-
-    def __init__(self, charge: object, loaded: torch.Tensor | None = None) -> None:
-        self.charge = charge
-        self.loaded = loaded  # under "pool": the block, as one flat uint8 tensor
+    return bool(_residents) and tensor.layout is torch.strided and tensor.untyped_storage()._cdata in _residents
 
 
 class Holder:
@@ -96,67 +66,96 @@ class Holder:
 
     def __init__(self, budget: CheckpointBudget | None) -> None:
         self._budget = None if budget is None else weakref.ref(budget)
-        self._holdings: dict[tuple[int, int], weakref.ref[_Holding]] = {}
+        # By a storage's address: what holds that storage. By (address, version): what holds a copy of it.
+        self._holdings: dict[Any, weakref.ref[Holding]] = {}
         self._purge_at = 256
-        self._lock = threading.RLock()
-        self._copies = budget is not None and budget.hold == "pool"
+        moving = None if budget is None else budget.moving
+        self._moves = moving is not None
+        self._lock = moving or threading.RLock()
+        self._copies_on = torch.device(budget.device) if budget is not None and budget.hold == "pool" else None
 
     def hold(self, tensor: torch.Tensor) -> Held:
         """Charge (and under "pool" copy) the storage of `tensor`. Raises `BudgetExceeded`; then nothing has changed."""
-        version = tensor._version
         # detach: an output that its own node saves would otherwise hold itself alive through its grad_fn.
         if self._budget is None or is_resident(tensor):
-            return Held(tensor if tensor.is_leaf else tensor.detach(), version, None)
+            return Held(tensor if tensor.is_leaf else tensor.detach(), tensor._version, None)
         budget = self._budget()
         assert budget is not None, "a Holder does not outlive the budget that it is used with"
-        if tensor.layout is not torch.strided:
-            return self._hold_sparse(budget, tensor)
-        storage = tensor.untyped_storage()
-        if self._copies:
-            return self._hold_copy(budget, tensor, storage, version)
-        key = (storage._cdata, 0)
-        with self._lock:
-            ref = self._holdings.get(key)
-            holding = None if ref is None else ref()
-            if holding is None:
-                holding = _Holding(budget.charge(budget.footprint(storage.nbytes()), "saved tensor"))
-                self._remember(key, holding)
-        return Held(tensor.detach(), version, holding)
+        try:
+            if tensor.layout is not torch.strided:
+                return self._hold_parts(budget, tensor)
+            if tensor.device == self._copies_on and type(tensor) is torch.Tensor:
+                return self._hold_copy(budget, tensor)
+            return self._held(tensor.detach(), self._holding(budget, tensor.untyped_storage()))
+        except BudgetExceeded as error:
+            node = "" if tensor.grad_fn is None else f" that {tensor.grad_fn.name()} is the backward of"
+            error.hint = f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}{node} cannot be saved: {error.hint}"
+            raise
 
-    def _hold_copy(
-        self, budget: CheckpointBudget, tensor: torch.Tensor, storage: torch.UntypedStorage, version: int
-    ) -> Held:
+    def remember(self, key: Any, holding: Holding) -> None:
+        """`holding` holds the storage, or the copy, that `key` names."""
+        if len(self._holdings) >= self._purge_at:
+            self._holdings = {key: ref for key, ref in self._holdings.items() if ref() is not None}
+            self._purge_at = max(256, 2 * len(self._holdings))
+        self._holdings[key] = weakref.ref(holding)
+
+    def forget(self, key: Any) -> None:
+        """Nobody holds the storage that `key` names any more."""
+        self._holdings.pop(key, None)
+
+    @staticmethod
+    def _held(tensor: torch.Tensor, holding: Holding | None) -> Held:
+        held = Held(tensor, tensor._version, holding)
+        if isinstance(holding, MovableHolding):
+            holding.look(held)
+        return held
+
+    def _find(self, key: Any) -> Holding | None:
+        ref = self._holdings.get(key)
+        holding = None if ref is None else ref()
+        return holding if holding is None or holding.away is None else None
+
+    def _new(self, budget: CheckpointBudget, nbytes: int) -> Holding:
+        if not self._moves:
+            return Holding(nbytes)
+        holding = MovableHolding(nbytes, budget, self)
+        budget.offer(holding)
+        return holding
+
+    def _holding(self, budget: CheckpointBudget, storage: torch.UntypedStorage) -> Holding:
+        """What charges `storage` where it is."""
+        key = storage._cdata
+        with self._lock:
+            holding = self._find(key)
+            if holding is None:
+                nbytes = storage.nbytes()
+                holding = self._new(budget, nbytes)
+                holding.charge = budget.charge(budget.footprint(nbytes), "saved tensor")
+                self.remember(key, holding)
+        return holding
+
+    def _hold_copy(self, budget: CheckpointBudget, tensor: torch.Tensor) -> Held:
+        storage = tensor.untyped_storage()
         nbytes = storage.nbytes()
         if nbytes == 0:
-            return Held(tensor.detach(), -1, None)
+            return Held(tensor.detach(), tensor._version, None)
         with self._lock:
-            # Either the bytes lie in a block already (a load of something saved before, or a kernel's output), or this
-            # storage was copied before and has not been changed since.
-            block_key = (storage.data_ptr(), -1)
-            for key in (block_key, (storage._cdata, version)):
-                ref = self._holdings.get(key)
-                holding = None if ref is None else ref()
-                if holding is not None:
-                    break
-            else:
-                flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
-                saved = budget.save(flat, "saved tensor")
-                holding = _Holding((saved, StorageWeakRef(storage)), saved.load())
-                assert holding.loaded is not None
-                self._remember((storage._cdata, version), holding)
-                self._remember((holding.loaded.data_ptr(), -1), holding)
-        assert holding.loaded is not None
-        block = holding.loaded.untyped_storage()
-        offset = holding.loaded.storage_offset() // tensor.element_size() + tensor.storage_offset()
-        view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        view.set_(block, offset, tensor.size(), tensor.stride())  # type: ignore[call-overload]
-        if tensor.is_conj():
-            view = torch.conj(view)
-        if tensor.is_neg():
-            view = torch._neg_view(view)
-        return Held(view, -1, holding)
+            holding = self._find(storage._cdata)
+            if holding is not None or budget.owns(storage.data_ptr()):
+                # The bytes lie in a block already: a load of something saved before, or the output of a kernel.
+                return self._held(tensor.detach(), holding)
+            key = (storage._cdata, tensor._version)
+            holding = self._find(key)
+            if holding is None:
+                holding = self._new(budget, nbytes)
+                flat = holding.copy_in(budget, flat_bytes(storage, tensor.device))
+                holding.source = StorageWeakRef(storage)
+                self.remember(key, holding)
+                self.remember(flat.untyped_storage()._cdata, holding)
+            assert holding.flat is not None, "it is here"
+            return self._held(Geometry(tensor).of(holding.flat), holding)
 
-    def _hold_sparse(self, budget: CheckpointBudget, tensor: torch.Tensor) -> Held:
+    def _hold_parts(self, budget: CheckpointBudget, tensor: torch.Tensor) -> Held:
         detached = tensor.detach()
         if detached.layout is torch.sparse_coo:
             parts = [detached._indices(), detached._values()]
@@ -164,18 +163,14 @@ class Holder:
             parts = [detached.crow_indices(), detached.col_indices(), detached.values()]
         elif detached.layout in (torch.sparse_csc, torch.sparse_bsc):
             parts = [detached.ccol_indices(), detached.row_indices(), detached.values()]
+        elif detached.layout is torch.jagged:
+            parts = [detached.values(), detached.offsets()]  # type: ignore[attr-defined]
         else:
             raise TypeError(
                 f"a budget cannot hold a saved tensor of layout {tensor.layout}; convert it to a strided one"
             )
-        nbytes = sum(budget.footprint(part.untyped_storage().nbytes()) for part in parts)
-        return Held(detached, -1, _Holding(budget.charge(nbytes, "saved sparse tensor")))
-
-    def _remember(self, key: tuple[int, int], holding: _Holding) -> None:
-        if len(self._holdings) >= self._purge_at:
-            self._holdings = {key: ref for key, ref in self._holdings.items() if ref() is not None}
-            self._purge_at = max(256, 2 * len(self._holdings))
-        self._holdings[key] = weakref.ref(holding)
+        holdings = [self._holding(budget, part.untyped_storage()) for part in parts]
+        return Held(detached, tensor._version, holdings)
 
 
 _holders: weakref.WeakKeyDictionary[CheckpointBudget, Holder] = weakref.WeakKeyDictionary()

@@ -1,0 +1,61 @@
+"""What the tests of checkpoints and budgets share: small models, and gradients compared bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HOLDS = ("account", "pool")
+
+
+class Block(nn.Module):
+    """x + w2 gelu(w1 norm(x)), with dropout: (B, D) -> (B, D)."""
+
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.dropout(self.down(torch.nn.functional.gelu(self.up(self.norm(x)))))
+
+
+def blocks(count: int, width: int = 16, dropout: float = 0.0) -> nn.ModuleList:
+    """The same `count` blocks every time."""
+    torch.manual_seed(count)
+    return nn.ModuleList(Block(width, dropout) for _ in range(count))
+
+
+def batch(rows: int = 8, width: int = 16) -> Tensor:
+    """The same input every time; no leaf that requires a gradient, so a budget charges it."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(7))
+
+
+def bits(tensors: Iterable[Tensor | None]) -> list[bytes | None]:
+    """The bytes of tensors, for comparison bit by bit."""
+    return [
+        None if t is None else t.detach().resolve_conj().resolve_neg().contiguous().numpy().tobytes() for t in tensors
+    ]
+
+
+def gradients(model: nn.Module, loss_of: Callable[[], Tensor], seed: int = 3) -> tuple[list[bytes | None], ...]:
+    """The bits of the loss and of every parameter's gradient after one step."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    loss = loss_of()
+    loss.backward()
+    return bits([loss]), bits(p.grad for p in model.parameters())
+
+
+def run(model: Iterable[nn.Module], x: Tensor, call: Callable[..., Any] | None = None) -> Tensor:
+    """The loss of blocks in a row, each called by `call(block, x)` if given."""
+    for block in model:
+        x = block(x) if call is None else call(block, x)
+    return x.square().sum()
