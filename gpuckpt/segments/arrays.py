@@ -14,6 +14,7 @@ import numpy as np
 
 from gpuckpt.errors import DimMismatch, DLPackRefused
 from gpuckpt.memory.arrays import device_of, library_of
+from gpuckpt.memory.dlpack import exchange
 
 __all__ = ["Array", "as_array", "check_last_dim", "like_array", "matching", "nbytes", "place_of"]
 
@@ -25,7 +26,8 @@ def as_array(value: Any) -> Array:
     """`value` as an array of NumPy, torch or CuPy: itself where it is one, detached from autograd where it is torch's.
 
     Other arrays are viewed through DLPack: by NumPy where they lie in host memory, by CuPy where they lie on a CUDA device.
-    Numbers and (nested) lists become float32 NumPy arrays. Raises `DLPackRefused` for arrays on any other device.
+    Numbers and (nested) lists become float32 NumPy arrays. Raises `DLPackRefused` for arrays on any other device, and for
+    what DLPack cannot carry without a copy.
     """
     if isinstance(value, np.generic):
         return np.asarray(value)
@@ -38,11 +40,9 @@ def as_array(value: Any) -> Array:
         return value
     device = device_of(value, library)
     if device == "cpu":
-        return np.from_dlpack(value)
+        return exchange(value, "numpy")
     if device.startswith("cuda"):
-        import cupy
-
-        return cupy.from_dlpack(value)
+        return exchange(value, "cupy")
     raise DLPackRefused(
         f"an array of {type(value).__module__}.{type(value).__name__} lies on {device}; "
         "only host memory and CUDA devices are known: copy it there first"

@@ -18,6 +18,7 @@ from typing import Any
 import array_api_compat as compat
 
 from gpuckpt.memory.arrays import library_of
+from gpuckpt.memory.dlpack import exchange
 from gpuckpt.segments.arrays import Array
 from gpuckpt.segments.pointwise import activate, derivative
 
@@ -54,10 +55,11 @@ def linear_backward(
 ) -> tuple[Array, Array, Array | None]:
     """(dx, dweight, dbias) for dy, in the shapes of x, weight and bias; dbias is None where bias is."""
     xp = compat.array_namespace(x)
-    if runs_fused(x):
+    if activation != "identity" and runs_fused(x):
         dz, dbias = _fused_dz(x, weight, bias, dy, activation)
     else:
-        dz = dy * derivative(activation, _pre_activation(x, weight, bias)) if activation != "identity" else dy
+        # The identity's dz is dy: there is nothing to recompute, and a kernel would only copy it.
+        dz = dy if activation == "identity" else dy * derivative(activation, _pre_activation(x, weight, bias))
         dbias = xp.sum(dz, axis=0, dtype=dz.dtype) if bias is not None else None
     # Two plain GEMMs: every library hands them to its BLAS, on a CUDA device cuBLAS.
     return xp.matmul(dz, weight), xp.matmul(dz.T, x), dbias
@@ -103,7 +105,7 @@ def as_tensors(*arrays: Array | None) -> Iterator[list[Any]]:
     # Pointer 0 is the default stream, which torch does not accept as an external one.
     stream = torch.cuda.ExternalStream(pointer, device=device) if pointer else torch.cuda.default_stream(device)
     with torch.cuda.stream(stream):
-        yield [None if a is None else torch.from_dlpack(_exportable(a)) for a in arrays]
+        yield [None if a is None else exchange(_exportable(a), "torch") for a in arrays]
 
 
 def _exportable(array: Array) -> Array:

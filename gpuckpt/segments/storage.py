@@ -29,7 +29,9 @@ import numpy as np
 
 from gpuckpt.errors import BackendUnavailable
 from gpuckpt.memory.arrays import library_of
+from gpuckpt.memory.dlpack import exchange
 from gpuckpt.segments.arrays import Array
+from gpuckpt.segments.fused import as_tensors
 
 __all__ = ["STORAGE_FORMATS", "Packed", "StorageFormat", "pack", "storage_format", "unpack"]
 
@@ -176,9 +178,5 @@ def _numpy_dtype(fmt: StorageFormat) -> np.dtype[Any]:
 
 
 def _through_torch(array: Array, convert: Any) -> Array:
-    import cupy
-
-    from gpuckpt.segments.fused import as_tensors
-
     with as_tensors(array) as (tensor,):
-        return cupy.from_dlpack(convert(tensor))
+        return exchange(convert(tensor), "cupy")

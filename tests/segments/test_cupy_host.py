@@ -171,3 +171,93 @@ def test_device_memory_follows_the_books(hostcuda: Any, array: Any, hold: str) -
     network.backward(array)
     assert pool.used_bytes() == before
     assert books.used_bytes == 0
+
+
+def host_view(array: Any) -> Any:
+    """A CPU tensor on the CuPy array's memory, which on this runtime is the host's."""
+    import ctypes
+
+    import torch
+
+    buffer = (ctypes.c_char * max(array.nbytes, 1)).from_address(array.data.ptr)
+    flat = torch.frombuffer(buffer, dtype=getattr(torch, array.dtype.name), count=array.size)
+    strides = [s // array.itemsize for s in array.strides]
+    return flat.as_strided(array.shape, strides)
+
+
+@pytest.fixture
+def kernels_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused path of CuPy arrays, with CPU views of the pool's blocks in place of CUDA views, for the interpreter."""
+    import contextlib
+
+    from gpuckpt.segments import fused
+
+    @contextlib.contextmanager
+    def as_tensors(*arrays: Any) -> Any:
+        yield [None if a is None else host_view(a) for a in arrays]
+
+    monkeypatch.delenv("GPUCKPT_BACKEND", raising=False)
+    monkeypatch.setattr(fused, "as_tensors", as_tensors)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
+def test_the_fused_kernel_writes_into_cupys_blocks(
+    hostcuda: Any, kernels_on_host: None, shape: tuple[int, ...]
+) -> None:
+    cupy = hostcuda.cupy
+    x = np.linspace(-1, 1, int(np.prod(shape)), dtype=np.float32).reshape(shape)
+    segment = LinearSegment.random_init(4, 5, 3, like=cupy.asarray(x))
+    y = segment.forward(cupy.asarray(x))
+    assert type(y).__module__.startswith("cupy")
+    assert y.shape == (*shape[:-1], 5)
+    np.testing.assert_allclose(y.get(), LinearSegment.random_init(4, 5, 3).forward(x), rtol=1e-6, atol=1e-6)
+    layer = Dense(4, 5, "gelu_tanh", seed=3, like=cupy.asarray(x))
+    plain = Dense(4, 5, "gelu_tanh", seed=3)
+    np.testing.assert_allclose(layer.forward(cupy.asarray(x)).get(), plain.forward(x), rtol=1e-6, atol=1e-6)
+
+
+def test_the_fused_backward_recomputes_in_cupys_blocks(hostcuda: Any, kernels_on_host: None) -> None:
+    """Up to dz: the two GEMMs after it are cuBLAS's, and the sum of db's partials is a CuPy kernel."""
+    from gpuckpt.segments.fused import _fused_dz
+    from gpuckpt.segments.pointwise import derivative
+
+    cupy = hostcuda.cupy
+    rng = np.random.default_rng(0)
+    x, w, dy = (rng.standard_normal(s).astype(np.float32) for s in ((3, 4), (5, 4), (3, 5)))
+    dz, dbias = _fused_dz(cupy.asarray(x), cupy.asarray(w), None, cupy.asarray(dy), "tanh")
+    assert dbias is None
+    np.testing.assert_allclose(dz.get(), dy * derivative("tanh", x @ w.T), rtol=2e-6, atol=2e-6)
+
+
+def test_cupy_arrays_are_shown_to_torch_on_cupys_current_stream(
+    hostcuda: Any, array: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU build of torch cannot import CUDA memory; what is asked of it is recorded instead."""
+    import contextlib
+
+    import torch
+
+    from gpuckpt.segments import fused
+
+    asked: list[Any] = []
+
+    @contextlib.contextmanager
+    def entered(stream: Any) -> Any:
+        asked.append(stream)
+        yield
+        asked.append("left")
+
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: ("external", pointer, device))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: ("default", device))
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(fused, "exchange", lambda a, library: (library, a.data.ptr, a.strides))
+
+    flipped = array.reshape(2, -1)[:, :1]
+    with fused.as_tensors(array, None, flipped) as (one, nothing, view):
+        assert one == ("torch", array.data.ptr, (4,))
+        assert nothing is None
+        assert view == ("torch", array.data.ptr, flipped.strides), "a view with gaps is shared, not copied"
+    stream = hostcuda.cupy.cuda.Stream(non_blocking=True)
+    with stream, fused.as_tensors(array):
+        pass
+    assert asked == [("default", 0), "left", ("external", stream.ptr, 0), "left"]

@@ -96,7 +96,10 @@ def test_the_fused_kernel_is_really_launched(monkeypatch: pytest.MonkeyPatch, in
     segment = LinearSegment.random_init(3, 2, 1, like=torch.zeros(1))
     x = torch.ones(4, 3)
     segment.backward(x, segment.forward(x))
-    assert launched == ["linear_fwd", "linear_recompute_bwd"]
+    assert launched == ["linear_fwd"], "dz of the identity is dy: there is nothing to recompute"
+    layer = Dense(3, 2, "silu", like=torch.zeros(1))
+    layer.backward(x, layer.forward(x))
+    assert launched == ["linear_fwd", "linear_fwd", "linear_recompute_bwd"]
 
 
 def test_what_runs_fused(monkeypatch: pytest.MonkeyPatch) -> None:

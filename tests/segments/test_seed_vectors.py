@@ -105,9 +105,11 @@ def test_a_large_layer_initialises_well_under_a_second() -> None:
 
 
 def test_a_million_nodes_plan_well_under_a_second() -> None:
-    start = time.process_time()
-    config = GraphCheckpointConfig.uniform(1_000_000, 100_000)
-    plan = plan_recomputation(1_000_000, config)
-    seconds = time.process_time() - start
-    assert all(plan)
-    assert seconds < 0.9, f"took {seconds:.2f} s of CPU time"
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        config = GraphCheckpointConfig.uniform(1_000_000, 100_000)
+        plan = plan_recomputation(1_000_000, config)
+        seconds.append(time.process_time() - start)
+        assert all(plan)
+    assert min(seconds) < 0.7, f"took {min(seconds):.2f} s of CPU time"
