@@ -48,7 +48,7 @@ class Entry:
     report: Report
     occupancy: roofline.Occupancy
     shape: roofline.Shape
-    work: roofline.Work
+    work: roofline.Work | None
     estimates: tuple[Estimate, ...]
     violations: tuple[str, ...]
 
@@ -66,8 +66,8 @@ class Entry:
             "occupancy": self.occupancy.fraction,
             "occupancy_limit": self.occupancy.limit,
             "shape": vars(self.shape),
-            "flops": self.work.flops,
-            "bytes": self.work.bytes,
+            "flops": self.work.flops if self.work else None,
+            "bytes": self.work.bytes if self.work else None,
             "estimates": [vars(e) for e in self.estimates],
             "violations": list(self.violations),
         }
@@ -140,9 +140,14 @@ def violations(spec: KernelSpec, report: Report) -> list[str]:
     if not _occupancy(spec, report).blocks:
         found.append("not one block fits a multiprocessor")
     found += _pipeline_violations(spec, report)
-    written, expected = _matrices_written(spec, report), _matrices_expected(spec)
-    if written is not None and expected is not None and written != expected:
-        found.append(f"writes {written:g} matrices of the output's size, {expected} are its results")
+    work = _work(spec)
+    if work is None:
+        found.append(f"no roofline model for {spec.meta['kernel']}")
+    elif (written := _matrices_written(spec, report)) is not None:
+        shape = _shape(spec)
+        expected = work.write_bytes // (shape.M * shape.N * roofline.ITEM_BYTES[spec.dtype])
+        if written != expected:
+            found.append(f"writes {written:g} matrices of the output's size, {expected} are its results")
     return found
 
 
@@ -163,10 +168,10 @@ def _pipeline_violations(spec: KernelSpec, report: Report) -> list[str]:
 
 
 def _matrices_written(spec: KernelSpec, report: Report) -> float | None:
-    """Stores of two-dimensional blocks, in tiles; None for kernels without a two-dimensional tile."""
-    tile_elements = getattr(spec.tile, "bm", 0) * getattr(spec.tile, "bn", 0)
-    if not tile_elements:
+    """Stores of two-dimensional blocks, in tiles; None for kernels that are no GEMM."""
+    if not spec.meta["gemm_loops"]:
         return None
+    tile_elements = spec.tile.bm * spec.tile.bn
     total = 0
     for written, count in report.stores.items():
         sizes = [int(n) for n in written.split("x")[:-1] if n.isdigit()]
@@ -175,11 +180,12 @@ def _matrices_written(spec: KernelSpec, report: Report) -> float | None:
     return total / tile_elements
 
 
-def _matrices_expected(spec: KernelSpec) -> int | None:
-    shape = _shape(spec)
-    work = roofline.work_of(spec.meta["kernel"], shape, spec.dtype)
-    matrix_bytes = shape.M * shape.N * roofline.ITEM_BYTES[spec.dtype]
-    return work.write_bytes // matrix_bytes if spec.meta["gemm_loops"] else None
+def _work(spec: KernelSpec) -> roofline.Work | None:
+    """None where nobody has said yet what the kernel must move, which is a broken bound."""
+    try:
+        return roofline.work_of(spec.meta["kernel"], _shape(spec), spec.dtype)
+    except ValueError:
+        return None
 
 
 def _shape(spec: KernelSpec) -> roofline.Shape:
@@ -194,10 +200,10 @@ def _occupancy(spec: KernelSpec, report: Report) -> roofline.Occupancy:
 
 def _entry(spec: KernelSpec, report: Report) -> Entry:
     shape = _shape(spec)
-    work = roofline.work_of(spec.meta["kernel"], shape, spec.dtype)
+    work = _work(spec)
     estimates = []
     for found in roofline.DEVICES.values():
-        if found.arch == spec.arch:
+        if found.arch == spec.arch and work is not None:
             best = roofline.best_s(work, found, spec.dtype)
             bm, bn = getattr(spec.tile, "bm", 1), getattr(spec.tile, "bn", shape.N)
             tiled = roofline.tile_s(work, shape, bm, bn, found, spec.dtype)

@@ -198,9 +198,12 @@ def work_of(kernel: str, shape: Shape, dtype: str) -> Work:
             return _gemms(s, b, 1, 0, 1)
         case "linear_recompute_bwd":  # x, W and dy in; dz and h out
             return _gemms(s, b, 1, 1, 2)
-        case "mlp_recompute_bwd":  # x, W1, dy and W2 in; dz and h out
+        case "mlp_dual_bwd":  # x, W1, dy and W2 in; dz and h out
             flops = 2 * s.M * s.N * (s.K + s.O)
-            return Work(flops, (s.M * s.K + s.N * s.K + s.M * s.O + s.N * s.O) * b, 2 * s.M * s.N * b)
+            return Work(flops, (s.M + s.N) * (s.K + s.O) * b, 2 * s.M * s.N * b)
+        case "gated_recompute_bwd":  # x, Wg, Wu, dy and Wd in; dz_g, dz_u and h out
+            flops = 2 * s.M * s.N * (2 * s.K + s.O)
+            return Work(flops, (s.M * (s.K + s.O) + s.N * (2 * s.K + s.O)) * b, 3 * s.M * s.N * b)
         case "gated_fwd":
             return _gemms(s, b, 2, 0, 1)
         case "cross_entropy_bwd":  # logits in, their gradient out, in place
