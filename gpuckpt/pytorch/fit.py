@@ -20,9 +20,10 @@ from gpuckpt.errors import CheckpointError, InvalidChain, PromiseBroken
 from gpuckpt.memory import CheckpointBudget
 from gpuckpt.planning import Chain, Plan, plan_chain
 from gpuckpt.pytorch.frame import Verify
-from gpuckpt.pytorch.measure import run_measured
+from gpuckpt.pytorch.kinds import WallClock
+from gpuckpt.pytorch.measure import Measured, run_measured
 from gpuckpt.pytorch.saved_tensors import mark_resident
-from gpuckpt.pytorch.stages import set_call
+from gpuckpt.pytorch.stages import set_call, tensors_in
 from gpuckpt.pytorch.walk import Walk
 
 __all__ = ["Fitted", "Planned", "fit"]
@@ -30,18 +31,32 @@ __all__ = ["Fitted", "Planned", "fit"]
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan for inputs of one shape: the measured chain, the plan, and how calls map to the chain's stages."""
+    """A plan for inputs of one shape, and the measured model that it was made for."""
 
-    chain: Chain
+    measured: Measured
     plan: Plan
-    modules: tuple[nn.Module, ...]
-    owned: tuple[int, ...]
+
+    @property
+    def chain(self) -> Chain:
+        return self.measured.chain
+
+
+class _Step:
+    """One forward of a fitted model: the walk along the plan, and how many calls of stages have come."""
+
+    __slots__ = ("calls", "planned", "walk")
+
+    def __init__(self, planned: Planned, walk: Walk) -> None:
+        self.planned = planned
+        self.walk = walk
+        self.calls = 0
 
 
 class Fitted:
     """A model that runs under a plan. Made by `fit`; calling it is calling the model.
 
-    Attributes: `model`, `budget`, and of the latest call's input shape `plan` and `chain`.
+    Attributes: `model`, `budget`; of the latest call's input shape `plan` and `chain`; `measured_peak_bytes`, the most bytes
+    that the budget has held for the latest step, and `promised_peak_bytes`, what the plan said of it.
     """
 
     def __init__(
@@ -55,14 +70,21 @@ class Fitted:
     ) -> None:
         self.model = model
         self.budget = budget
+        self.measured_peak_bytes = 0
+        self.promised_peak_bytes = 0
         self._strategy = strategy
         self._preserve_rng_state = preserve_rng_state
         self._verify = verify
         self._repeats = repeats
         self._planned: dict[Any, Planned] = {}
         self._latest: Planned | None = None
+        self._began = False  # whether there has been a step
+        self._others_bytes = 0  # held by others when the latest step began
+        self._retained = False  # a graph was kept for a second backward, and its bytes with it
         self._local = threading.local()
         self._undo: dict[nn.Module, Callable[[], None]] = {}
+        self._parts = list(model.modules())
+        self._parameters = list(model.parameters())
         mark_resident([*model.parameters(), *model.buffers()])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,19 +110,28 @@ class Fitted:
 
         Raises `BudgetExceeded`, with the smallest budget that would do, where no plan fits.
         """
-        key = _signature(self.model, args, kwargs)
+        key = self._signature(args, kwargs)
         planned = self._planned.get(key)
         if planned is None:
             before = self._unwrap()  # measured as it runs without us
             try:
-                chain, modules, owned = run_measured(self.model, args, kwargs, self.budget.unit_bytes, self._repeats)
-                plan = plan_chain(chain, self.budget.max_bytes, strategy=self._strategy)
-                before += [self.model, *modules]
+                planned = self._make_plan(args, kwargs)
+                before += [self.model, *planned.measured.modules]
             finally:
                 self._wrap(before)
-            planned = self._planned[key] = Planned(chain, plan, tuple(modules), tuple(owned))
+            self._planned[key] = planned
         self._latest = planned
         return planned
+
+    def _make_plan(self, args: tuple, kwargs: dict[str, Any]) -> Planned:
+        unit_bytes = self.budget.unit_bytes
+        measured = run_measured(self.model, args, kwargs, unit_bytes, WallClock(), self._repeats)
+        if measured.random and not self._preserve_rng_state:
+            raise InvalidChain(
+                f"stage {measured.random[0]!r} of {type(self.model).__name__} draws random numbers and would draw others when it "
+                "is recomputed; fit with preserve_rng_state=True"
+            )
+        return Planned(measured, plan_chain(measured.chain, self.budget.max_bytes, strategy=self._strategy))
 
     def _wrap(self, modules: list[nn.Module]) -> None:
         for module in dict.fromkeys(modules):
@@ -120,12 +151,18 @@ class Fitted:
         return self.model
 
     def check_promise(self) -> None:
-        """Raise `PromiseBroken` if the budget has held more than the latest plan promised.
+        """Raise `PromiseBroken` if the budget has held more for the latest step than its plan promised.
 
-        Called before and after every forward. Only meaningful while nobody else uses the budget.
+        Called at the end of every backward and before the next forward. Steps whose forwards overlap (two forwards, then two
+        backwards) may hold the sum of what they promised. A backward with `retain_graph=True` holds longer than planned, so
+        then nothing is promised but the cap. Only meaningful while nobody else's share of the budget changes.
         """
-        promised, measured = self.plan.certificate.peak_bytes, self.budget.peak_bytes
-        if measured > promised:
+        if not self._began:
+            return
+        self.measured_peak_bytes = self.budget.peak_bytes - self._others_bytes
+        promised, measured = self.promised_peak_bytes, self.measured_peak_bytes
+        if measured > promised and not self._retained:
+            self.budget.reset_peak()
             raise PromiseBroken(
                 promised,
                 measured,
@@ -133,60 +170,79 @@ class Fitted:
                 "use this budget?",
             )
 
-    def _model_call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or getattr(self._local, "walk", None) is not None:
-            return model._call_impl(*args, **kwargs)
-        if self._latest is not None and self.budget.used_bytes == 0:
-            self.check_promise()  # of the step before, whose backward has ended
+    def _begin(self, planned: Planned) -> None:
+        """A step begins: from here on the budget's peak is its own, unless an earlier one is still going on."""
+        self.check_promise()
+        used_bytes = self.budget.used_bytes
+        if not self._began or used_bytes <= self._others_bytes:
             self.budget.reset_peak()
+            self._others_bytes, self.promised_peak_bytes, self._retained = used_bytes, 0, False
+        self._began = True
+        self.promised_peak_bytes += planned.plan.certificate.peak_bytes
+
+    def _watch(self, out: Any) -> None:
+        """See to it that the promise is checked when the backward from `out` ends."""
+
+        def backward_begins(_: torch.Tensor) -> None:
+            self._retained = self._retained or torch._C._autograd._get_current_graph_task_keep_graph()
+            torch.autograd.Variable._execution_engine.queue_callback(self.check_promise)
+
+        for tensor in tensors_in(out):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(backward_begins)
+
+    def _model_call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None:
+            return model._call_impl(*args, **kwargs)
         planned = self.plan_for(*args, **kwargs)
-        walk = Walk(planned.plan.tree, self.budget, self._verify, self._preserve_rng_state)
-        self._local.walk, self._local.calls = walk, 0
+        self._begin(planned)
+        step = _Step(planned, Walk(planned.plan.tree, self.budget, self._verify, self._preserve_rng_state))
+        self._local.step = step
         try:
             with self.budget:
                 self.budget.step("forward")
                 out = model._call_impl(*args, **kwargs)
-            if self._local.calls != len(planned.modules):
+            if step.calls != len(planned.measured.modules):
                 raise InvalidChain(
-                    f"{type(model).__name__} ran {self._local.calls} stages and {len(planned.modules)} when it was measured "
+                    f"{type(model).__name__} ran {step.calls} stages and {len(planned.measured.modules)} when it was measured "
                     "with inputs of the same shapes; a fitted model runs the same stages every time"
                 )
         finally:
-            self._local.walk = None
+            self._local.step = None
         self.budget.step("backward")
+        self._watch(out)
         return out
 
     def _stage_call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        walk, planned = getattr(self._local, "walk", None), self._latest
-        if walk is None or planned is None or not torch.is_grad_enabled():
+        step: _Step | None = getattr(self._local, "step", None)
+        if step is None or not torch.is_grad_enabled():
             return module._call_impl(*args, **kwargs)
-        number = self._local.calls
-        if number >= len(planned.modules) or planned.modules[number] is not module:
+        measured = step.planned.measured
+        number = step.calls
+        if number >= len(measured.modules) or measured.modules[number] is not module:
             return module._call_impl(*args, **kwargs)  # called once more, outside the chain
-        self._local.calls += 1
-        walk.position = planned.owned[number]
-        self.budget.step(planned.chain.stages[walk.position].name)
-        return walk.step(module, args, kwargs)
+        step.calls += 1
+        step.walk.position = measured.owned[number]
+        self.budget.step(measured.chain.stages[step.walk.position].name)
+        return step.walk.step(module, args, kwargs)
+
+    def _signature(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a plan depends on: shapes and kinds of the inputs, the mode of every module, autocast, what is trained."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        described = tuple(map(_describe, leaves))
+        autocast = tuple(
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            for kind in ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))
+        )
+        training = tuple([module.training for module in self._parts])
+        trained = tuple([parameter.requires_grad for parameter in self._parameters])
+        return spec, described, autocast, training, trained
 
 
-def _signature(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What a plan depends on: shapes and kinds of the inputs, the mode of every module, autocast, which parameters train."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    described = tuple(
-        (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad)
-        if isinstance(leaf, torch.Tensor)
-        else leaf
-        if isinstance(leaf, int | float | str | bool | None)
-        else type(leaf)
-        for leaf in leaves
-    )
-    autocast = tuple(
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        for kind in ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))
-    )
-    training = tuple(module.training for module in model.modules())
-    trained = tuple(parameter.requires_grad for parameter in model.parameters())
-    return str(spec), described, autocast, training, trained
+def _describe(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    return leaf if isinstance(leaf, int | float | str | bool | None) else type(leaf)
 
 
 def fit(

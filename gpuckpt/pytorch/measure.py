@@ -5,123 +5,99 @@ note which storages are saved, timed forward and backward a few times, and dropp
 the memory of one stage, not of a plain step. What lies before the first stage, after the last, or between two becomes a
 stage that can only be kept.
 
-Bytes are exact: they are those of the storages autograd saves, parameters and buffers left out. Seconds are medians after a
-warm-up (the prefix and suffix are timed once, and their backward is taken as twice their forward). The model's parameters,
-gradients, buffers and the random number generators are afterwards as before.
+Bytes held are exact: those of the storages autograd saves, parameters and buffers left out. Workspace is what operators were
+seen to bring to life (see live.py), gradients of parameters left out. Seconds are medians after a warm-up, shared by stages
+of one kind (same code, same shapes); the prefix is timed once, and its backward taken as twice its forward. The model, its
+gradients and buffers and the random number generators are afterwards as before.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.planning import Chain, Stage
+from gpuckpt.pytorch.cut import cut, fresh, random_states, unchanged
+from gpuckpt.pytorch.frame import Environment
+from gpuckpt.pytorch.kinds import Clock, Kind, WallClock, kind_key, run_again
+from gpuckpt.pytorch.live import LiveBytes
+from gpuckpt.pytorch.noted import Saved, Storages, identity, of_parameter
 from gpuckpt.pytorch.stages import find_chain, intercept, tensors_in
 
-__all__ = ["measure", "run_measured"]
+__all__ = ["Measured", "measure", "run_measured"]
 
 
-class _Storages:
-    """Numbers storages; parameters, buffers and leaves that the caller trains have none."""
+@dataclass(frozen=True)
+class Measured:
+    """A chain, the modules whose calls are stages (in calling order), the numbers of those stages, and the names of stages
+    that draw random numbers."""
 
-    def __init__(self, residents: Sequence[torch.Tensor]) -> None:
-        self._resident = {tensor.untyped_storage()._cdata for tensor in residents}
-        self._number: dict[int, int] = {}
-        # Weak references keep an address from naming two storages, and no memory alive.
-        self._refs: list[StorageWeakRef] = []
-        self.sizes: list[int] = []
-
-    def of(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-        """Ids of the storages of `tensors`, each once, in order."""
-        ids: dict[int, None] = {}
-        for tensor in tensors:
-            for part in _strided_parts(tensor):
-                storage = part.untyped_storage()
-                if storage._cdata in self._resident:
-                    continue
-                number = self._number.get(storage._cdata)
-                if number is None:
-                    number = self._number[storage._cdata] = len(self.sizes)
-                    self._refs.append(StorageWeakRef(storage))
-                    self.sizes.append(storage.nbytes())
-                ids[number] = None
-        return tuple(ids)
-
-
-def _strided_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    if tensor.layout is torch.strided:
-        return [tensor]
-    raise InvalidChain(
-        f"measuring saved tensors of layout {tensor.layout} is not supported; keep such layers out of the chain"
-    )
-
-
-class _Connect(torch.autograd.Function):
-    """Makes a tensor that is cut from its graph require a gradient without becoming a leaf (which autograd would take
-    for a parameter, and which must not be changed in place) and without a copy."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        ctx.mark_dirty(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, None]:
-        return None, None
+    chain: Chain
+    modules: tuple[nn.Module, ...]
+    owned: tuple[int, ...]
+    random: tuple[str, ...]
 
 
 class _Measurement:
     """What is known so far of the chain, while the model runs."""
 
-    def __init__(self, chain: list[nn.Module], names: dict[nn.Module, str], storages: _Storages, repeats: int) -> None:
+    def __init__(
+        self, chain: list[nn.Module], names: dict[nn.Module, str], storages: Storages, clock: Clock, repeats: int
+    ) -> None:
         self.expected = chain
         self.names = names
         self.storages = storages
+        self.clock = clock
         self.repeats = repeats
         self.stages: list[Stage] = []
         self.position = 0
         self.previous: list[torch.Tensor] = []
-        self.owned: list[int] = []  # numbers of the stages that are modules' calls
+        self.owned: list[int] = []
+        self.random: list[str] = []
+        self.kinds: dict[Any, Kind] = {}
         self.outside: list[torch.Tensor] = []  # saved since the last stage ended
         self.inside = False
-        self.outside_began = time.perf_counter()
+        self.outside_began_s = clock.now()
 
     def stage(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.position >= len(self.expected) or self.expected[self.position] is not module:
             return module._call_impl(*args, **kwargs)  # a call that is no part of the chain
         self.close_outside("prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}")
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = tensors_in(leaves)
+        tensors = tensors_in((args, kwargs))
         linked = set(map(id, self.previous))
         inputs = self.storages.of([tensor for tensor in tensors if id(tensor) in linked])
         extras = self.storages.of([tensor for tensor in tensors if id(tensor) not in linked])
+        number, name = len(self.stages), self.names[module]
+        environment = Environment(tensors, preserve_rng_state=True)
+        again = fresh((args, kwargs))  # before the stage may change them
+        # A recompute casts weights anew, whatever autocast remembers of other stages.
+        torch.clear_autocast_cache()
 
         self.inside = True
-        saved: list[torch.Tensor] = []
-        cut = pytree.tree_map_only(torch.Tensor, _cut, (args, kwargs))
-        before = _versions(tensors), _buffer_versions(module)
-        with saved_tensors_hooks(_note(saved), _identity):
-            out = module._call_impl(*cut[0], **cut[1])
+        saved = Saved()
+        cut_args, cut_kwargs = cut((args, kwargs))
+        before, drawn_before = (_versions(tensors), _buffer_versions(module)), random_states()
+        with saved.hooks():
+            out = module._call_impl(*cut_args, **cut_kwargs)
         undisturbed = before == (_versions(tensors), _buffer_versions(module))
+        if not all(map(torch.equal, drawn_before, random_states())):
+            self.random.append(name)
+        saves = self.storages.of(saved.tensors)
+        saved.tensors.clear()
+        out = cut(out)
+        self.owned.append(number)
         outputs = tensors_in(out)
-        forward_s, backward_s = self._time(module, leaves, spec)
-        self.owned.append(len(self.stages))
         self.stages.append(
             Stage(
-                name=self.names[module],
-                forward_s=forward_s,
-                backward_s=backward_s,
-                saves=self.storages.of(saved),
+                name=name,
+                saves=saves,
                 inputs=inputs,
                 extras=extras,
                 output=self.storages.of(outputs),
@@ -130,60 +106,64 @@ class _Measurement:
                 recomputable=undisturbed,
             )
         )
-        del saved, cut
-        out = pytree.tree_map_only(torch.Tensor, _cut, out)
+        key = kind_key(module, again, [self.storages.sizes[i] for i in saves])
+        kind = self.kinds.get(key)
+        if kind is None:
+            kind = self.kinds[key] = Kind(run_again(module, again, environment, saved.shapes, name))
+        kind.numbers.append(number)
+        kind.time(module, again, self.clock, self.repeats)
         self.position += 1
-        self.previous = tensors_in(out)
+        self.previous = outputs
         self.inside = False
-        self.outside_began = time.perf_counter()
+        self.outside_began_s = self.clock.now()
         return out
 
     def close_outside(self, name: str) -> None:
         """Turn what was saved outside stages since the last one into a stage of its own that is always kept."""
-        seconds = time.perf_counter() - self.outside_began
+        seconds = self.clock.now() - self.outside_began_s
         saves = self.storages.of(self.outside)
         self.outside.clear()
         if saves or name in ("prefix", "suffix"):
             self.stages.append(Stage(name, seconds, 2 * seconds, saves, recomputable=False))
 
+    def close(self, out: Any, parameters: Sequence[nn.Parameter]) -> None:
+        """What lies after the last stage, with its backward: usually a head and a loss, and with them much workspace."""
+        self.close_outside("suffix")
+        self.inside = True
+        outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
+        # A model that returns its loss often returns logits and states beside it, through which nobody goes backward.
+        roots = [tensor for tensor in outputs if tensor.numel() == 1] or outputs
+        leaves = [tensor for tensor in (*self.previous, *parameters) if tensor.requires_grad]
+        if not roots or not leaves:
+            return
+        grads, live = [torch.ones_like(root) for root in roots], LiveBytes()
+        began_s = self.clock.now()
+        torch.autograd.grad(roots, leaves, grads, allow_unused=True, retain_graph=True)
+        backward_s = self.clock.now() - began_s
+        with live:
+            found = torch.autograd.grad(roots, leaves, grads, allow_unused=True)
+        gradients = live.numbers([grad for grad in found if grad is not None])
+        workspace_bytes = live.peak_bytes(0, live.mark(), gradients)
+        self.stages[-1] = replace(self.stages[-1], backward_s=backward_s, workspace_bytes=workspace_bytes)
+
     def note_outside(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self.inside:
-            _note(self.outside)(tensor)
+        if not self.inside and not of_parameter(tensor):
+            self.outside.append(tensor.detach())
         return tensor.detach()
 
-    def _time(self, module: nn.Module, leaves: list[Any], spec: Any) -> tuple[float, float]:
-        forward_s, backward_s = [], []
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        for _ in range(self.repeats):
-            cut = [_fresh(leaf) for leaf in leaves]
-            args, kwargs = pytree.tree_unflatten(cut, spec)
-            with _timer() as elapsed:
-                out = module._call_impl(*args, **kwargs)
-            forward_s.append(elapsed())
-            roots = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
-            wanted = [tensor for tensor in tensors_in(cut) if tensor.requires_grad] + parameters
-            if not roots or not wanted:
-                backward_s.append(0.0)
-                continue
-            grads = [torch.ones_like(root) for root in roots]
-            with _timer() as elapsed:
-                torch.autograd.grad(roots, wanted, grads, allow_unused=True)
-            backward_s.append(elapsed())
-        return statistics.median(forward_s), statistics.median(backward_s)
-
-
-def _identity(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _note(saved: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        # Of a fake parameter's view only `_base` tells that it is one; of a real one its storage does.
-        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
-            saved.append(tensor.detach())
-        return tensor.detach()
-
-    return pack
+    def finished(self) -> tuple[Stage, ...]:
+        """The stages, with what is known of their kinds."""
+        stages = list(self.stages)
+        for kind in self.kinds.values():
+            forward_s, backward_s = statistics.median(kind.forward_s), statistics.median(kind.backward_s)
+            for number in kind.numbers:
+                stages[number] = replace(
+                    stages[number],
+                    forward_s=forward_s,
+                    backward_s=backward_s,
+                    workspace_bytes=kind.workspace_bytes,
+                )
+        return tuple(stages)
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -199,51 +179,6 @@ def _buffer_versions(module: nn.Module) -> list[tuple[int, int]]:
     ]
 
 
-def _cut(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without its past, on the same bytes; requires a gradient as before, and is no leaf if it was none."""
-    if tensor.is_leaf:
-        return tensor
-    return _Connect.apply(torch.empty((), requires_grad=True), tensor.detach())  # type: ignore[no-any-return]
-
-
-def _fresh(leaf: Any) -> Any:
-    """A copy of a tensor that takes a gradient: a stage that changes its input must not change the original again."""
-    if not isinstance(leaf, torch.Tensor) or isinstance(leaf, nn.Parameter) or not leaf.requires_grad:
-        return leaf
-    return _Connect.apply(torch.empty((), requires_grad=True), leaf.detach().clone())
-
-
-@contextmanager
-def _timer() -> Iterator[Callable[[], float]]:
-    """Seconds of the block, devices included."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    ended = [began]
-    yield lambda: ended[0] - began
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    ended[0] = time.perf_counter()
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers and random number generators are afterwards as before."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    cpu_rng = torch.get_rng_state()
-    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-        torch.set_rng_state(cpu_rng)
-        if cuda_rng:
-            torch.cuda.set_rng_state_all(cuda_rng)
-
-
 def measure(model: nn.Module, *inputs: Any, unit_bytes: int = 1, repeats: int = 3, **kwargs: Any) -> Chain:
     """Measure the chain of `model` for these inputs.
 
@@ -251,33 +186,34 @@ def measure(model: nn.Module, *inputs: Any, unit_bytes: int = 1, repeats: int = 
         model: an `nn.Sequential`, or any module that runs the blocks of `nn.ModuleList`s or `nn.Sequential`s one after another.
         inputs, kwargs: what the model is called with. If the model returns its loss, the loss is part of the chain.
         unit_bytes: granule of the pool that the plan is for (512 on CUDA).
-        repeats: timed runs of each stage.
+        repeats: timed runs of the first stage of each kind; the others of its kind add one each, up to three times as many.
 
     Raises:
-        InvalidChain: there is no chain of stages in the model.
+        InvalidChain: there is no chain of stages in the model, or a stage does something else when it runs again.
     """
-    return run_measured(model, inputs, kwargs, unit_bytes, repeats)[0]
+    return run_measured(model, inputs, kwargs, unit_bytes, WallClock(), repeats).chain
 
 
 def run_measured(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], unit_bytes: int, repeats: int
-) -> tuple[Chain, list[nn.Module], list[int]]:
-    """`measure`, with the modules whose calls are stages, in calling order, and the numbers of those stages."""
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], unit_bytes: int, clock: Clock, repeats: int
+) -> Measured:
+    """`measure`, and what `fit` needs to know besides."""
     names = {module: name for name, module in model.named_modules()}
     residents = [*model.parameters(), *model.buffers()]
     residents += [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_leaf and tensor.requires_grad]
-    with _unchanged(model):
+    with unchanged(model):
         modules = find_chain(model, args, kwargs)
-        run = _Measurement(modules, names, _Storages(residents), repeats)
-        hooks = saved_tensors_hooks(run.note_outside, _identity)
+        # Casts of weights that autocast remembers from a run without autograd would have no gradient.
+        torch.clear_autocast_cache()
+        run = _Measurement(modules, names, Storages(residents), clock, repeats)
+        hooks = saved_tensors_hooks(run.note_outside, identity)
         with torch.enable_grad(), intercept(dict.fromkeys(modules), run.stage), hooks:
             out = model._call_impl(*args, **kwargs)
-        run.close_outside("suffix")
+            run.close(out, list(model.parameters()))
         if run.position != len(modules):
             raise InvalidChain(
                 f"{type(model).__name__} called {run.position} of {len(modules)} stages with autograd on; a chain runs the same "
                 "stages whether or not gradients are wanted"
             )
-        del out
-    chain = Chain(tuple(run.stages), tuple(run.storages.sizes), unit_bytes, type(model).__name__)
-    return chain, modules, run.owned
+    chain = Chain(run.finished(), tuple(run.storages.sizes), unit_bytes, type(model).__name__)
+    return Measured(chain, tuple(modules), tuple(run.owned), tuple(run.random))

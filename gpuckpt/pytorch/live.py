@@ -1,0 +1,80 @@
+"""Bytes that operators bring to life: what a stage needs beside what it is given, returns and saves.
+
+A dispatch mode sees every tensor that an operator returns, and a weak reference on its storage tells when it dies. What an
+operator allocates within itself (a library's workspace, the insides of a fused kernel) is not seen: the figures are those of
+the tensors between operators, no more.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["LiveBytes"]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within the context every storage that is born is noted, and when it dies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._births: dict[int, int] = {}  # address of a storage -> its latest number
+        self._sizes: list[int] = []
+        self._events: list[tuple[int, bool]] = []  # (number, born), in order
+        self._refs: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given: set[int] | None = None
+        for tensor in pytree.tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._births:
+                continue
+            if given is None:
+                leaves = pytree.tree_leaves((args, kwargs))
+                given = {
+                    leaf.untyped_storage()._cdata
+                    for leaf in leaves
+                    if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
+                }
+            if storage._cdata not in given:  # a view of something older is nothing new
+                self._born(storage)
+        return out
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        number, address = len(self._sizes), storage._cdata
+        self._sizes.append(storage.nbytes())
+        self._events.append((number, True))
+        self._births[address] = number
+
+        def died(_: Any) -> None:
+            self._events.append((number, False))
+            if self._births.get(address) == number:
+                del self._births[address]
+
+        self._refs.append(weakref.ref(storage, died))
+
+    def mark(self) -> int:
+        """A position in the record, for `peak_bytes`."""
+        return len(self._events)
+
+    def numbers(self, tensors: Sequence[torch.Tensor]) -> set[int]:
+        """Numbers of those storages of `tensors` that were born in here."""
+        found = (self._births.get(tensor.untyped_storage()._cdata) for tensor in tensors)
+        return {number for number in found if number is not None}
+
+    def peak_bytes(self, begin: int, end: int, without: set[int]) -> int:
+        """The most bytes alive between two marks, relative to `begin`, storages numbered in `without` left out."""
+        live = peak = 0
+        for number, born in self._events[begin:end]:
+            if number not in without:
+                live += self._sizes[number] if born else -self._sizes[number]
+                peak = max(peak, live)
+        return peak

@@ -1,0 +1,70 @@
+"""What autograd saves, noted and numbered by storage; nothing is held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from gpuckpt.errors import InvalidChain
+
+__all__ = ["Saved", "Storages", "identity", "of_parameter"]
+
+
+class Storages:
+    """Numbers storages; parameters, buffers and leaves that the caller trains have none."""
+
+    def __init__(self, residents: Sequence[torch.Tensor]) -> None:
+        self._resident = {tensor.untyped_storage()._cdata for tensor in residents}
+        self._number: dict[int, int] = {}
+        # Weak references keep an address from naming two storages, and no memory alive.
+        self._refs: list[StorageWeakRef] = []
+        self.sizes: list[int] = []
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        """Ids of the storages of `tensors`, each once, in order."""
+        ids: dict[int, None] = {}
+        for tensor in tensors:
+            if tensor.layout is not torch.strided:
+                raise InvalidChain(
+                    f"measuring saved tensors of layout {tensor.layout} is not supported; keep such layers out of the chain"
+                )
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._resident:
+                continue
+            number = self._number.get(storage._cdata)
+            if number is None:
+                number = self._number[storage._cdata] = len(self.sizes)
+                self._refs.append(StorageWeakRef(storage))
+                self.sizes.append(storage.nbytes())
+            ids[number] = None
+        return tuple(ids)
+
+
+class Saved:
+    """What one run of a stage saves: the tensors that are no parameter's, and the shapes of all."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def hooks(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(self._pack, identity)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(tensor.shape))
+        if not of_parameter(tensor):
+            self.tensors.append(tensor.detach())
+        return tensor.detach()
+
+
+def of_parameter(tensor: torch.Tensor) -> bool:
+    """Of a fake parameter's view only `_base` tells that it is one; of a real one its storage does as well."""
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+
+
+def identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

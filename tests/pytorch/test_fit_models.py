@@ -1,0 +1,330 @@
+"""`fit` on models of every build: bit for bit the plain run, and the bytes that were promised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch.beside_plain import beside_plain, plain_peak_bytes
+from torch import nn
+
+from gpuckpt import CheckpointBudget, fit
+from gpuckpt.cli.transformer import Config, Transformer
+from gpuckpt.planning import Recompute
+
+
+def recomputed(fitted) -> int:
+    """How many stages run more than once."""
+    from gpuckpt import simulate
+
+    return sum(count > 1 for count in simulate(fitted.chain, fitted.plan.tree).forward_counts)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, *more, scale=None):
+        h = F.gelu(self.up(self.norm(x)))
+        for extra in more:
+            h = h * extra.sum()
+        if scale is not None:
+            h = h * scale
+        return x + self.dropout(self.down(h))
+
+
+def rows(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def test_sequential_of_blocks() -> None:
+    fitted = beside_plain(nn.Sequential(*[Block(16) for _ in range(8)]), rows(4, 16))
+    assert recomputed(fitted) >= 3
+
+
+def test_sequential_of_plain_layers() -> None:
+    layers = [layer for _ in range(6) for layer in (nn.Linear(16, 16), nn.Tanh())]
+    assert recomputed(beside_plain(nn.Sequential(*layers), rows(32, 16))) >= 3
+
+
+def test_twelve_blocks_under_forty_percent_of_the_plain_peak() -> None:
+    model = Transformer(Config(layers=12, width=32, heads=2, context=24))
+    tokens = torch.randint(0, 256, (2, 24))
+    fitted = beside_plain(model, tokens, tokens, share=0.4)
+    assert recomputed(fitted) >= 4
+    assert any(isinstance(node, Recompute) for node in fitted.plan.tree)
+
+
+@pytest.mark.parametrize("strategy", ["every", "sqrt", "uniform", "revolve", "optimal"])
+def test_every_strategy(strategy: str) -> None:
+    model = Transformer(Config(layers=7, width=32, heads=2, context=16))
+    tokens = torch.randint(0, 256, (2, 16))
+    beside_plain(model, tokens, tokens, share=0.6, fit_options={"strategy": strategy}, steps=1)
+
+
+def test_smallest_budget_of_all() -> None:
+    fitted = beside_plain(nn.Sequential(*[Block(16) for _ in range(9)]), rows(4, 16), share=None)
+    assert fitted.budget.max_bytes == fitted.plan.certificate.smallest_budget_bytes
+
+
+class WithExtras(nn.Module):
+    """Blocks that share a mask, and each get a scale of their own."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16, dropout) for _ in range(6))
+        self.scales = nn.Parameter(torch.linspace(0.5, 1.0, 6))
+
+    def forward(self, x, mask):
+        x = x * 2
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, scale=self.scales[i].exp())
+        return x.square().mean()
+
+
+def test_extra_arguments_shared_and_differing() -> None:
+    beside_plain(WithExtras(), rows(4, 16), rows(300, seed=1))
+
+
+def test_extra_argument_that_needs_a_gradient() -> None:
+    x, mask = rows(4, 16).requires_grad_(), rows(10, seed=1).requires_grad_()
+    model = WithExtras()
+    out = model(x, mask)
+    expected = torch.autograd.grad(out, [x, mask])
+    fitted = fit(model, (x, mask), int(0.5 * plain_peak_bytes(model, (x, mask), {})))
+    got = torch.autograd.grad(fitted(x, mask), [x, mask])
+    assert all(map(torch.equal, got, expected))
+    assert recomputed(fitted)
+    assert fitted.budget.used_bytes == 0
+
+
+class Pair(nn.Module):
+    """Takes and returns a tuple of two streams; the second passes through every other block untouched."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        self.block = Block(16)
+        self.mixes = mixes
+
+    def forward(self, streams):
+        a, b = streams
+        return self.block(a + b), (torch.sin(b) if self.mixes else b)
+
+
+def test_tuples_between_blocks() -> None:
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(*[Pair(i % 2 == 0) for i in range(7)])
+
+        def forward(self, x, y):
+            a, b = self.blocks((x * 1.5, y * 0.5))
+            return (a * b).sum()
+
+    assert recomputed(beside_plain(Model(), rows(4, 16), rows(4, 16, seed=1), share=0.5))
+
+
+class Nested(nn.Module):
+    """Containers of containers, as vision models are built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(
+            nn.Sequential(*[nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(3)])
+            for _ in range(3)
+        )
+
+    def forward(self, x):
+        for level in self.levels:
+            x = level(x)
+        return x
+
+
+def test_nested_containers() -> None:
+    assert recomputed(beside_plain(Nested(), rows(8, 16)))
+
+
+def test_tied_blocks_and_tied_weights() -> None:
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            block = Block(16)
+            self.token = nn.Embedding(32, 16)
+            self.blocks = nn.ModuleList([block, Block(16), block, Block(16), block, block])
+            self.head = nn.Linear(16, 32, bias=False)
+            self.head.weight = self.token.weight
+
+        def forward(self, ids):
+            x = self.token(ids)
+            for block in self.blocks:
+                x = block(x)
+            return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
+
+    assert recomputed(beside_plain(Tied(), torch.randint(0, 32, (3, 8)), share=0.5))
+
+
+def test_dropout_recomputes_with_the_same_random_numbers() -> None:
+    beside_plain(WithExtras(dropout=0.3), rows(4, 16), rows(30, seed=1))
+
+
+def test_autocast() -> None:
+    def around():
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    model = Transformer(Config(layers=6, width=32, heads=2, context=16))
+    tokens = torch.randint(0, 256, (2, 16))
+    fitted = beside_plain(model, tokens, tokens, share=0.5, around=around)
+    assert recomputed(fitted)
+    # Planned again without autocast: other bytes.
+    model(tokens, tokens)
+    assert len(fitted._planned) == 2
+
+
+def test_autocast_with_tied_blocks_promises_no_less_than_it_holds() -> None:
+    block = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([block] * 6)
+
+        def forward(self, x):
+            for each in self.blocks:
+                x = each(x)
+            return x
+
+    def around():
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    beside_plain(Model(), rows(8, 16), share=0.9, around=around, exact=False)
+
+
+class ConvBlock(nn.Module):
+    def __init__(self, momentum: float | None = 0.1, inplace: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4, momentum=momentum)
+        self.act = nn.ReLU(inplace=inplace)
+
+    def forward(self, x):
+        return x + self.act(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_norm_statistics_are_updated_once(momentum: float | None) -> None:
+    model = nn.Sequential(*[ConvBlock(momentum) for _ in range(6)])
+    fitted = beside_plain(model, rows(2, 4, 6, 6))
+    assert recomputed(fitted) >= 2
+    assert model[0].norm.num_batches_tracked == 3
+
+
+def test_in_place_activations_inside_blocks() -> None:
+    assert recomputed(beside_plain(nn.Sequential(*[ConvBlock(inplace=True) for _ in range(6)]), rows(2, 4, 6, 6)))
+
+
+def test_in_place_activations_between_layers_are_kept() -> None:
+    layers = [layer for _ in range(5) for layer in (nn.Linear(16, 32), nn.ReLU(inplace=True), nn.Linear(32, 16))]
+    fitted = beside_plain(nn.Sequential(*layers), rows(8, 16), share=1.0)
+    kept = [stage.name for stage in fitted.chain.stages if not stage.recomputable and stage.name.isdigit()]
+    assert kept == [str(i) for i in range(1, 15, 3)]
+
+
+def test_spectral_norm_is_kept() -> None:
+    def layer():
+        return nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
+
+    model = nn.Sequential(layer(), Block(16), Block(16), layer(), Block(16), Block(16))
+    fitted = beside_plain(model, rows(8, 16), share=0.7)
+    stages = {stage.name: stage.recomputable for stage in fitted.chain.stages}
+    assert [stages[str(i)] for i in range(6)] == [False, True, True, False, True, True]
+    assert recomputed(fitted)
+
+
+def test_a_buffer_that_is_replaced_keeps_its_stage_and_measuring_leaves_it() -> None:
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+            self.register_buffer("mean", torch.zeros(16))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            return torch.tanh(self.linear(x - self.mean))
+
+    model = nn.Sequential(Average(), Block(16), Average(), Block(16), Block(16))
+    before = model[0].mean
+    fitted = fit(model, rows(8, 16), 1 << 20)
+    assert model[0].mean is before
+    assert not before.any()
+    assert [stage.recomputable for stage in fitted.chain.stages[1:6]] == [False, True, False, True, True]
+    fitted.unfit()
+    beside_plain(model, rows(8, 16), share=0.8)
+
+
+def test_eval_mode_is_planned_by_itself() -> None:
+    model = nn.Sequential(*[ConvBlock() for _ in range(6)])
+    x = rows(2, 4, 6, 6)
+    fitted = beside_plain(model, x)
+    model.eval()
+    expected = [p.clone() for p in model.state_dict().values()]
+    loss = model(x).square().sum()
+    assert len(fitted._planned) == 2
+    loss.backward()
+    fitted.check_promise()
+    assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+    assert all(map(torch.equal, model.state_dict().values(), expected))
+
+
+@pytest.mark.parametrize("freeze", ["first half", "every other", "all but the head"])
+def test_frozen_parameters(freeze: str) -> None:
+    model = Transformer(Config(layers=6, width=32, heads=2, context=16))
+    for i, block in enumerate(model.blocks):
+        frozen = {"first half": i < 3, "every other": i % 2 == 0, "all but the head": True}[freeze]
+        block.requires_grad_(not frozen)
+    if freeze != "every other":
+        model.token.requires_grad_(False)
+        model.place.requires_grad_(False)
+    tokens = torch.randint(0, 256, (2, 16))
+    fitted = beside_plain(model, tokens, tokens, share=1.0 if freeze == "all but the head" else 0.8)
+    if freeze == "all but the head":
+        assert all(not stage.saves for stage in fitted.chain.stages[1:7])
+
+
+def test_inputs_that_train_and_inputs_that_do_not() -> None:
+    model = nn.Sequential(*[Block(16) for _ in range(6)])
+    for trained in (False, True):
+        x = rows(4, 16).requires_grad_(trained)
+        fitted = fit(model, x, 40_000)
+        model(x).sum().backward()
+        assert (x.grad is not None) == trained
+        assert fitted.budget.used_bytes == 0
+        assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+        fitted.unfit()
+
+
+@pytest.mark.parametrize("hold", ["account", "pool"])
+def test_both_ways_to_hold(hold: str) -> None:
+    model = Transformer(Config(layers=6, width=32, heads=2, context=16))
+    tokens = torch.randint(0, 256, (2, 16))
+    beside_plain(model, tokens, tokens, share=0.6, fit_options={"hold": hold})
+
+
+def test_a_budget_that_others_use_as_well() -> None:
+    model = nn.Sequential(*[Block(16) for _ in range(6)])
+    x = rows(4, 16)
+    budget = CheckpointBudget(1 << 20, device="cpu")
+    budget.allocate(1000)
+    fitted = fit(model, x, budget)
+    for _ in range(2):
+        model(x).sum().backward()
+        assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+        assert budget.used_bytes == 1000
