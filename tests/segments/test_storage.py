@@ -102,11 +102,11 @@ def test_without_ml_dtypes_the_error_says_what_to_install(monkeypatch: pytest.Mo
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CuPy's arithmetic needs a CUDA device")
 @pytest.mark.parametrize("name", NAMES)
 def test_cupy_stores_the_same_bits(name: str) -> None:
-    cupy = pytest.importorskip("cupy")
-    if not torch.cuda.is_available():
-        pytest.skip("CuPy's arithmetic needs a CUDA device")
+    import cupy
+
     x = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
     ours, theirs = pack(x, STORAGE_FORMATS[name]), pack(cupy.asarray(x), STORAGE_FORMATS[name])
     np.testing.assert_array_equal(ours.bits, theirs.bits.get())
