@@ -1,4 +1,10 @@
-"""The activations of the fused layers in plain torch: value and derivative, by torch's own fused operators.
+"""The activations of the fused layers in plain torch: value and derivative by torch's own fused operators, in place.
+
+Every activation is told in three steps, so that nothing but the pre-activation's own memory is needed:
+
+    k = keep(z)         in the memory of z: what the derivative is computed from
+    dz = grad(dy, k)    into any buffer, that of dy or of k too
+    h = finish(k)       into any buffer, that of k too: the value
 
 The Triton kernels have their own (`gpuckpt.kernels.activations`); names agree.
 """
@@ -6,31 +12,45 @@ The Triton kernels have their own (`gpuckpt.kernels.activations`); names agree.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "GATED", "act_backward", "act_forward", "check_activation"]
+__all__ = ["ACTIVATIONS", "GATED", "activate_", "check_activation", "differentiate", "finish", "keep_"]
 
 aten = torch.ops.aten
 
 
-def _relu2_backward(dy: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    return dy * F.relu(z) * 2
+class _Steps(NamedTuple):
+    keep: Callable[[Tensor], object] | None
+    grad: Callable[[Tensor, Tensor, Tensor], object]
+    finish: Callable[[Tensor, Tensor], object] | None
 
 
-_TABLE: dict[str, tuple[Callable, Callable]] = {
-    "identity": (lambda z: z, lambda dy, z: dy),
-    "relu": (F.relu, lambda dy, z: aten.threshold_backward(dy, z, 0)),
-    "relu2": (lambda z: F.relu(z).square(), _relu2_backward),
-    "gelu": (F.gelu, lambda dy, z: aten.gelu_backward(dy, z, approximate="none")),
-    "gelu_tanh": (
-        lambda z: F.gelu(z, approximate="tanh"),
-        lambda dy, z: aten.gelu_backward(dy, z, approximate="tanh"),
+_TABLE: dict[str, _Steps] = {
+    "identity": _Steps(None, lambda dy, k, out: out.copy_(dy), None),
+    "relu": _Steps(torch.relu_, lambda dy, k, out: aten.threshold_backward.grad_input(dy, k, 0, grad_input=out), None),
+    "relu2": _Steps(
+        torch.relu_, lambda dy, k, out: torch.mul(dy, k, out=out).mul_(2), lambda k, out: torch.mul(k, k, out=out)
     ),
-    "silu": (F.silu, lambda dy, z: aten.silu_backward(dy, z)),
-    "sigmoid": (torch.sigmoid, lambda dy, z: aten.sigmoid_backward(dy, torch.sigmoid(z))),
-    "tanh": (torch.tanh, lambda dy, z: aten.tanh_backward(dy, torch.tanh(z))),
+    "gelu": _Steps(
+        None,
+        lambda dy, k, out: aten.gelu_backward.grad_input(dy, k, approximate="none", grad_input=out),
+        lambda k, out: aten.gelu.out(k, approximate="none", out=out),
+    ),
+    "gelu_tanh": _Steps(
+        None,
+        lambda dy, k, out: aten.gelu_backward.grad_input(dy, k, approximate="tanh", grad_input=out),
+        lambda k, out: aten.gelu.out(k, approximate="tanh", out=out),
+    ),
+    "silu": _Steps(
+        None,
+        lambda dy, k, out: aten.silu_backward.grad_input(dy, k, grad_input=out),
+        lambda k, out: aten.silu.out(k, out=out),
+    ),
+    "sigmoid": _Steps(torch.sigmoid_, lambda dy, k, out: aten.sigmoid_backward.grad_input(dy, k, grad_input=out), None),
+    "tanh": _Steps(torch.tanh_, lambda dy, k, out: aten.tanh_backward.grad_input(dy, k, grad_input=out), None),
 }
 
 ACTIVATIONS = tuple(_TABLE)
@@ -46,11 +66,30 @@ def check_activation(name: str) -> None:
         raise ValueError(f"activation={name!r}: expected one of {', '.join(ACTIVATIONS)}")
 
 
-def act_forward(name: str, z: torch.Tensor) -> torch.Tensor:
-    """act(z)."""
-    return _TABLE[name][0](z)
+def keep_(name: str, z: Tensor) -> Tensor:
+    """Overwrite z with what the derivative is computed from."""
+    step = _TABLE[name].keep
+    if step is not None:
+        step(z)
+    return z
 
 
-def act_backward(name: str, dy: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """dy * act'(z)."""
-    return _TABLE[name][1](dy, z)
+def differentiate(name: str, dy: Tensor, kept: Tensor, out: Tensor) -> Tensor:
+    """dy * act'(z) into `out`, which may be `dy` or `kept` (or neither), from `keep_(name, z)`."""
+    _TABLE[name].grad(dy, kept, out)
+    return out
+
+
+def finish(name: str, kept: Tensor, out: Tensor) -> Tensor:
+    """act(z) into `out`, which may be `kept`, from `keep_(name, z)`."""
+    step = _TABLE[name].finish
+    if step is not None:
+        step(kept, out)
+    elif out is not kept:
+        out.copy_(kept)
+    return out
+
+
+def activate_(name: str, z: Tensor) -> Tensor:
+    """Overwrite z with act(z)."""
+    return finish(name, keep_(name, z), z)

@@ -1,6 +1,7 @@
 """Which back end runs an operation: Triton's kernels or plain torch.
 
-By default the device decides: Triton on CUDA, torch elsewhere. `GPUCKPT_BACKEND=triton|torch` overrides it for the whole
+By default the device decides: Triton on CUDA, torch elsewhere and for float64, which no kernel takes.
+`GPUCKPT_BACKEND=triton|torch` overrides it for the whole
 process; `triton` on CPU tensors runs the real kernels in Triton's interpreter, which is slow and exact and meant for tests.
 The variable is read at every call, so a test may set it, but Triton itself decides at its import whether it interprets.
 """
@@ -27,7 +28,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
     """
     choice = os.environ.get("GPUCKPT_BACKEND", "")
     if not choice:
-        return tensor.is_cuda
+        return tensor.is_cuda and tensor.element_size() <= 4
     if choice not in BACKENDS:
         raise ValueError(
             f"GPUCKPT_BACKEND={choice!r}: expected one of {', '.join(BACKENDS)}, or unset to choose by device"
@@ -49,7 +50,8 @@ def load_kernels(tensor: torch.Tensor) -> None:
         raise BackendUnavailable(
             "the Triton kernels need the package `triton` (Linux): pip install triton, or set GPUCKPT_BACKEND=torch"
         ) from error
-    if not tensor.is_cuda and not triton.knobs.runtime.interpret:
+    # Triton's own functions show what it chose at its import; its knob would show the variable as it is now.
+    if not tensor.is_cuda and isinstance(triton.language.cdiv, triton.JITFunction):
         raise BackendUnavailable(
             "GPUCKPT_BACKEND=triton on a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
         )

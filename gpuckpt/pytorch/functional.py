@@ -1,7 +1,16 @@
 """The fused operations as functions of torch tensors."""
 
-from gpuckpt.pytorch.gated import gated_mlp
-from gpuckpt.pytorch.linear import linear
-from gpuckpt.pytorch.mlp import mlp
+from gpuckpt.pytorch.cross_entropy import linear_cross_entropy
+from gpuckpt.pytorch.gated import gated_mlp, gated_mlp_scratch_bytes
+from gpuckpt.pytorch.linear import linear, linear_scratch_bytes
+from gpuckpt.pytorch.mlp import mlp, mlp_scratch_bytes
 
-__all__ = ["gated_mlp", "linear", "mlp"]
+__all__ = [
+    "gated_mlp",
+    "gated_mlp_scratch_bytes",
+    "linear",
+    "linear_cross_entropy",
+    "linear_scratch_bytes",
+    "mlp",
+    "mlp_scratch_bytes",
+]

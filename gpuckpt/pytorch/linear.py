@@ -1,128 +1,196 @@
-"""`linear`: y = act(x W^T + b) + residual, saving x and the weights and nothing else.
+"""`linear`: y = dropout(act(x W^T + b)) + residual, saving x and the weights and nothing else.
 
 Backward recomputes z = x W^T + b: on Triton inside the kernel that multiplies by act'(z), elsewhere with torch. dX = dz W
 and dW = dz^T x are plain GEMMs and stay with torch (cuBLAS on CUDA).
 
 GEMMs of a training step: 4 with an activation (forward, z again, dX, dW), 3 without (there is no z to recompute).
 Under autocast the operation runs in autocast's dtype, fixed in forward; parameters are saved as they are, uncast.
+
+Shapes: x (M, K), weight (N, K), bias (N,), residual, y, dy, dz (M, N); C rows of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.activations import act_backward, act_forward, check_activation
-from gpuckpt.pytorch.backend import load_kernels, use_triton
+from gpuckpt.pytorch.activations import check_activation
+from gpuckpt.pytorch.dropout import Mask, check_dropout, draw_seed
+from gpuckpt.pytorch.operands import (
+    autocast_input,
+    cast,
+    cast_bytes,
+    check_weight,
+    no_double_backward,
+    refuse_grad_transforms,
+    without_autocast,
+)
+from gpuckpt.pytorch.rows import dz_into, forward_into, partials_bytes
+from gpuckpt.pytorch.scratch import chunks, limits, settle_chunk
+from gpuckpt.pytorch.weight_grads import BiasGrad, WeightGrad, bias_bytes, main_grad_of, sum_rows, weight_bytes
 
-__all__ = ["linear"]
+__all__ = ["linear", "linear_scratch_bytes"]
+
+
+def linear_scratch_bytes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chunk: int,
+    *,
+    plain: bool = False,
+    mask: Mask | None = None,
+    needs: Sequence[bool] = (True, True, True),
+    main: Tensor | None = None,
+) -> int:
+    """What backward holds beside the gradients it returns, with `chunk` rows at a time.
+
+    dz of one chunk (nothing where the layer is `plain`, with neither activation nor dropout), the weight and bias cast to x's
+    dtype where theirs differs, and the sums of dW and db. Of x (M, K), weight (N, K), bias and main only shape, dtype and
+    device matter. needs: the gradients of x, weight and bias that are wanted. Exact in float32; with 16-bit sums a bound.
+    """
+    several = chunk < x.shape[0]
+    total = cast_bytes(x.dtype, weight, bias)
+    if not plain:
+        total += chunk * weight.shape[0] * x.dtype.itemsize
+    if needs[1]:
+        total += weight_bytes(weight, x.dtype, chunk, several, main)
+    if needs[2] and bias is not None:
+        total += bias_bytes(bias, x.dtype, chunk, several)
+        total += 0 if plain else partials_bytes(x, weight, chunk, mask)
+    return total
 
 
 @torch.library.custom_op("gpuckpt::linear_fwd", mutates_args=())
-def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
-    """x (M, K), weight (N, K), bias (N,), residual (M, N) -> y (M, N) in x's dtype."""
-    weight, bias = cast(weight, x), cast(bias, x)
-    if use_triton(x):
-        load_kernels(x)
-        from gpuckpt.kernels import linear as kernel
-
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        kernel.linear_fwd(x, weight, bias, y, activation=activation, residual=residual)
-        return y
-    y = act_forward(activation, F.linear(x, weight, bias))
-    return y if residual is None else y + residual
+def linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    main: Tensor | None,
+    activation: str,
+    dropout: float,
+    chunk_rows: int | None,
+    scratch_bytes: int | None,
+) -> Tensor:
+    """x (M, K) -> y (M, N) in x's dtype. What else backward needs (main, chunk_rows, scratch_bytes) passes through here."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    with without_autocast(x.device.type):
+        return forward_into(y, x, cast(weight, x), cast(bias, x), activation, residual, Mask.of(dropout, seed))
 
 
 @linear_fwd.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
+def _(x, weight, bias, residual, seed, main, activation, dropout, chunk_rows, scratch_bytes) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("gpuckpt::linear_bwd", mutates_args=())
 def linear_bwd(
-    dy: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, needs: list[bool]
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    dropout: float,
+    chunk_rows: int | None,
+    scratch_bytes: int | None,
+    needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients of x, weight and bias that `needs` asks for, in that order; each in its input's dtype.
-
-    x may be None where neither dW nor z is wanted.
-    """
-    needs_x, needs_weight, needs_bias = needs
-    cast_weight = cast(weight, dy)
-    dz, db = recompute_dz(dy, x, cast_weight, cast(bias, dy), activation, needs_bias)
-    grads = []
-    if needs_x:
-        grads.append(dz @ cast_weight)
-    if needs_weight:
-        assert x is not None
-        grads.append((dz.t() @ x).to(weight.dtype))
-    if needs_bias:
-        assert bias is not None
-        assert db is not None
-        grads.append(db.to(bias.dtype))
-    return grads
+    """The gradients of x, weight and bias that `needs` asks for, in that order; each in its input's dtype."""
+    grads = gradients(dy, x, weight, bias, seed, activation, dropout, chunk_rows, scratch_bytes, needs, None)
+    return [grad for grad in grads if grad is not None]
 
 
 @linear_bwd.register_fake
-def _(
-    dy: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, needs: list[bool]
-) -> list[Tensor]:
+def _(dy, x, weight, bias, seed, activation, dropout, chunk_rows, scratch_bytes, needs) -> list[Tensor]:
     shapes = ((dy.shape[0], weight.shape[1]), weight.shape, weight.shape[:1])
     dtypes = (dy.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
     return [dy.new_empty(s, dtype=d) for s, d, need in zip(shapes, dtypes, needs, strict=True) if need]
 
 
-def recompute_dz(
-    dy: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, needs_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dz = dy * act'(x W^T + b), and its sum over rows in float32 where it is needed."""
-    if activation == "identity":
-        return dy, dy.sum(0, dtype=torch.float32) if needs_bias else None
-    assert x is not None
-    if use_triton(x):
-        load_kernels(x)
-        from gpuckpt.kernels import linear as kernel
+no_double_backward(linear_bwd, "linear")
 
-        dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
-        shape = kernel.db_partials_shape(x, weight)
-        partials = torch.empty(shape, dtype=torch.float32, device=x.device) if needs_bias else None
-        kernel.linear_recompute_bwd(x, weight, bias, dy, dz, partials, activation=activation)
-        return dz, None if partials is None else partials.sum(0)
-    dz = act_backward(activation, dy, F.linear(x, weight, bias))
-    return dz, dz.sum(0, dtype=torch.float32) if needs_bias else None
+
+def gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    dropout: float,
+    chunk_rows: int | None,
+    scratch_bytes: int | None,
+    needs: list[bool],
+    main: Tensor | None,
+) -> list[Tensor | None]:
+    """(dx, dW, db), None where not needed, and for dW where it was added to `main`. x may be None where neither dW nor z
+    is wanted."""
+    needs_x, needs_weight, needs_bias = needs
+    mask = Mask.of(dropout, seed)
+    plain = activation == "identity" and mask is None
+    rows = dy.shape[0]
+    like = dy if x is None else x
+    chunk = settle_chunk(
+        rows,
+        lambda c: linear_scratch_bytes(like, weight, bias, c, plain=plain, mask=mask, needs=needs, main=main),
+        None if plain else chunk_rows,
+        None if plain else scratch_bytes,
+    )
+    several = chunk < rows
+    used_weight, used_bias = cast(weight, dy), None if plain else cast(bias, dy)
+    dx = dy.new_empty(rows, weight.shape[1]) if needs_x else None
+    dw = WeightGrad(weight, several, main) if needs_weight else None
+    db = BiasGrad(bias) if needs_bias and bias is not None else None
+    scratch = None if plain else dy.new_empty(chunk, weight.shape[0])
+    with without_autocast(dy.device.type):
+        for part in chunks(rows, chunk):
+            if scratch is None:
+                dz = dy[part]
+                total = None if db is None else sum_rows(dz)
+            else:
+                assert x is not None
+                dz = scratch[: part.stop - part.start]
+                total = dz_into(
+                    dz, dy[part], x[part], used_weight, used_bias, activation, db is not None, mask, part.start
+                )
+            if dx is not None:
+                torch.mm(dz, used_weight, out=dx[part])
+            if dw is not None:
+                assert x is not None
+                dw.add(dz, x[part])
+            if db is not None:
+                assert total is not None
+                db.add(total)
+    return [dx, None if dw is None else dw.result(), None if db is None else db.result()]
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, bias, residual, activation = inputs
+    x, weight, bias, _, seed, main, *options = inputs
     # A frozen plain linear needs its weight alone; the rows of x are wanted for dW or to recompute z.
-    needs_rows = ctx.needs_input_grad[1] or activation != "identity"
-    ctx.save_for_backward(x if needs_rows else None, weight, bias)
-    ctx.activation = activation
-    ctx.has_residual = residual is not None
+    recomputes = any(ctx.needs_input_grad[:3]) and (options[0] != "identity" or seed is not None)
+    ctx.save_for_backward(x if recomputes or ctx.needs_input_grad[1] else None, weight, bias, seed)
+    ctx.main = main
+    ctx.options = options
 
 
 def _backward(ctx, dy: Tensor):
-    x, weight, bias = ctx.saved_tensors
+    x, weight, bias, seed = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grads = iter(linear_bwd(dy, x, weight, bias, ctx.activation, needs) if any(needs) else ())
-    dx, dw, db = (next(grads) if need else None for need in needs)
-    return dx, dw, db, dy if ctx.has_residual and ctx.needs_input_grad[3] else None, None
+    if ctx.main is not None and needs[1]:
+        activation, dropout, chunk_rows, scratch_bytes = ctx.options
+        grads = gradients(dy, x, weight, bias, seed, activation, dropout, chunk_rows, scratch_bytes, needs, ctx.main)
+        return (*grads, dy if ctx.needs_input_grad[3] else None, *(None,) * 6)
+    found = iter(linear_bwd(dy, x, weight, bias, seed, *ctx.options, needs) if any(needs) else ())
+    return (*(next(found) if need else None for need in needs), dy if ctx.needs_input_grad[3] else None, *(None,) * 6)
 
 
 linear_fwd.register_autograd(_backward, setup_context=_setup)
-
-
-def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == like.dtype else tensor.to(like.dtype)
-
-
-def autocast_input(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is on. The cast is autograd's own, so x's gradient keeps x's dtype."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 def linear(
@@ -132,25 +200,37 @@ def linear(
     *,
     activation: str = "identity",
     residual: Tensor | None = None,
+    dropout: float = 0.0,
+    chunk_rows: int | None = None,
+    scratch_bytes: int | None = None,
 ) -> Tensor:
-    """act(x W^T + b) + residual, keeping only x for backward.
+    """dropout(act(x W^T + b)) + residual, keeping only x for backward.
 
     Args:
         x: (..., K), floating point.
-        weight: (N, K).
+        weight: (N, K). Where it carries `main_grad`, its gradient is added there in place and autograd sees none.
         bias: (N,) or None.
         activation: identity, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
-        residual: (..., N), added after the activation, or None.
+        residual: (..., N), added last, or None.
+        dropout: probability of dropping an element. Backward computes the mask again from a seed that is drawn from torch's
+            CPU generator; besides x it keeps these 8 bytes.
+        chunk_rows: rows for which backward holds dz at a time; by default all.
+        scratch_bytes: the most that backward may hold beside the gradients (`linear_scratch_bytes`), instead of `chunk_rows`.
+            Inside `with budget:` the default is the budget's `max_bytes`, but never fewer than 128 rows at a time.
 
     Returns:
         (..., N), in x's dtype (autocast's where that is on).
 
     Raises:
-        DimMismatch: a dimension does not fit x.
-        ValueError: an unknown activation.
+        DimMismatch: a dimension does not fit.
+        ValueError: an unknown activation, a dropout that is no probability.
+        BudgetExceeded: in backward, where `scratch_bytes` does not hold the scratch of one row.
     """
     check_activation(activation)
+    check_dropout(dropout)
     check_weight(x, weight, bias)
+    refuse_grad_transforms("linear")
+    least_rows, most_bytes = limits(chunk_rows, scratch_bytes)
     x = autocast_input(x)
     rows = x.reshape(-1, x.shape[-1])
     if residual is not None:
@@ -161,19 +241,16 @@ def linear(
                 f"residual of shape {tuple(residual.shape)}: number of elements",
             )
         residual = residual.to(x.dtype).reshape(-1, weight.shape[0])
-    y = linear_fwd(rows, weight, bias, residual, activation)
+    y = linear_fwd(
+        rows,
+        weight,
+        bias,
+        residual,
+        draw_seed(dropout),
+        main_grad_of(weight),
+        activation,
+        float(dropout),
+        least_rows,
+        most_bytes,
+    )
     return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "weight") -> None:
-    """Raise unless x (..., K), weight (N, K) and bias (N,) fit together."""
-    if weight.dim() != 2:
-        raise DimMismatch(2, weight.dim(), f"number of dimensions of {name}")
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(
-            f"x: expected a floating-point tensor of shape (..., {weight.shape[1]}), got {x.dtype} of shape {tuple(x.shape)}"
-        )
-    if x.shape[-1] != weight.shape[1]:
-        raise DimMismatch(weight.shape[1], x.shape[-1], f"last dimension of the input of {name}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise DimMismatch(weight.shape[0], bias.numel(), f"length of the bias of {name}")

@@ -2,116 +2,279 @@
 
 Neither z = x W1^T + b1 nor h = act(z) is kept; backward recomputes both from x. That is 7 GEMMs in a training step against
 6 for the plain form, which keeps two hidden-size tensors, and 8 for a plain checkpoint around it.
+
+Shapes: x (M, K), w1 (H, K), b1 (H,), w2 (N, H), b2 (N,), y and dy (M, N), h and dz (M, H); C rows of a chunk.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.activations import act_backward, act_forward, check_activation
+from gpuckpt.pytorch.activations import check_activation, differentiate, finish, keep_
 from gpuckpt.pytorch.backend import load_kernels, use_triton
-from gpuckpt.pytorch.linear import autocast_input, cast, check_weight, linear_fwd, recompute_dz
+from gpuckpt.pytorch.operands import (
+    autocast_input,
+    cast,
+    cast_bytes,
+    check_bias,
+    check_weight,
+    no_double_backward,
+    refuse_grad_transforms,
+    without_autocast,
+)
+from gpuckpt.pytorch.rows import affine_into, forward_into
+from gpuckpt.pytorch.scratch import chunks, limits, settle_chunk
+from gpuckpt.pytorch.weight_grads import BiasGrad, WeightGrad, bias_bytes, main_grad_of, sum_rows, weight_bytes
 
-__all__ = ["mlp"]
+__all__ = ["mlp", "mlp_scratch_bytes"]
+
+_ALL = (True,) * 5
+
+
+def mlp_scratch_bytes(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    chunk: int,
+    *,
+    needs: Sequence[bool] = _ALL,
+    mains: Sequence[Tensor | None] = (None, None),
+) -> int:
+    """What backward holds beside the gradients it returns, with `chunk` rows at a time; forward holds less.
+
+    h and dz of one chunk (one of them suffices where the other is not wanted), weights and b1 cast to x's dtype where theirs
+    differs, and the sums of dW and db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, w1, b1,
+    w2 and b2 that are wanted. Exact in float32 by torch; with 16-bit sums a bound.
+    """
+    several = chunk < x.shape[0]
+    total = cast_bytes(x.dtype, w1, b1, w2, b2)
+    total += _hidden_buffers(x, needs) * chunk * w1.shape[0] * x.dtype.itemsize
+    for weight, needed, main in ((w1, needs[1], mains[0]), (w2, needs[3], mains[1])):
+        total += weight_bytes(weight, x.dtype, chunk, several, main) if needed else 0
+    if needs[2] and b1 is not None:
+        total += bias_bytes(b1, x.dtype, chunk, several) + _partials_bytes(x, w1, w2, chunk)
+    if needs[4] and b2 is not None:
+        total += bias_bytes(b2, x.dtype, x.shape[0], False)
+    return total
+
+
+def _hidden_buffers(x: Tensor, needs: Sequence[bool]) -> int:
+    """Of h and dz, how many a backward needs memory for. By torch z is recomputed in the place of h."""
+    if use_triton(x):
+        return any(needs[:3]) + needs[3]
+    return 2 if any(needs[:3]) else int(needs[3])
+
+
+def _partials_bytes(x: Tensor, w1: Tensor, w2: Tensor, chunk: int) -> int:
+    if not use_triton(x):
+        return 0
+    load_kernels(x)
+    from gpuckpt.kernels import mlp as kernel
+
+    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], cast(w1, x), cast(w2, x)))
 
 
 @torch.library.custom_op("gpuckpt::mlp_fwd", mutates_args=())
-def mlp_fwd(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> Tensor:
-    """x (M, K), w1 (H, K), b1 (H,), w2 (N, H), b2 (N,) -> (M, N) in x's dtype."""
-    h = linear_fwd(x, w1, b1, None, activation)
-    return F.linear(h, cast(w2, x), cast(b2, x))
+def mlp_fwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    main1: Tensor | None,
+    main2: Tensor | None,
+    activation: str,
+    chunk_rows: int | None,
+    scratch_bytes: int | None,
+) -> Tensor:
+    """x (M, K) -> (M, N) in x's dtype. What else backward needs passes through here."""
+    rows = x.shape[0]
+    # Backward holds more than forward does: the chunk that suits it suits both.
+    chunk = settle_chunk(rows, lambda c: mlp_scratch_bytes(x, w1, b1, w2, b2, c), chunk_rows, scratch_bytes)
+    w1, b1, w2, b2 = cast(w1, x), cast(b1, x), cast(w2, x), cast(b2, x)
+    y = x.new_empty(rows, w2.shape[0])
+    h = x.new_empty(min(chunk, rows), w1.shape[0])
+    with without_autocast(x.device.type):
+        for part in chunks(rows, chunk):
+            affine_into(y[part], forward_into(h[: part.stop - part.start], x[part], w1, b1, activation), w2, b2)
+    return y
 
 
 @mlp_fwd.register_fake
-def _(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> Tensor:
+def _(x, w1, b1, w2, b2, main1, main2, activation, chunk_rows, scratch_bytes) -> Tensor:
     return x.new_empty(x.shape[0], w2.shape[0])
 
 
 @torch.library.custom_op("gpuckpt::mlp_bwd", mutates_args=())
 def mlp_bwd(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
     activation: str,
+    chunk_rows: int | None,
+    scratch_bytes: int | None,
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients of x, w1, b1, w2, b2 that `needs` asks for, in that order; each in its input's dtype."""
-    needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
-    grads: list[Tensor] = []
-    first, bias, second = cast(w1, x), cast(b1, x), cast(w2, x)
-    h = None
-    dz, db1 = None, None
-    if needs_x or needs_w1 or needs_b1:
-        dh = dy @ second
-        if use_triton(x):
-            load_kernels(x)
-            dz, db1 = recompute_dz(dh, x, first, bias, activation, needs_b1)
-        else:
-            z = F.linear(x, first, bias)
-            dz = act_backward(activation, dh, z)
-            db1 = dz.sum(0, dtype=torch.float32) if needs_b1 else None
-            h = act_forward(activation, z) if needs_w2 else None
-    if needs_w2 and h is None:
-        h = linear_fwd(x, w1, b1, None, activation)
-    if needs_x:
-        grads.append(dz @ first)
-    if needs_w1:
-        grads.append((dz.t() @ x).to(w1.dtype))
-    if needs_b1:
-        grads.append(db1.to(b1.dtype))
-    if needs_w2:
-        grads.append((dy.t() @ h).to(w2.dtype))
-    if needs_b2:
-        grads.append(dy.sum(0, dtype=torch.float32).to(b2.dtype))
-    return grads
+    grads = gradients(dy, x, w1, b1, w2, b2, activation, chunk_rows, scratch_bytes, needs, (None, None))
+    return [grad for grad in grads if grad is not None]
 
 
 @mlp_bwd.register_fake
-def _(
-    dy: Tensor,
+def _(dy, x, w1, b1, w2, b2, activation, chunk_rows, scratch_bytes, needs) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, need in zip((x, w1, b1, w2, b2), needs, strict=True) if need]
+
+
+no_double_backward(mlp_bwd, "mlp")
+
+
+def hidden_into(
+    h: Tensor | None,
+    dz: Tensor,
     x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    dy: Tensor,
+    w2: Tensor,
+    activation: str,
+    needs_h: bool,
+    needs_bias: bool,
+) -> Tensor | None:
+    """h and dz of one chunk; returns the sum of dz over rows, (H,), where it is wanted.
+
+    On Triton one kernel recomputes z and multiplies it by dh = dy W2, which it either computes too ("dual") or finds in dz
+    ("plain"): `gpuckpt.kernels.mlp` chooses. By torch h is where z is recomputed, and must be given.
+    """
+    if use_triton(x):
+        load_kernels(x)
+        from gpuckpt.kernels import mlp as kernel
+
+        partials = None
+        if needs_bias:
+            partials = torch.empty(kernel.db_partials_shape(x, w1, w2), dtype=torch.float32, device=x.device)
+        kernel.mlp_recompute_bwd(x, w1, b1, dy, w2, h, dz, partials, activation=activation)
+        return None if partials is None else partials.sum(0)
+    assert h is not None
+    kept = keep_(activation, affine_into(h, x, w1, b1))
+    differentiate(activation, torch.mm(dy, w2, out=dz), kept, dz)
+    if needs_h:
+        finish(activation, kept, h)
+    return sum_rows(dz) if needs_bias else None
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor | None,
     w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
     activation: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    inputs = (x, w1, b1, w2, b2)
-    return [t.new_empty(t.shape) for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+    chunk_rows: int | None,
+    scratch_bytes: int | None,
+    needs: Sequence[bool],
+    mains: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """(dx, dw1, db1, dw2, db2), None where not needed, and for a weight whose gradient was added to its `main_grad`. x may
+    be None where only db2 is wanted."""
+    needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
+    db2 = BiasGrad(b2) if needs_b2 and b2 is not None else None
+    if db2 is not None:
+        db2.add(sum_rows(dy))
+    if x is None:
+        return [None, None, None, None, None if db2 is None else db2.result()]
+
+    rows = x.shape[0]
+    chunk = settle_chunk(
+        rows,
+        lambda c: mlp_scratch_bytes(x, w1, b1, w2, b2, c, needs=needs, mains=mains),
+        chunk_rows,
+        scratch_bytes,
+    )
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+    dw1 = WeightGrad(w1, chunk < rows, mains[0]) if needs_w1 else None
+    dw2 = WeightGrad(w2, chunk < rows, mains[1]) if needs_w2 else None
+    db1 = BiasGrad(b1) if needs_b1 and b1 is not None else None
+    used1, bias, used2 = cast(w1, x), cast(b1, x), cast(w2, x)
+    buffers = [x.new_empty(min(chunk, rows), w1.shape[0]) for _ in range(_hidden_buffers(x, needs))]
+    with without_autocast(x.device.type):
+        for part in chunks(rows, chunk):
+            dy_part, x_part = dy[part], x[part]
+            held = iter(buffer[: part.stop - part.start] for buffer in buffers)
+            dz = next(held) if any(needs[:3]) else None
+            h = next(held, None)
+            if dz is None:
+                assert h is not None
+                forward_into(h, x_part, used1, bias, activation)
+            else:
+                total = hidden_into(h, dz, x_part, used1, bias, dy_part, used2, activation, needs_w2, db1 is not None)
+                if db1 is not None:
+                    assert total is not None
+                    db1.add(total)
+            if dw2 is not None:
+                assert h is not None
+                dw2.add(dy_part, h)
+            if dz is not None:
+                if dx is not None:
+                    torch.mm(dz, used1, out=dx[part])
+                if dw1 is not None:
+                    dw1.add(dz, x_part)
+    return [dx, *(None if grad is None else grad.result() for grad in (dw1, db1, dw2, db2))]
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.activation = inputs[5]
+    x, w1, b1, w2, b2, *mains = inputs[:7]
+    ctx.save_for_backward(x if any(ctx.needs_input_grad[:4]) else None, w1, b1, w2, b2)
+    ctx.mains = [main if need else None for main, need in zip(mains, ctx.needs_input_grad[1:4:2], strict=True)]
+    ctx.options = inputs[7:]
 
 
 def _backward(ctx, dy: Tensor):
-    x, w1, b1, w2, b2 = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
-    grads = iter(mlp_bwd(dy, x, w1, b1, w2, b2, ctx.activation, needs) if any(needs) else ())
-    return (*(next(grads) if need else None for need in needs), None)
+    if any(main is not None for main in ctx.mains):
+        x, w1, b1, w2, b2 = ctx.saved_tensors
+        activation, chunk_rows, scratch_bytes = ctx.options
+        grads = gradients(dy, x, w1, b1, w2, b2, activation, chunk_rows, scratch_bytes, needs, ctx.mains)
+        return (*grads, *(None,) * 5)
+    found = iter(mlp_bwd(dy, *ctx.saved_tensors, *ctx.options, needs) if any(needs) else ())
+    return (*(next(found) if need else None for need in needs), *(None,) * 5)
 
 
 mlp_fwd.register_autograd(_backward, setup_context=_setup)
 
 
 def mlp(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None = None, *, activation: str = "gelu"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    chunk_rows: int | None = None,
+    scratch_bytes: int | None = None,
 ) -> Tensor:
     """act(x w1^T + b1) w2^T + b2, keeping only x for backward.
 
     Args:
         x: (..., K), floating point.
         w1, b1: (H, K) and (H,) or None.
-        w2, b2: (N, H) and (N,) or None.
+        w2, b2: (N, H) and (N,) or None. A weight that carries `main_grad` gets its gradient added there in place, and
+            autograd sees none.
         activation: identity, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
+        chunk_rows: rows for which h (and in backward dz) is held at a time; by default all.
+        scratch_bytes: the most that backward may hold beside the gradients (`mlp_scratch_bytes`), instead of `chunk_rows`.
+            Inside `with budget:` the default is the budget's `max_bytes`, but never fewer than 128 rows at a time.
 
     Returns:
         (..., N), in x's dtype (autocast's where that is on).
@@ -119,13 +282,16 @@ def mlp(
     Raises:
         DimMismatch: a dimension does not fit.
         ValueError: an unknown activation.
+        BudgetExceeded: `scratch_bytes` does not hold the scratch of one row.
     """
     check_activation(activation)
     check_weight(x, w1, b1, "w1")
     if w2.dim() != 2 or w2.shape[1] != w1.shape[0]:
         raise DimMismatch(w1.shape[0], w2.shape[-1], "last dimension of w2 (the hidden size)")
-    if b2 is not None and b2.shape != w2.shape[:1]:
-        raise DimMismatch(w2.shape[0], b2.numel(), "length of b2")
+    check_bias(b2, w2, "w2")
+    refuse_grad_transforms("mlp")
+    least_rows, most_bytes = limits(chunk_rows, scratch_bytes)
     x = autocast_input(x)
-    y = mlp_fwd(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, activation)
+    rows = x.reshape(-1, x.shape[-1])
+    y = mlp_fwd(rows, w1, b1, w2, b2, main_grad_of(w1), main_grad_of(w2), activation, least_rows, most_bytes)
     return y.reshape(*x.shape[:-1], w2.shape[0])

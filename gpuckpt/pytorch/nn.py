@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuckpt.pytorch.activations import check_activation
+from gpuckpt.pytorch.dropout import check_dropout
 from gpuckpt.pytorch.gated import gated_mlp
 from gpuckpt.pytorch.linear import linear
 from gpuckpt.pytorch.mlp import mlp
@@ -14,9 +15,10 @@ __all__ = ["FusedLinear", "FusedMLP", "GatedMLP"]
 
 
 class FusedLinear(nn.Linear):
-    """`nn.Linear` followed by an activation, in one pass; parameters are named and initialised as `nn.Linear`'s.
+    """`nn.Linear` followed by an activation and, in training, dropout, in one pass; parameters are named and initialised as
+    `nn.Linear`'s.
 
-    Shapes: (..., in_features) -> (..., out_features).
+    Shapes: (..., in_features) -> (..., out_features), and a residual of that shape, added last.
     """
 
     def __init__(
@@ -25,18 +27,23 @@ class FusedLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         activation: str = "identity",
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_activation(activation)
+        check_dropout(dropout)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
+        self.dropout = dropout
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return linear(x, self.weight, self.bias, activation=self.activation, residual=residual)
+        dropout = self.dropout if self.training else 0.0
+        return linear(x, self.weight, self.bias, activation=self.activation, residual=residual, dropout=dropout)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"
+        dropout = f", dropout={self.dropout}" if self.dropout else ""
+        return f"{super().extra_repr()}, activation={self.activation}{dropout}"
 
 
 class FusedMLP(nn.Module):
@@ -75,7 +82,8 @@ class GatedMLP(nn.Module):
     """The gated MLP of Llama-style models (SwiGLU, GEGLU, ReGLU); keeps its input only.
 
     Shapes: (..., in_features) -> (..., out_features). Parameters: `gate_proj.weight`, `up_proj.weight` (hidden, in) and
-    `down_proj.weight` (out, hidden), so that a Llama MLP's weights load unchanged.
+    `down_proj.weight` (out, hidden), so that a Llama MLP's weights load unchanged. `gate_multiplier` scales the gate before its
+    activation and `down_multiplier` the output, as in Falcon-H1.
     """
 
     def __init__(
@@ -85,12 +93,16 @@ class GatedMLP(nn.Module):
         out_features: int | None = None,
         bias: bool = False,
         activation: str = "silu",
+        gate_multiplier: float = 1.0,
+        down_multiplier: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_activation(activation)
         self.activation = activation
+        self.gate_multiplier = gate_multiplier
+        self.down_multiplier = down_multiplier
         self.gate_proj = nn.Linear(in_features, hidden_features, bias, device, dtype)
         self.up_proj = nn.Linear(in_features, hidden_features, bias, device, dtype)
         self.down_proj = nn.Linear(
@@ -100,7 +112,16 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         return gated_mlp(
-            x, gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias, activation=self.activation
+            x,
+            gate.weight,
+            up.weight,
+            down.weight,
+            gate.bias,
+            up.bias,
+            down.bias,
+            activation=self.activation,
+            gate_multiplier=self.gate_multiplier,
+            down_multiplier=self.down_multiplier,
         )
 
     def extra_repr(self) -> str:

@@ -1,0 +1,147 @@
+"""The first half of a gated MLP, forward and backward, for the rows of one chunk on either back end; see `gated`.
+
+Shapes: C rows of a chunk; x (C, K), wg and wu (H, K), bg and bu (H,), wd (N, H), dy (C, N), h, dz_g, dz_u and buffers (C, H).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpuckpt.pytorch.activations import activate_, differentiate, finish, keep_
+from gpuckpt.pytorch.backend import load_kernels, use_triton
+from gpuckpt.pytorch.operands import cast
+from gpuckpt.pytorch.rows import affine_into
+from gpuckpt.pytorch.weight_grads import WeightGrad, sum_rows
+
+__all__ = ["Form", "HiddenGrads", "Pair", "backward_buffers", "forward_buffers", "gradients_of", "hidden_of"]
+
+
+class Form(NamedTuple):
+    """What is computed beside the GEMMs."""
+
+    activation: str
+    gate_multiplier: float
+    down_multiplier: float
+
+
+class Pair(NamedTuple):
+    """The first half's weights and biases, in x's dtype."""
+
+    wg: Tensor
+    bg: Tensor | None
+    wu: Tensor
+    bu: Tensor | None
+
+
+class HiddenGrads(NamedTuple):
+    """Gradients of the two pre-activations, and their sums over rows, (H,), where wanted."""
+
+    dz_g: Tensor
+    dz_u: Tensor
+    db_g: Tensor | None
+    db_u: Tensor | None
+
+
+def forward_buffers(x: Tensor) -> int:
+    """Buffers (C, H) that `hidden_of` works in."""
+    return 1 if use_triton(x) else 2
+
+
+def backward_buffers(x: Tensor, needs_h: bool) -> int:
+    """Buffers (C, H) that `gradients_of` works in."""
+    return 2 + needs_h if use_triton(x) else 4
+
+
+def partials_bytes(x: Tensor, wg: Tensor, chunk: int) -> int:
+    """What the backward kernel needs for one sum over rows; nothing where torch adds them up."""
+    if not use_triton(x):
+        return 0
+    load_kernels(x)
+    from gpuckpt.kernels import gated as kernel
+
+    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], cast(wg, x)))
+
+
+def hidden_of(buffers: Sequence[Tensor], x: Tensor, pair: Pair, form: Form) -> Tensor:
+    """h = act(mg (x wg^T + bg)) * (x wu^T + bu), in the first buffer."""
+    h = buffers[0]
+    if use_triton(x):
+        load_kernels(x)
+        from gpuckpt.kernels import gated as kernel
+
+        kernel.gated_fwd(x, *pair, h, activation=form.activation, gate_multiplier=form.gate_multiplier)
+        return h
+    return activate_(form.activation, _gate_into(h, x, pair, form)).mul_(affine_into(buffers[1], x, pair.wu, pair.bu))
+
+
+def gradients_of(
+    buffers: Sequence[Tensor],
+    dy: Tensor,
+    x: Tensor,
+    pair: Pair,
+    wd: Tensor,
+    form: Form,
+    dwd: WeightGrad | None,
+    needs_biases: tuple[bool, bool],
+) -> HiddenGrads:
+    """dz_g and dz_u for dy, the gradient of h wd^T; h is computed on the way and its share added to `dwd`."""
+    if use_triton(x):
+        return _gradients_by_kernel(buffers, dy, x, pair, wd, form, dwd, needs_biases)
+    gate, up, act, spare = buffers
+    kept = keep_(form.activation, _gate_into(gate, x, pair, form))
+    finish(form.activation, kept, act)
+    affine_into(up, x, pair.wu, pair.bu)
+    if dwd is not None:
+        dwd.add(dy, torch.mul(act, up, out=spare))
+    dh = torch.mm(dy, wd, out=spare)
+    dz_g = differentiate(form.activation, up.mul_(dh), kept, up)
+    if form.gate_multiplier != 1.0:
+        dz_g.mul_(form.gate_multiplier)
+    dz_u = dh.mul_(act)
+    db_g, db_u = (sum_rows(d) if need else None for d, need in zip((dz_g, dz_u), needs_biases, strict=True))
+    return HiddenGrads(dz_g, dz_u, db_g, db_u)
+
+
+def _gradients_by_kernel(
+    buffers: Sequence[Tensor],
+    dy: Tensor,
+    x: Tensor,
+    pair: Pair,
+    wd: Tensor,
+    form: Form,
+    dwd: WeightGrad | None,
+    needs_biases: tuple[bool, bool],
+) -> HiddenGrads:
+    load_kernels(x)
+    from gpuckpt.kernels import gated as kernel
+
+    dz_g, dz_u = buffers[:2]
+    h = None if dwd is None else buffers[2]
+    shape = kernel.db_partials_shape(x, pair.wg)
+    partials = [torch.empty(shape, dtype=torch.float32, device=x.device) if need else None for need in needs_biases]
+    kernel.gated_recompute_bwd(
+        x,
+        *pair,
+        dy,
+        wd,
+        h,
+        dz_g,
+        dz_u,
+        *partials,
+        activation=form.activation,
+        gate_multiplier=form.gate_multiplier,
+    )
+    if dwd is not None:
+        assert h is not None
+        dwd.add(dy, h)
+    return HiddenGrads(dz_g, dz_u, *(None if p is None else p.sum(0) for p in partials))
+
+
+def _gate_into(out: Tensor, x: Tensor, pair: Pair, form: Form) -> Tensor:
+    gate = affine_into(out, x, pair.wg, pair.bg)
+    return gate if form.gate_multiplier == 1.0 else gate.mul_(form.gate_multiplier)

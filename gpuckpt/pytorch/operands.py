@@ -1,0 +1,94 @@
+"""What every fused operation asks of its operands: shapes that fit, one dtype to compute in, autocast's where that is on."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from gpuckpt.errors import DimMismatch
+
+__all__ = [
+    "autocast_input",
+    "cast",
+    "cast_bytes",
+    "check_bias",
+    "check_weight",
+    "no_double_backward",
+    "without_autocast",
+]
+
+
+@overload
+def cast(tensor: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def cast(tensor: None, like: Tensor) -> None: ...
+@overload
+def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None: ...
+def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """`tensor` in the dtype of `like`."""
+    return tensor if tensor is None or tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
+def cast_bytes(dtype: torch.dtype, *tensors: Tensor | None) -> int:
+    """What casting `tensors` to `dtype` allocates."""
+    return sum(t.numel() * dtype.itemsize for t in tensors if t is not None and t.dtype != dtype)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on. The cast is autograd's own, so x's gradient keeps x's dtype."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def without_autocast(kind: str) -> AbstractContextManager[object]:
+    """Inside an operation the dtype is settled; a GEMM there must not be cast a second time."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "weight") -> None:
+    """Raise unless x (..., K), weight (N, K) and bias (N,) fit together."""
+    if weight.dim() != 2:
+        raise DimMismatch(2, weight.dim(), f"number of dimensions of {name}")
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(
+            f"x: expected a floating-point tensor of shape (..., {weight.shape[1]}), got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    if x.shape[-1] != weight.shape[1]:
+        raise DimMismatch(weight.shape[1], x.shape[-1], f"last dimension of the input of {name}")
+    check_bias(bias, weight, name)
+
+
+def check_bias(bias: Tensor | None, weight: Tensor, name: str) -> None:
+    """Raise unless `bias` is None or (N,) for weight (N, K)."""
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise DimMismatch(weight.shape[0], bias.numel(), f"length of the bias of {name}")
+
+
+def no_double_backward(op: torch.library.CustomOpDef, name: str) -> None:
+    """Make the gradient of `op`, itself the backward of the public function `name`, a clear error."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"gpuckpt.functional.{name} has no second derivative: its backward recomputes what autograd would have to "
+            "differentiate again. Write the layer with torch.nn.functional.linear where you need double backward"
+        )
+
+    op.register_autograd(backward)
+
+
+def refuse_grad_transforms(name: str) -> None:
+    """Raise `NotImplementedError` inside torch.func.grad and its kin; vmap runs the operation once for each element."""
+    if torch.compiler.is_compiling():
+        return
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is not None and interpreter.key() != torch._C._functorch.TransformType.Vmap:
+        raise NotImplementedError(
+            f"gpuckpt.functional.{name} does not run under torch.func.grad, vjp, jvp or jacrev; use torch.autograd.grad, "
+            "or torch.nn.functional.linear inside the transform"
+        )
