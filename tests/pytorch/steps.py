@@ -40,9 +40,12 @@ def batch(rows: int = 8, width: int = 16) -> Tensor:
 
 def bits(tensors: Iterable[Tensor | None]) -> list[bytes | None]:
     """The bytes of tensors, for comparison bit by bit."""
-    return [
-        None if t is None else t.detach().resolve_conj().resolve_neg().contiguous().numpy().tobytes() for t in tensors
-    ]
+    return [None if t is None else _bytes(t.detach()) for t in tensors]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def gradients(model: nn.Module, loss_of: Callable[[], Tensor], seed: int = 3) -> tuple[list[bytes | None], ...]:
