@@ -176,7 +176,9 @@ class ActivationCheckpointer:
             while end > 0:
                 # Layers start..end-1 need their inputs: the output of start-1, which is stored, and what follows from it.
                 start, entry = self._nearest(layers, end - 2)
-                self._forget(layers[end - 1 :])
+                last = self._entries.pop(layers[end - 1], None)
+                if last is not None:
+                    last.kept.free()
                 grad = replay_backward(steps[start:end], self._unpacked(entry), grad, self._keeper)
                 end = start
         finally:
@@ -190,12 +192,6 @@ class ActivationCheckpointer:
         full = entry.load()
         entry.kept.free()
         return self._keeper.keep(full)
-
-    def _forget(self, layers: Sequence[Any]) -> None:
-        for layer in layers:
-            entry = self._entries.pop(layer, None)
-            if entry is not None:
-                entry.kept.free()
 
     def _nearest(self, layers: Sequence[Any], position: int) -> tuple[int, _Entry]:
         """(first layer to run, its input) to get behind `position`, from the nearest thing stored."""

@@ -219,3 +219,26 @@ def test_bfloat16_stays_bfloat16(interpreted_kernels: None) -> None:
     dx = layer.backward(x, torch.ones_like(y))
     assert {t.dtype for t in (y, dx, *layer.gradients)} == {torch.bfloat16}
     assert array_api_compat.is_torch_array(y)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_on_a_device_the_fused_kernel_gives_numpys_results(library: str, bias: bool) -> None:
+    """CuPy on a stream of its own: the kernel has to wait for what CuPy wrote there, and CuPy for the kernel."""
+    import cupy
+
+    rng = np.random.default_rng(4)
+    x, grad = (rng.standard_normal((200, n)).astype(np.float32) for n in (96, 160))
+    plain = Dense(96, 160, "gelu_tanh", bias=bias, seed=2)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        on_device = cupy.asarray if library == "cupy" else lambda a: torch.from_numpy(a).cuda()
+        layer = Dense(96, 160, "gelu_tanh", bias=bias, seed=2, like=on_device(x[:1]))
+        assert runs_fused(on_device(x))
+        results = [layer.forward(on_device(x)), layer.backward(on_device(x), on_device(grad)), *layer.gradients]
+        stream.synchronize()
+    expected = [plain.forward(x), plain.backward(x, grad), *plain.gradients]
+    for ours, theirs in zip(results, expected, strict=True):
+        host = ours.get() if library == "cupy" else ours.cpu().numpy()
+        np.testing.assert_allclose(host, theirs, rtol=1e-4, atol=1e-4)
