@@ -1,6 +1,11 @@
-"""The two pieces that every GEMM kernel here shares: which tile a program computes, and the K loop.
+"""What every GEMM kernel here shares: which tile a program computes, the K loop, and the split of a block in two.
 
-Shapes: a (M, K), b (N, K), both by arbitrary strides; acc (BM, BN) = a b^T in fp32.
+Shapes: a (M, K), b (N, K); acc (BM, BN) = a b^T in fp32.
+
+The K loop reads through pointers (any strides; cp.async from sm_80 on) or through tensor descriptors (TMA, sm_90 and sm_100;
+rows contiguous and 16-byte aligned, see `launch.describable`). Both add in the same order, so both give the same bits.
+`warp_specialize` is Triton's own switch and off unless asked for: it is documented for Blackwell only and has open bugs
+(triton issues #8311, #9728, #10284).
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ import triton.language as tl
 
 from .numerics import operand
 
-__all__ = ["accumulate", "halves", "tile_of"]
+__all__ = ["accumulate", "accumulate_two", "halves", "tile_of"]
 
 
 @triton.jit
@@ -44,33 +49,110 @@ def accumulate(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    B_IS_KN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """acc + a[row0:row0+BM] b[col0:col0+BN]^T, K in steps of BK from 0 up: the order that makes a recomputed z bitwise equal.
 
-    row0, col0 are int64. Offsets are int64 before they meet a stride. fp32 operands are multiplied in full precision
-    ("ieee", no tensor cores): TF32 would make fp32 gradients differ from torch's default.
+    row0, col0 are int64, and so is every offset before it meets a stride. fp32 operands are multiplied in full precision
+    ("ieee", no tensor cores): TF32 would make fp32 gradients differ from torch's default. With TMA, p_a and p_b are
+    descriptors, strides are unused, and B_IS_KN says that b is stored as (K, N).
     """
-    o_m = row0 + tl.arange(0, BM)
-    o_n = col0 + tl.arange(0, BN)
-    o_k = tl.arange(0, BK)
-    m_m = o_m < M
-    m_n = o_n < N
-    p_a += o_m[:, None] * stride_am + o_k[None, :].to(tl.int64) * stride_ak
-    p_b += o_n[None, :] * stride_bn + o_k[:, None].to(tl.int64) * stride_bk
-    step = tl.full((), BK, tl.int64)
-    for i_k in range(tl.cdiv(K, BK)):
-        if EVEN_K:
-            b_a = tl.load(p_a, mask=m_m[:, None], other=0.0)
-            b_b = tl.load(p_b, mask=m_n[None, :], other=0.0)
-        else:
-            m_k = o_k < K - i_k * BK
-            b_a = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
-            b_b = tl.load(p_b, mask=m_n[None, :] & m_k[:, None], other=0.0)
-        acc = tl.dot(operand(b_a, INTERPRET), operand(b_b, INTERPRET), acc, input_precision="ieee")
-        p_a += step * stride_ak
-        p_b += step * stride_bk
+    if TMA:
+        row = row0.to(tl.int32)
+        col = col0.to(tl.int32)
+        for i_k in tl.range(0, tl.cdiv(K, BK), warp_specialize=WARP_SPECIALIZE):
+            b_a = p_a.load([row, i_k * BK])
+            b_b = p_b.load([i_k * BK, col]) if B_IS_KN else tl.trans(p_b.load([col, i_k * BK]))
+            acc = tl.dot(operand(b_a, INTERPRET), operand(b_b, INTERPRET), acc, input_precision="ieee")
+    else:
+        o_m = row0 + tl.arange(0, BM)
+        o_n = col0 + tl.arange(0, BN)
+        o_k = tl.arange(0, BK)
+        m_m = o_m < M
+        m_n = o_n < N
+        p_a += o_m[:, None] * stride_am + o_k[None, :].to(tl.int64) * stride_ak
+        p_b += o_n[None, :] * stride_bn + o_k[:, None].to(tl.int64) * stride_bk
+        step = tl.full((), BK, tl.int64)
+        for i_k in tl.range(0, tl.cdiv(K, BK)):
+            if EVEN_K:
+                b_a = tl.load(p_a, mask=m_m[:, None], other=0.0)
+                b_b = tl.load(p_b, mask=m_n[None, :], other=0.0)
+            else:
+                m_k = o_k < K - i_k * BK
+                b_a = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
+                b_b = tl.load(p_b, mask=m_n[None, :] & m_k[:, None], other=0.0)
+            acc = tl.dot(operand(b_a, INTERPRET), operand(b_b, INTERPRET), acc, input_precision="ieee")
+            p_a += step * stride_ak
+            p_b += step * stride_bk
     return acc
+
+
+@triton.jit
+def accumulate_two(
+    p_a,
+    p_b,
+    p_c,
+    row0,
+    col0,
+    M,
+    N,
+    K,
+    stride_am,
+    stride_ak,
+    stride_bn,
+    stride_bk,
+    stride_cn,
+    stride_ck,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """(a b^T, a c^T) for b and c (N, K), each as `accumulate` would have it, with a read once for both."""
+    acc_b = tl.zeros((BM, BN), tl.float32)
+    acc_c = tl.zeros((BM, BN), tl.float32)
+    if TMA:
+        row = row0.to(tl.int32)
+        col = col0.to(tl.int32)
+        for i_k in tl.range(0, tl.cdiv(K, BK), warp_specialize=WARP_SPECIALIZE):
+            b_a = operand(p_a.load([row, i_k * BK]), INTERPRET)
+            b_b = operand(tl.trans(p_b.load([col, i_k * BK])), INTERPRET)
+            b_c = operand(tl.trans(p_c.load([col, i_k * BK])), INTERPRET)
+            acc_b = tl.dot(b_a, b_b, acc_b, input_precision="ieee")
+            acc_c = tl.dot(b_a, b_c, acc_c, input_precision="ieee")
+    else:
+        o_m = row0 + tl.arange(0, BM)
+        o_n = col0 + tl.arange(0, BN)
+        o_k = tl.arange(0, BK)
+        m_m = o_m < M
+        m_n = o_n < N
+        p_a += o_m[:, None] * stride_am + o_k[None, :].to(tl.int64) * stride_ak
+        p_b += o_n[None, :] * stride_bn + o_k[:, None].to(tl.int64) * stride_bk
+        p_c += o_n[None, :] * stride_cn + o_k[:, None].to(tl.int64) * stride_ck
+        step = tl.full((), BK, tl.int64)
+        for i_k in tl.range(0, tl.cdiv(K, BK)):
+            if EVEN_K:
+                b_a = tl.load(p_a, mask=m_m[:, None], other=0.0)
+                b_b = tl.load(p_b, mask=m_n[None, :], other=0.0)
+                b_c = tl.load(p_c, mask=m_n[None, :], other=0.0)
+            else:
+                m_k = o_k < K - i_k * BK
+                b_a = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
+                b_b = tl.load(p_b, mask=m_n[None, :] & m_k[:, None], other=0.0)
+                b_c = tl.load(p_c, mask=m_n[None, :] & m_k[:, None], other=0.0)
+            b_a = operand(b_a, INTERPRET)
+            acc_b = tl.dot(b_a, operand(b_b, INTERPRET), acc_b, input_precision="ieee")
+            acc_c = tl.dot(b_a, operand(b_c, INTERPRET), acc_c, input_precision="ieee")
+            p_a += step * stride_ak
+            p_b += step * stride_bk
+            p_c += step * stride_ck
+    return acc_b, acc_c
 
 
 @triton.jit

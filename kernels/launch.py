@@ -11,12 +11,26 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import ACTIVATIONS
 from .numerics import INTERPRETED
 from .tiles import TileConfig, nearest_arch, why_invalid
 
-__all__ = ["arch_of", "check_activation", "check_out", "check_shape", "check_tile", "dtype_name", "on_device"]
+__all__ = [
+    "arch_of",
+    "check_activation",
+    "check_out",
+    "check_shape",
+    "check_tile",
+    "describable",
+    "descriptor",
+    "dtype_name",
+    "multiprocessors",
+    "on_device",
+    "strides",
+    "use_descriptors",
+]
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -81,3 +95,49 @@ def check_tile(kind: str, tile: TileConfig, dtype: str, arch: int) -> None:
     reason = why_invalid(kind, tile, dtype, arch)
     if reason is not None:
         raise ValueError(f"tile {tile.label} cannot be used: {reason}")
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether a tensor descriptor (TMA) can describe every one: a non-empty 16-bit matrix with contiguous rows, each starting
+    at a multiple of 16 bytes. Others go through pointers: a wrong stride gives wrong tiles, silently (triton#10927)."""
+    return all(
+        t.dim() == 2
+        and t.element_size() == 2
+        and t.numel() > 0
+        and max(t.shape) < 1 << 31
+        and t.stride(1) == 1
+        and t.stride(0) > 0
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.stride(0) * t.element_size() < 1 << 40
+        and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
+def use_descriptors(asked: bool | None, arch: int, *tensors: Tensor) -> bool:
+    """Whether to load through descriptors: on sm_90 and sm_100 where all tensors allow it, or as asked.
+
+    Raises ValueError where they are asked for and a tensor does not allow it.
+    """
+    if asked is None:
+        return arch in (90, 100) and describable(*tensors)
+    if asked and not describable(*tensors):
+        raise ValueError(
+            "tensor descriptors need 16-bit matrices with contiguous rows, 16-byte aligned and at least one element"
+        )
+    return asked
+
+
+def descriptor(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """A host-side descriptor of t in blocks (rows, cols); it allocates nothing on the device."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
+
+
+def multiprocessors(t: Tensor) -> int:
+    """How many programs a persistent grid should have on t's device."""
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 1
+
+
+def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
+    """Strides for a kernel's arguments, zeros for an absent tensor."""
+    return t.stride() if t is not None else (0,) * dims

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["act_derivative_ref", "act_ref", "linear_bwd_ref", "linear_ref"]
+__all__ = [
+    "act_derivative_ref",
+    "act_ref",
+    "gated_bwd_ref",
+    "gated_ref",
+    "linear_bwd_ref",
+    "linear_ref",
+    "mlp_bwd_ref",
+]
 
 
 def act_ref(z: Tensor, activation: str) -> Tensor:
@@ -78,3 +86,42 @@ def linear_bwd_ref(
     """(dz, db) of `linear_ref`: dz = dy * act'(z), db = sum of dz over rows."""
     dz = dy * act_derivative_ref(F.linear(x, weight, bias), activation)
     return dz, dz.sum(0)
+
+
+def mlp_bwd_ref(
+    x: Tensor, w1: Tensor, b1: Tensor | None, dy: Tensor, w2: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, dz, db1) of y = act(x w1^T + b1) w2^T: h = act(z), dz = (dy w2) * act'(z), db1 = sum of dz over rows."""
+    z = F.linear(x, w1, b1)
+    dz = (dy @ w2) * act_derivative_ref(z, activation)
+    return act_ref(z, activation), dz, dz.sum(0)
+
+
+def gated_ref(
+    x: Tensor,
+    wg: Tensor,
+    bg: Tensor | None,
+    wu: Tensor,
+    bu: Tensor | None,
+    activation: str,
+    multiplier: float = 1.0,
+) -> Tensor:
+    """act(multiplier (x wg^T + bg)) * (x wu^T + bu)."""
+    return act_ref(F.linear(x, wg, bg) * multiplier, activation) * F.linear(x, wu, bu)
+
+
+def gated_bwd_ref(
+    x: Tensor,
+    wg: Tensor,
+    bg: Tensor | None,
+    wu: Tensor,
+    bu: Tensor | None,
+    dy: Tensor,
+    wd: Tensor,
+    activation: str,
+    multiplier: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, dz_g, dz_u) of y = gated(x) wd^T."""
+    z_g, z_u, dh = F.linear(x, wg, bg) * multiplier, F.linear(x, wu, bu), dy @ wd
+    a = act_ref(z_g, activation)
+    return a * z_u, dh * z_u * act_derivative_ref(z_g, activation) * multiplier, dh * a

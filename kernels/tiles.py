@@ -3,7 +3,8 @@
 Everything here is pure arithmetic on ints and strings; nothing is timed and nothing is tuned, so forward and recompute
 always agree on the order of the reduction over K, and a recomputed z has the bits of the first one.
 
-Kinds of kernel: "linear" (forward and recompute-backward of one linear layer, one accumulator).
+Kinds of kernel: "linear" (forward and recompute-backward of one linear layer), "linear_dropout" (the same with dropout, whose
+random numbers need registers), "dual" (an MLP's backward), "gated_fwd" and "gated_bwd".
 Architectures are ints, 80 for sm_80; 0 is the host, where Triton's interpreter runs one program after another.
 """
 
@@ -17,6 +18,7 @@ __all__ = [
     "SM_COUNT",
     "Kind",
     "TileConfig",
+    "backward_form",
     "candidates",
     "choose",
     "epilogue_piece",
@@ -42,7 +44,13 @@ class Kind:
     weights_per_step: int
 
 
-KINDS = {"linear": Kind(1, 1)}
+KINDS = {
+    "linear": Kind(1, 1),
+    "linear_dropout": Kind(1, 1),
+    "dual": Kind(2, 1),
+    "gated_fwd": Kind(2, 2),
+    "gated_bwd": Kind(3, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -68,21 +76,34 @@ class TileConfig:
 
 _T = TileConfig
 
-# Preferred first. bk is the same for every kind on one architecture and dtype, so that all kernels reduce alike.
-_HOPPER_16 = (_T(128, 128, 64, 8, 3), _T(128, 64, 64, 4, 4), _T(64, 64, 64, 4, 4))
-_AMPERE_16 = (_T(128, 128, 64, 8, 3), _T(128, 64, 64, 4, 3), _T(64, 64, 64, 4, 4))
-_CONSUMER_16 = (_T(128, 128, 64, 8, 3), _T(128, 64, 64, 4, 3), _T(64, 64, 64, 4, 4))
+# Preferred first. bk is the same for every kind on one architecture and dtype, so that all kernels reduce alike. What is not
+# here was tried and spilled, or does not fit in shared memory; `make audit` compiles all that is.
+_WIDE = _T(128, 256, 64, 8, 3)
+_LARGE = {3: _T(128, 128, 64, 8, 3), 4: _T(128, 128, 64, 8, 4)}
+_TALL = _T(128, 64, 64, 8, 3)
+_MEDIUM = {3: _T(128, 64, 64, 4, 3), 4: _T(128, 64, 64, 4, 4)}
+_SMALL = _T(64, 64, 64, 4, 3)
+_HOPPER = {
+    "linear": (_WIDE, _LARGE[4], _MEDIUM[4], _SMALL),
+    "linear_dropout": (_LARGE[4], _MEDIUM[4], _SMALL),
+    "dual": (_LARGE[4], _TALL, _SMALL),
+    "gated_fwd": (_LARGE[3], _TALL, _SMALL),
+    "gated_bwd": (_TALL, _SMALL),
+}
+_AMPERE = {
+    "linear": (_LARGE[3], _MEDIUM[3], _SMALL),
+    "linear_dropout": (_LARGE[3], _MEDIUM[3], _SMALL),
+    "dual": (_TALL, _SMALL),
+    "gated_fwd": (_TALL, _SMALL),
+    "gated_bwd": (_TALL, _SMALL),
+}
 # fp32 has no tensor cores here. With 32 outputs a thread some architecture spills (ptxas 12.8); with 16 none does.
-_FP32 = (_T(64, 64, 16, 8, 4), _T(32, 32, 16, 4, 4))
+_FP32 = dict.fromkeys(KINDS, (_T(64, 64, 16, 8, 4), _T(32, 32, 16, 8, 4)))
 
-_TABLE: dict[tuple[str, int, bool], tuple[TileConfig, ...]] = {
-    ("linear", 80, True): _AMPERE_16,
-    ("linear", 86, True): _CONSUMER_16,
-    ("linear", 89, True): _CONSUMER_16,
-    ("linear", 120, True): _CONSUMER_16,
-    ("linear", 90, True): _HOPPER_16,
-    ("linear", 100, True): _HOPPER_16,
-    **{("linear", arch, False): _FP32 for arch in (80, 86, 89, 90, 100, 120)},
+_TABLE: dict[tuple[int, bool], dict[str, tuple[TileConfig, ...]]] = {
+    **{(arch, True): _AMPERE for arch in (80, 86, 89, 120)},
+    **{(arch, True): _HOPPER for arch in (90, 100)},
+    **{(arch, False): _FP32 for arch in (80, 86, 89, 90, 100, 120)},
 }
 
 
@@ -115,7 +136,8 @@ def why_invalid(kind: str, tile: TileConfig, dtype: str, arch: int) -> str | Non
     if arch == 0:
         return None
     stage_bytes = (tile.bm + KINDS[kind].weights_per_step * tile.bn) * tile.bk * ELEMENT_BYTES[dtype]
-    loop_bytes = tile.num_stages * stage_bytes
+    # The barriers of the pipeline take a few dozen bytes more.
+    loop_bytes = tile.num_stages * stage_bytes + 1024
     # The epilogue turns the accumulator's layout into a coalesced one through the same shared memory.
     epilogue_bytes = tile.bm * tile.bn * 4
     need_bytes = max(loop_bytes, epilogue_bytes)
@@ -134,7 +156,7 @@ def why_invalid(kind: str, tile: TileConfig, dtype: str, arch: int) -> str | Non
 def candidates(kind: str, dtype: str, arch: int) -> tuple[TileConfig, ...]:
     """The tiles that ship for a kind, preferred first. Every one satisfies `why_invalid`."""
     try:
-        return _TABLE[kind, arch, dtype != "fp32"]
+        return _TABLE[arch, dtype != "fp32"][kind]
     except KeyError:
         raise ValueError(f"no tiles for kind={kind!r}, dtype={dtype!r}, arch={arch!r}") from None
 
@@ -160,6 +182,36 @@ def _clip(size: int, most: int) -> int:
     return max(16, min(most, 1 << max(0, size - 1).bit_length()))
 
 
-def epilogue_piece(tile: TileConfig) -> int:
-    """Columns that a backward epilogue handles at a time, so that its temporaries fit beside the accumulators."""
-    return min(tile.bn, max(16, 32 * 32 * tile.num_warps // tile.bm))
+def epilogue_piece(tile: TileConfig, kind: str = "linear", dropout: bool = False) -> int:
+    """Columns that an epilogue handles at a time, so that its temporaries fit beside the accumulators: 32 elements a thread,
+    16 where accumulators already take half of the registers, there are three of them, or random numbers are drawn."""
+    accumulators = KINDS[kind].accumulators
+    full = accumulators == 3 or accumulators * tile.bm * tile.bn >= 128 * 32 * tile.num_warps
+    per_thread = 16 if full or dropout else 32
+    return min(tile.bn, max(16, per_thread * 32 * tile.num_warps // tile.bm))
+
+
+# FLOPs that the tensor cores do while HBM moves a byte (bf16 dense over bandwidth, from the data sheets): A100 80 GB, RTX 3090,
+# RTX 4090, H100 SXM, B200, RTX 5090.
+_FLOPS_PER_BYTE = {80: 153.0, 86: 76.0, 89: 164.0, 90: 295.0, 100: 292.0, 120: 117.0}
+# Assumed shares of the peak, not measured: a cuBLAS GEMM, our one-accumulator kernel, our two-accumulator one (smaller tile).
+_EFFICIENCY = {"cublas": 0.75, "linear": 0.65, "dual": 0.60}
+
+
+def backward_form(N: int, K: int, D: int, dtype: str, arch: int) -> str:
+    """ "dual" or "plain": the cheaper way to an MLP's dz and h, by arithmetic on one output element of the (M, N) result.
+
+    plain costs 2 elements of HBM traffic more (dh written and read again); dual computes dh (2 D flops) and z (2 K flops) at
+    the lower rate of a kernel with two accumulators. Counted in flops at peak, dual wins where
+        2 D (1 / e_dual - 1 / e_cublas) + 2 K (1 / e_dual - 1 / e_linear) <= 2 element_bytes flops_per_byte.
+    With the assumed efficiencies that is D + 0.38 K <= 1770 for bf16 on H100. fp32 is always plain: our fp32 GEMM forgoes the
+    tensor cores and blocks by 16, so the GEMM that can go to cuBLAS should. On the host: "dual", so that tests run it.
+    N does not enter: both sides grow with it alike.
+    """
+    if arch == 0:
+        return "dual"
+    if dtype == "fp32":
+        return "plain"
+    e = _EFFICIENCY
+    slower_flops = 2 * D * (1 / e["dual"] - 1 / e["cublas"]) + 2 * K * (1 / e["dual"] - 1 / e["linear"])
+    return "dual" if slower_flops <= 2 * ELEMENT_BYTES[dtype] * _FLOPS_PER_BYTE[arch] else "plain"

@@ -1,0 +1,360 @@
+"""A gated MLP's first half (SwiGLU, GEGLU, ReGLU; Shazeer 2020, arXiv:2002.05202), forward and recompute-backward in a pass each.
+
+    z_g = x Wg^T + bg      z_u = x Wu^T + bu      h = act(mu z_g) * z_u          y = h Wd^T (+ bd)
+    dh = dy Wd      dz_u = dh * act(mu z_g)      dz_g = dh * z_u * act'(mu z_g) * mu      db_g, db_u: sums over rows
+
+Forward reads x once for both products and writes h only. Backward holds three fp32 accumulators (z_g, z_u, dh) and writes h (for
+dWd), dz_g and dz_u; z_g, z_u and dh never reach HBM. mu is `gate_multiplier`, as in Falcon-H1, whose `down_multiplier` scales y:
+fold it into the dy given here and into y outside.
+
+act: any of `activations.ACTIVATIONS`; "silu" makes SwiGLU, "gelu" or "gelu_tanh" GEGLU, "relu" ReGLU, "sigmoid" GLU.
+Shapes: x (M, K), wg, wu (N, K), bg, bu (N), dy (M, D), wd (D, N), h, dz_g, dz_u (M, N), db partials (ceil(M / bm), N).
+Any strides.
+Not here: the other GEMMs, allocation, autograd.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate, derivative
+from .gemm import accumulate, accumulate_two, halves, tile_of
+from .launch import (
+    arch_of,
+    check_activation,
+    check_out,
+    check_shape,
+    check_tile,
+    descriptor,
+    dtype_name,
+    on_device,
+    strides,
+    use_descriptors,
+)
+from .numerics import INTERPRETED, narrow, widen
+from .tiles import TileConfig, choose, epilogue_piece
+
+__all__ = ["db_partials_shape", "gated_fwd", "gated_recompute_bwd"]
+
+
+@triton.jit
+def _emit_product(
+    z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
+    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    if BN > PIECE:
+        g_left, g_right = halves(z_g, BM, BN)
+        u_left, u_right = halves(z_u, BM, BN)
+        _emit_product(
+            g_left, u_left, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
+            ACT, BM, BN // 2, PIECE, INTERPRET,
+        )  # fmt: skip
+        _emit_product(
+            g_right, u_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn,
+            multiplier, ACT, BM, BN // 2, PIECE, INTERPRET,
+        )  # fmt: skip
+    else:
+        o_m = row0 + tl.arange(0, BM)
+        o_n = col0 + tl.arange(0, BN)
+        m_n = o_n < N
+        if p_bg is not None:
+            z_g += widen(tl.load(p_bg + o_n * stride_bg, mask=m_n, other=0.0), INTERPRET)[None, :]
+        if p_bu is not None:
+            z_u += widen(tl.load(p_bu + o_n * stride_bu, mask=m_n, other=0.0), INTERPRET)[None, :]
+        h = activate(z_g * multiplier, ACT) * z_u
+        p_h += o_m[:, None] * stride_hm + o_n[None, :] * stride_hn
+        tl.store(p_h, narrow(h, p_h.dtype.element_ty, INTERPRET), mask=(o_m < M)[:, None] & m_n[None, :])
+
+
+@triton.jit
+def _emit_gradients(
+    z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
+    stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
+    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    if BN > PIECE:
+        g_left, g_right = halves(z_g, BM, BN)
+        u_left, u_right = halves(z_u, BM, BN)
+        d_left, d_right = halves(dh, BM, BN)
+        _emit_gradients(
+            g_left, u_left, d_left, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
+            stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
+            ACT, BM, BN // 2, PIECE, INTERPRET,
+        )  # fmt: skip
+        _emit_gradients(
+            g_right, u_right, d_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg,
+            stride_bu, stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun,
+            multiplier, ACT, BM, BN // 2, PIECE, INTERPRET,
+        )  # fmt: skip
+    else:
+        o_m = row0 + tl.arange(0, BM)
+        o_n = col0 + tl.arange(0, BN)
+        m_n = o_n < N
+        m = (o_m < M)[:, None] & m_n[None, :]
+        if p_bg is not None:
+            z_g += widen(tl.load(p_bg + o_n * stride_bg, mask=m_n, other=0.0), INTERPRET)[None, :]
+        if p_bu is not None:
+            z_u += widen(tl.load(p_bu + o_n * stride_bu, mask=m_n, other=0.0), INTERPRET)[None, :]
+        z_g *= multiplier
+        a = activate(z_g, ACT)
+        if p_h is not None:
+            p_h += o_m[:, None] * stride_hm + o_n[None, :] * stride_hn
+            tl.store(p_h, narrow(a * z_u, p_h.dtype.element_ty, INTERPRET), mask=m)
+        dz_u = dh * a
+        p_dzu += o_m[:, None] * stride_dzum + o_n[None, :] * stride_dzun
+        tl.store(p_dzu, narrow(dz_u, p_dzu.dtype.element_ty, INTERPRET), mask=m)
+        # Rows beyond M are dropped from the sums, not added as zeros: 0 * act'(b) is NaN where act' is not finite.
+        if p_dbu is not None:
+            tl.store(p_dbu + o_n * stride_dbun, tl.sum(tl.where(m, dz_u, 0.0), axis=0), mask=m_n)
+        dz_g = dh * z_u * derivative(z_g, ACT) * multiplier
+        p_dzg += o_m[:, None] * stride_dzgm + o_n[None, :] * stride_dzgn
+        tl.store(p_dzg, narrow(dz_g, p_dzg.dtype.element_ty, INTERPRET), mask=m)
+        if p_dbg is not None:
+            tl.store(p_dbg + o_n * stride_dbgn, tl.sum(tl.where(m, dz_g, 0.0), axis=0), mask=m_n)
+
+
+@triton.jit
+def gated_fwd_kernel(
+    p_x, p_wg, p_wu, p_bg, p_bu, p_h, M, N, K,
+    stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk, stride_bg, stride_bu, stride_hm, stride_hn,
+    multiplier,
+    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECE: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
+    row0 = i_m.to(tl.int64) * BM
+    col0 = i_n.to(tl.int64) * BN
+    z_g, z_u = accumulate_two(
+        p_x, p_wg, p_wu, row0, col0, M, N, K, stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk,
+        BM, BN, BK, EVEN_K, TMA, WARP_SPECIALIZE, INTERPRET,
+    )  # fmt: skip
+    _emit_product(
+        z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
+        ACT, BM, BN, PIECE, INTERPRET,
+    )  # fmt: skip
+
+
+@triton.jit
+def gated_recompute_bwd_kernel(
+    p_x, p_wg, p_wu, p_bg, p_bu, p_dy, p_wd, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, K, D,
+    stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk, stride_bg, stride_bu,
+    stride_dym, stride_dyd, stride_wdd, stride_wdn, stride_hm, stride_hn,
+    stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgm, stride_dbgn, stride_dbum, stride_dbun,
+    multiplier,
+    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECE: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
+    row0 = i_m.to(tl.int64) * BM
+    col0 = i_n.to(tl.int64) * BN
+    dh = tl.zeros((BM, BN), tl.float32)
+    dh = accumulate(
+        dh, p_dy, p_wd, row0, col0, M, N, D, stride_dym, stride_dyd, stride_wdn, stride_wdd,
+        BM, BN, BK, EVEN_D, TMA, True, WARP_SPECIALIZE, INTERPRET,
+    )  # fmt: skip
+    z_g, z_u = accumulate_two(
+        p_x, p_wg, p_wu, row0, col0, M, N, K, stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk,
+        BM, BN, BK, EVEN_K, TMA, WARP_SPECIALIZE, INTERPRET,
+    )  # fmt: skip
+    if p_dbg is not None:
+        p_dbg += i_m.to(tl.int64) * stride_dbgm
+    if p_dbu is not None:
+        p_dbu += i_m.to(tl.int64) * stride_dbum
+    _emit_gradients(
+        z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
+        stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
+        ACT, BM, BN, PIECE, INTERPRET,
+    )  # fmt: skip
+
+
+def _tile(kind: str, x: Tensor, wg: Tensor, tile: TileConfig | None) -> TileConfig:
+    (M, K), N = x.shape, wg.shape[0]
+    dtype, arch = dtype_name(x), arch_of(x)
+    tile = tile or choose(kind, M, N, K, dtype, arch)
+    check_tile(kind, tile, dtype, arch)
+    return tile
+
+
+def _check(
+    x: Tensor, wg: Tensor, bg: Tensor | None, wu: Tensor, bu: Tensor | None, activation: str
+) -> tuple[int, int, int]:
+    check_activation(activation)
+    for name, t in (("x", x), ("wg", wg), ("wu", wu)):
+        if t.dim() != 2:
+            raise ValueError(f"{name} must be a matrix; got shape {tuple(t.shape)}")
+        if t.dtype != x.dtype:
+            raise TypeError(f"x is {x.dtype} and {name} {t.dtype}; cast one of them")
+    (M, K), N = x.shape, wg.shape[0]
+    check_shape({"wg": (wg, (N, K)), "wu": (wu, (N, K)), "bg": (bg, (N,)), "bu": (bu, (N,))}, x)
+    return M, N, K
+
+
+def db_partials_shape(x: Tensor, wg: Tensor, tile: TileConfig | None = None) -> tuple[int, int]:
+    """Shape of each of the fp32 buffers that `gated_recompute_bwd` wants for db_g and db_u: (ceil(M / bm), N)."""
+    return -(-x.shape[0] // _tile("gated_bwd", x, wg, tile).bm), wg.shape[0]
+
+
+def gated_fwd(
+    x: Tensor,
+    wg: Tensor,
+    bg: Tensor | None,
+    wu: Tensor,
+    bu: Tensor | None,
+    h: Tensor,
+    *,
+    activation: str = "silu",
+    gate_multiplier: float = 1.0,
+    tile: TileConfig | None = None,
+    tma: bool | None = None,
+    warp_specialize: bool = False,
+) -> None:
+    """h = act(gate_multiplier (x wg^T + bg)) * (x wu^T + bu); neither factor is written.
+
+    x (M, K), wg and wu (N, K): one dtype, any strides; M, N or K may be 0. bg, bu (N) or None. h (M, N).
+    tile, tma, warp_specialize: as in `linear_fwd`.
+
+    Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
+    """
+    M, N, K = _check(x, wg, bg, wu, bu, activation)
+    check_shape({"h": (h, (M, N))}, x)
+    check_out(h=h)
+    tile = _tile("gated_fwd", x, wg, tile)
+    if M == 0 or N == 0:
+        return
+    tma = use_descriptors(tma, arch_of(x), x, wg, wu)
+    with on_device(x):
+        gated_fwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
+            descriptor(x, tile.bm, tile.bk) if tma else x,
+            descriptor(wg, tile.bn, tile.bk) if tma else wg,
+            descriptor(wu, tile.bn, tile.bk) if tma else wu,
+            bg,
+            bu,
+            h,
+            M,
+            N,
+            K,
+            *x.stride(),
+            *wg.stride(),
+            *wu.stride(),
+            *strides(bg, 1),
+            *strides(bu, 1),
+            *h.stride(),
+            float(gate_multiplier),
+            ACT=activation,
+            BM=tile.bm,
+            BN=tile.bn,
+            BK=tile.bk,
+            PIECE=epilogue_piece(tile, "gated_fwd"),
+            GROUP_M=tile.group_m,
+            EVEN_K=K % tile.bk == 0,
+            TMA=tma,
+            WARP_SPECIALIZE=warp_specialize,
+            INTERPRET=INTERPRETED,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+
+def gated_recompute_bwd(
+    x: Tensor,
+    wg: Tensor,
+    bg: Tensor | None,
+    wu: Tensor,
+    bu: Tensor | None,
+    dy: Tensor,
+    wd: Tensor,
+    h: Tensor | None,
+    dz_g: Tensor,
+    dz_u: Tensor,
+    dbg_partials: Tensor | None = None,
+    dbu_partials: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    gate_multiplier: float = 1.0,
+    tile: TileConfig | None = None,
+    tma: bool | None = None,
+    warp_specialize: bool = False,
+) -> None:
+    """h, dz_g and dz_u of `gated_fwd` for the gradient dy of y = h wd^T, everything recomputed from x.
+
+    x, wg, bg, wu, bu, activation, gate_multiplier: as in `gated_fwd`. dy (M, D), wd (D, N): any strides. h (M, N), or None
+    where wd is frozen. dz_g, dz_u (M, N). The partials: fp32, of `db_partials_shape`; their sums over rows are db_g and db_u.
+    Everything written is written fully.
+
+    Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
+    """
+    M, N, K = _check(x, wg, bg, wu, bu, activation)
+    if dy.dim() != 2 or wd.dim() != 2:
+        raise ValueError(f"dy and wd must be matrices; got shapes {tuple(dy.shape)} and {tuple(wd.shape)}")
+    if dy.dtype != x.dtype or wd.dtype != x.dtype:
+        raise TypeError(f"x is {x.dtype}, dy {dy.dtype} and wd {wd.dtype}; cast them to one dtype")
+    D = dy.shape[1]
+    tile = _tile("gated_bwd", x, wg, tile)
+    partials = db_partials_shape(x, wg, tile)
+    check_shape(
+        {
+            "dy": (dy, (M, D)),
+            "wd": (wd, (D, N)),
+            "h": (h, (M, N)),
+            "dz_g": (dz_g, (M, N)),
+            "dz_u": (dz_u, (M, N)),
+            "dbg_partials": (dbg_partials, partials),
+            "dbu_partials": (dbu_partials, partials),
+        },
+        x,
+    )
+    check_out(h=h, dz_g=dz_g, dz_u=dz_u, dbg_partials=dbg_partials, dbu_partials=dbu_partials)
+    for db in (dbg_partials, dbu_partials):
+        if db is not None and dtype_name(db) != "fp32":
+            raise TypeError(f"partials must be float32; got {db.dtype}")
+    if M == 0 or N == 0:
+        return
+    tma = use_descriptors(tma, arch_of(x), x, wg, wu, dy, wd)
+    with on_device(x):
+        gated_recompute_bwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
+            descriptor(x, tile.bm, tile.bk) if tma else x,
+            descriptor(wg, tile.bn, tile.bk) if tma else wg,
+            descriptor(wu, tile.bn, tile.bk) if tma else wu,
+            bg,
+            bu,
+            descriptor(dy, tile.bm, tile.bk) if tma else dy,
+            descriptor(wd, tile.bk, tile.bn) if tma else wd,
+            h,
+            dz_g,
+            dz_u,
+            dbg_partials,
+            dbu_partials,
+            M,
+            N,
+            K,
+            D,
+            *x.stride(),
+            *wg.stride(),
+            *wu.stride(),
+            *strides(bg, 1),
+            *strides(bu, 1),
+            *dy.stride(),
+            *wd.stride(),
+            *strides(h, 2),
+            *dz_g.stride(),
+            *dz_u.stride(),
+            *strides(dbg_partials, 2),
+            *strides(dbu_partials, 2),
+            float(gate_multiplier),
+            ACT=activation,
+            BM=tile.bm,
+            BN=tile.bn,
+            BK=tile.bk,
+            PIECE=epilogue_piece(tile, "gated_bwd"),
+            GROUP_M=tile.group_m,
+            EVEN_K=K % tile.bk == 0,
+            EVEN_D=D % tile.bk == 0,
+            TMA=tma,
+            WARP_SPECIALIZE=warp_specialize,
+            INTERPRET=INTERPRETED,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )

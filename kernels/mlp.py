@@ -1,0 +1,270 @@
+"""Backward of an MLP's first layer in one kernel: recompute z, multiply by the gradient that comes through the second layer.
+
+    y = dropout(act(x W1^T + b1)) W2^T (+ b2)
+    z = x W1^T + b1      dh = dy W2      h = dropout(act(z))      dz = dropout(dh) * act'(z)      db1 = sum of dz over rows
+
+Two forms write the same h (needed for dW2 = dy^T h) and dz (for dx = dz W1, dW1 = dz^T x); neither writes z:
+    dual    both GEMMs in one kernel, two sequential K loops into two fp32 accumulators; dh never reaches HBM either.
+    plain   dh by cuBLAS into the buffer of dz, then `linear_recompute_bwd` in place over it: 2 M N more elements through HBM,
+            but the second GEMM runs at cuBLAS's speed.
+`backward_form` picks one by arithmetic. An MLP's training step has 7 GEMMs either way (forward 2, z again, dh, dW2, dx, dW1).
+
+Shapes: x (M, K), w1 (N, K), b1 (N), w2 (D, N), dy (M, D), h, dz (M, N), db_partials (ceil(M / bm), N). Any strides.
+Not here: the other GEMMs, allocation, autograd, the forward pass (`linear_fwd` twice).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dropout import NO_DROPOUT, Dropout
+from .epilogue import emit_backward
+from .gemm import accumulate, tile_of
+from .launch import (
+    arch_of,
+    check_activation,
+    check_out,
+    check_shape,
+    check_tile,
+    descriptor,
+    dtype_name,
+    on_device,
+    strides,
+    use_descriptors,
+)
+from .linear import db_partials_shape as plain_db_partials_shape
+from .linear import linear_recompute_bwd
+from .numerics import INTERPRETED
+from .tiles import TileConfig, backward_form, choose, epilogue_piece
+
+__all__ = ["db_partials_shape", "mlp_dual_bwd", "mlp_recompute_bwd"]
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "first_row", "threshold"])
+def mlp_dual_bwd_kernel(
+    p_x,
+    p_w1,
+    p_b,
+    p_dy,
+    p_w2,
+    p_h,
+    p_dz,
+    p_db,
+    M,
+    N,
+    K,
+    D,
+    stride_xm,
+    stride_xk,
+    stride_w1n,
+    stride_w1k,
+    stride_b,
+    stride_dym,
+    stride_dyd,
+    stride_w2d,
+    stride_w2n,
+    stride_hm,
+    stride_hn,
+    stride_dzm,
+    stride_dzn,
+    stride_dbm,
+    stride_dbn,
+    seed,
+    offset,
+    first_row,
+    threshold,
+    scale,
+    ACT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PIECE: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
+    row0 = i_m.to(tl.int64) * BM
+    col0 = i_n.to(tl.int64) * BN
+    # Two loops, not one: two dots in one loop would need both pairs of operands in shared memory at once, and two dots into
+    # one accumulator miscompiled on Blackwell (triton#10821).
+    dh = tl.zeros((BM, BN), tl.float32)
+    dh = accumulate(
+        dh, p_dy, p_w2, row0, col0, M, N, D, stride_dym, stride_dyd, stride_w2n, stride_w2d,
+        BM, BN, BK, EVEN_D, TMA, True, WARP_SPECIALIZE, INTERPRET,
+    )  # fmt: skip
+    z = tl.zeros((BM, BN), tl.float32)
+    z = accumulate(
+        z, p_x, p_w1, row0, col0, M, N, K, stride_xm, stride_xk, stride_w1n, stride_w1k,
+        BM, BN, BK, EVEN_K, TMA, False, WARP_SPECIALIZE, INTERPRET,
+    )  # fmt: skip
+    if p_db is not None:
+        p_db += i_m.to(tl.int64) * stride_dbm
+    emit_backward(
+        z, dh, row0, col0, p_b, None, p_dz, p_h, p_db, M, N, stride_b, 0, 0, stride_dzm, stride_dzn,
+        stride_hm, stride_hn, stride_dbn, seed, offset, first_row, threshold, scale,
+        ACT, DROPOUT, BM, BN, PIECE, INTERPRET,
+    )  # fmt: skip
+
+
+def _form(x: Tensor, w1: Tensor, w2: Tensor, form: str | None) -> str:
+    if form not in (None, "dual", "plain"):
+        raise ValueError(f"form must be None, 'dual' or 'plain'; got {form!r}")
+    return form or backward_form(w1.shape[0], x.shape[1], w2.shape[0], dtype_name(x), arch_of(x))
+
+
+def _dual_tile(x: Tensor, w1: Tensor, tile: TileConfig | None) -> TileConfig:
+    (M, K), N = x.shape, w1.shape[0]
+    dtype, arch = dtype_name(x), arch_of(x)
+    tile = tile or choose("dual", M, N, K, dtype, arch)
+    check_tile("dual", tile, dtype, arch)
+    return tile
+
+
+def db_partials_shape(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    dropout: Dropout | None = None,
+    form: str | None = None,
+    tile: TileConfig | None = None,
+) -> tuple[int, int]:
+    """Shape of the fp32 buffer that `mlp_recompute_bwd` with the same arguments wants for db1."""
+    if _form(x, w1, w2, form) == "plain":
+        return plain_db_partials_shape(x, w1, tile, dropout)
+    return -(-x.shape[0] // _dual_tile(x, w1, tile).bm), w1.shape[0]
+
+
+def mlp_recompute_bwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    dy: Tensor,
+    w2: Tensor,
+    h: Tensor | None,
+    dz: Tensor,
+    db_partials: Tensor | None = None,
+    *,
+    activation: str,
+    dropout: Dropout | None = None,
+    form: str | None = None,
+    tile: TileConfig | None = None,
+    tma: bool | None = None,
+) -> None:
+    """h = dropout(act(z)) and dz = dropout(dy w2) * act'(z) with z = x w1^T + b1, which is never written.
+
+    x (M, K), w1 (N, K), dy (M, D), w2 (D, N): one dtype, any strides, any size may be 0. b1 (N). h (M, N), or None where w2 is
+    frozen and h is not wanted. dz (M, N). db_partials: fp32, of `db_partials_shape` for the same form and tile; its sum over
+    rows is db1. form: "dual", "plain", or None for `backward_form`'s choice. Everything written is written fully.
+
+    Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
+    """
+    if _form(x, w1, w2, form) == "dual":
+        mlp_dual_bwd(
+            x, w1, b1, dy, w2, h, dz, db_partials, activation=activation, dropout=dropout, tile=tile, tma=tma
+        )  # fmt: skip
+        return
+    _check(x, w1, b1, dy, w2, h, dz, activation)
+    torch.mm(dy, w2, out=dz)
+    linear_recompute_bwd(
+        x, w1, b1, dz, dz, db_partials, activation=activation, h=h, dropout=dropout, tile=tile, tma=tma
+    )  # fmt: skip
+
+
+def _check(
+    x: Tensor, w1: Tensor, b1: Tensor | None, dy: Tensor, w2: Tensor, h: Tensor | None, dz: Tensor, activation: str
+) -> None:
+    check_activation(activation)
+    for name, t in (("x", x), ("w1", w1), ("dy", dy), ("w2", w2)):
+        if t.dim() != 2:
+            raise ValueError(f"{name} must be a matrix; got shape {tuple(t.shape)}")
+        if t.dtype != x.dtype:
+            raise TypeError(f"x is {x.dtype} and {name} {t.dtype}; cast one of them")
+    (M, K), N, D = x.shape, w1.shape[0], dy.shape[1]
+    check_shape(
+        {
+            "w1": (w1, (N, K)),
+            "b1": (b1, (N,)),
+            "dy": (dy, (M, D)),
+            "w2": (w2, (D, N)),
+            "h": (h, (M, N)),
+            "dz": (dz, (M, N)),
+        },
+        x,
+    )
+    check_out(h=h, dz=dz)
+
+
+def mlp_dual_bwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    dy: Tensor,
+    w2: Tensor,
+    h: Tensor | None,
+    dz: Tensor,
+    db_partials: Tensor | None = None,
+    *,
+    activation: str,
+    dropout: Dropout | None = None,
+    tile: TileConfig | None = None,
+    tma: bool | None = None,
+    warp_specialize: bool = False,
+) -> None:
+    """The dual form of `mlp_recompute_bwd`, whose arguments these are. tma, warp_specialize: as in `linear_fwd`."""
+    _check(x, w1, b1, dy, w2, h, dz, activation)
+    (M, K), N, D = x.shape, w1.shape[0], dy.shape[1]
+    tile = _dual_tile(x, w1, tile)
+    check_shape({"db_partials": (db_partials, (-(-M // tile.bm), N))}, x)
+    check_out(db_partials=db_partials)
+    if db_partials is not None and dtype_name(db_partials) != "fp32":
+        raise TypeError(f"db_partials must be float32; got {db_partials.dtype}")
+    if M == 0 or N == 0:
+        return
+    tma = use_descriptors(tma, arch_of(x), x, w1, dy, w2)
+    with on_device(x):
+        mlp_dual_bwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
+            descriptor(x, tile.bm, tile.bk) if tma else x,
+            descriptor(w1, tile.bn, tile.bk) if tma else w1,
+            b1,
+            descriptor(dy, tile.bm, tile.bk) if tma else dy,
+            descriptor(w2, tile.bk, tile.bn) if tma else w2,
+            h,
+            dz,
+            db_partials,
+            M,
+            N,
+            K,
+            D,
+            *x.stride(),
+            *w1.stride(),
+            *strides(b1, 1),
+            *dy.stride(),
+            *w2.stride(),
+            *strides(h, 2),
+            *dz.stride(),
+            *strides(db_partials, 2),
+            *(dropout or NO_DROPOUT).kernel_args(),
+            ACT=activation,
+            DROPOUT=dropout is not None,
+            BM=tile.bm,
+            BN=tile.bn,
+            BK=tile.bk,
+            PIECE=epilogue_piece(tile, "dual", dropout is not None),
+            GROUP_M=tile.group_m,
+            EVEN_K=K % tile.bk == 0,
+            EVEN_D=D % tile.bk == 0,
+            TMA=tma,
+            WARP_SPECIALIZE=warp_specialize,
+            INTERPRET=INTERPRETED,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
