@@ -8,8 +8,10 @@ of the tree through a walk of its own, so nesting needs no special case.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +24,6 @@ from gpuckpt.pytorch.stages import statistics_frozen, tensors_in
 
 __all__ = ["Walk"]
 
-_HERE = object()  # where a kept tensor stood among the arguments
-
 
 class _Link:
     """Stands among the arguments for output number `index` of the stage before."""
@@ -34,57 +34,76 @@ class _Link:
         self.index = index
 
 
+class _Kept:
+    """Stands among the arguments for kept tensor number `index` of the frame."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A call of a stage: among the leaves of its arguments, tensors and other values, or `_Link`s, or (kept) `_Kept`s."""
+
+    module: torch.nn.Module
+    leaves: Sequence[Any]
+    spec: Any
+    environment: Environment
+
+
 class _Open:
     """A frame whose stages are still arriving."""
 
     def __init__(self, node: Recompute, walk: Walk) -> None:
-        self.program: list[tuple[torch.nn.Module, list[Any], Any, Environment]] = []
+        self.program: list[_Arrival] = []
+        self.last = _last(node)
+        self._known: dict[
+            int, tuple[weakref.ref[torch.Tensor], int]
+        ] = {}  # by id: what is kept already, and its number
+        self._count = 0
         program, budget, verify, preserve = self.program, walk.budget, walk.verify, walk.preserve_rng_state
         children, first = node.children, _first(node)
 
         def replay(kept: list[torch.Tensor]) -> None:
-            again = iter(kept)
-            inner = Walk(children, budget, verify, preserve, first)
-            for module, template, spec, environment in program:
-                leaves = [
-                    next(again) if leaf is _HERE else inner.previous[leaf.index] if isinstance(leaf, _Link) else leaf
-                    for leaf in template
-                ]
-                args, kwargs = pytree.tree_unflatten(leaves, spec)
-                with environment.again(), statistics_frozen(module.modules()):
-                    inner.step(module, args, kwargs)
+            arrivals = [
+                replace(call, leaves=[kept[leaf.index] if isinstance(leaf, _Kept) else leaf for leaf in call.leaves])
+                for call in program
+            ]
+            inner = Walk(children, budget, verify, preserve, first, arrivals)
+            for call in arrivals:
+                leaves = [inner.previous[leaf.index] if isinstance(leaf, _Link) else leaf for leaf in call.leaves]
+                args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+                with call.environment.again(), statistics_frozen(call.module.modules()):
+                    inner.step(call.module, args, kwargs)
 
         self.frame = Frame(replay, budget, verify)
-        self.last = _last(node)
 
-    def receive(
-        self,
-        module: torch.nn.Module,
-        leaves: Sequence[Any],
-        spec: Any,
-        previous: Sequence[Any],
-        environment: Environment,
-    ) -> None:
-        """Save what the next stage's replay needs besides the output of the stage before."""
-        links = {id(tensor): index for index, tensor in enumerate(previous)} if self.program else {}
-        template: list[Any] = []
+    def receive(self, calls: Iterable[_Arrival]) -> None:
+        """Save what the replay of the next stages needs besides the output of the stage before each."""
         kept: list[torch.Tensor] = []
-        for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor):
-                template.append(leaf)
-            elif id(leaf) in links:
-                template.append(_Link(links[id(leaf)]))
-            else:
-                template.append(_HERE)
-                kept.append(leaf)
+        for call in calls:
+            leaves = [self._keep(leaf, kept) if isinstance(leaf, torch.Tensor) else leaf for leaf in call.leaves]
+            self.program.append(replace(call, leaves=leaves))
         self.frame.save(kept)
-        self.program.append((module, template, spec, environment))
+
+    def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor]) -> _Kept:
+        known, number = self._known.get(id(tensor), (None, 0))
+        if known is None or known() is not tensor:
+            number = self._count
+            self._count += 1
+            self._known[id(tensor)] = weakref.ref(tensor), number
+            kept.append(tensor)
+        return _Kept(number)
 
 
 class Walk:
     """One pass over the stages that `nodes` cover.
 
-    `budget` holds what frames recompute. `previous`: the tensors that the latest stage returned.
+    `budget` holds what frames recompute. `previous`: the tensors that the latest stage returned. `ahead`: in a replay, the
+    calls that will come. Frames then save all that their stages will be given as soon as they open, so that a replay that
+    ends with a frame stops there (early stop) and does not run the frame's stages for the sake of the last one's arguments.
     """
 
     def __init__(
@@ -94,12 +113,15 @@ class Walk:
         verify: Verify | None = None,
         preserve_rng_state: bool = True,
         first: int = 0,
+        ahead: Sequence[_Arrival] | None = None,
     ) -> None:
         self.budget = budget
         self.verify = verify
         self.preserve_rng_state = preserve_rng_state
         self.previous: list[torch.Tensor] = []
         self.position = first
+        self._first = first
+        self._ahead = ahead
         self._opens: dict[int, list[Recompute]] = {}
         self._collect(nodes)
         self._open: list[_Open] = []
@@ -115,21 +137,36 @@ class Walk:
 
     def step(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the next stage: `module` with these arguments."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        self._open += [_Open(node, self) for node in self._opens.get(self.position, ())]
+        opening = [_Open(node, self) for node in self._opens.get(self.position, ())]
         with ExitStack() as hooks:
-            if self._open:
-                environment = Environment(tensors_in(leaves), self.preserve_rng_state)
-                for opened in self._open:
-                    opened.receive(module, leaves, spec, self.previous, environment)
-                    hooks.enter_context(opened.frame.hooks())
-            del leaves
+            if opening or self._open:
+                leaves, spec = pytree.tree_flatten((args, kwargs))
+                call = _Arrival(module, leaves, spec, Environment(tensors_in(leaves), self.preserve_rng_state))
+                self._announce(call, opening, hooks)
+                del leaves, call
             out = module._call_impl(*args, **kwargs)
         while self._open and self._open[-1].last == self.position:
             self._open.pop()
         self.previous = tensors_in(out)
         self.position += 1
         return out
+
+    def _announce(self, call: _Arrival, opening: list[_Open], hooks: ExitStack) -> None:
+        """Tell the open frames and those that open now of a call, and enter their hooks, outermost first."""
+        links = {id(tensor): index for index, tensor in enumerate(self.previous)}
+        later = replace(call, leaves=[_Link(links[id(leaf)]) if id(leaf) in links else leaf for leaf in call.leaves])
+        for opened in self._open:
+            if self._ahead is None:
+                opened.receive([later])
+            hooks.enter_context(opened.frame.hooks())
+        for opened in opening:
+            if self._ahead is None:
+                opened.receive([call])
+            else:
+                at = self.position - self._first
+                opened.receive([call, *self._ahead[at + 1 : opened.last - self._first + 1]])
+            hooks.enter_context(opened.frame.hooks())
+        self._open += opening
 
 
 def _first(node: Node) -> int:
