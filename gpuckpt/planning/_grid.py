@@ -20,6 +20,8 @@ __all__ = ["Grid", "Pieces", "common_unit", "make_grid", "make_pieces"]
 Ints = NDArray[np.int64]
 
 _LONGEST_PERIOD = 16
+# Starts and ends of a tile: 8 by 8 rows reuse what they read 8 times over, and 24 rows of 128 slots stay in a core's first cache.
+_BLOCK = 8
 
 
 def common_unit(problem: Problem) -> int:
@@ -75,12 +77,21 @@ def make_grid(problem: Problem, slot_bytes: int, slots: int, *, round_up: bool =
 
 @dataclass(frozen=True)
 class Pieces:
-    """Which row of the tables holds piece i..j: `near[i] + j - i`, or `far[i] + j - body_end - 1` when i is in the body and j
-    beyond it.
+    """Which row of the tables holds piece i..j, and in what order the rows can be filled.
 
-    Attributes: `near`, `far`: (n,); `body_start`, `body_end`: the periodic body, both its own (start > end: none); `rows`: how
-    many rows there are; `run_end`: (n,), the last stage a frame from i can reach; `task_i`, `task_j`: one piece per row, by
-    length; `task_start`: (longest + 2,), where each length begins; `sums`: additions over all pieces, a measure of work.
+    The row is `near[i] + j - i`, or `far[i] + j - body_end - 1` when i is in the body and j beyond it. Rows are filled in tiles, a
+    block of starts by a block of ends: what a tile needs of shorter pieces it reads once for many of its own.
+
+    Attributes:
+        near, far: (n,).
+        body_start, body_end: first and last stage of the periodic body (start > end: none).
+        rows: how many rows there are.
+        run_end: (n,), the last stage a frame from i can reach; smaller than i when i cannot be in one.
+        block_end: (n,), the first stage after i's block; blocks end where runs and the body do.
+        tiles: (t, 4), first and last start, first and last end; every row is in one tile (in a tile with one block on both sides
+            only pieces with i <= j count), ordered by level.
+        level_start: (levels + 1,), where each level begins; tiles of one level do not need each other.
+        sums: additions over all pieces, a measure of work.
     """
 
     near: Ints
@@ -89,9 +100,9 @@ class Pieces:
     body_end: int
     rows: int
     run_end: Ints
-    task_i: Ints
-    task_j: Ints
-    task_start: Ints
+    block_end: Ints
+    tiles: Ints
+    level_start: Ints
     sums: int
 
     def row(self, i: int | Ints, j: int | Ints) -> Ints:
@@ -107,49 +118,79 @@ def make_pieces(problem: Problem) -> Pieces:
     # A frame that ends the top level is never worth having: its content, kept there, costs a forward less.
     run_end = np.minimum(_run_ends(problem), n - 2)
     start, end, period = _periodic_body(problem, run_end)
+    blocks = _blocks(run_end, start, end, period)
     near, far = np.zeros(n, np.int64), np.zeros(n, np.int64)
-    rows = 0
-    firsts: list[int] = []
-    lasts: list[tuple[int, int]] = []
+    rows = sums = 0
     for i in range(n):
         if run_end[i] < i:
             continue
         in_body = start <= i <= end
-        near_end = min(end, int(run_end[i])) if in_body else int(run_end[i])
+        last = min(end, int(run_end[i])) if in_body else int(run_end[i])
         if in_body and i >= start + period:
             near[i] = near[i - period]
         else:
             near[i] = rows
-            rows += near_end - i + 1
-            firsts.append(i)
-            lasts.append((i, near_end))
+            rows += last - i + 1
+            sums += (last - i) * (last - i + 1) // 2
         if in_body and run_end[i] > end:
             far[i] = rows
             rows += int(run_end[i]) - end
-            firsts.append(i)
-            lasts.append((end + 1, int(run_end[i])))
-    if firsts:
-        task_i = np.concatenate([np.full(b - a + 1, i) for i, (a, b) in zip(firsts, lasts, strict=True)])
-        task_j = np.concatenate([np.arange(a, b + 1) for a, b in lasts])
-    else:
-        task_i = task_j = np.zeros(0, np.int64)
-    lengths = task_j - task_i
-    order = np.argsort(lengths, kind="stable")
-    longest = int(lengths.max(initial=-1))
-    task_start = np.searchsorted(lengths[order], np.arange(longest + 2))
-    top_sums = int(np.maximum(run_end - np.arange(n) + 1, 0).sum())
-    return Pieces(
-        near,
-        far,
-        start,
-        end,
-        rows,
-        run_end,
-        task_i[order],
-        task_j[order],
-        task_start,
-        int(lengths.sum()) + top_sums,
-    )
+            sums += (int(run_end[i]) - i) * (int(run_end[i]) - end)
+    tiles, level_start = _tiles(blocks, run_end, start, end, period)
+    block_end = np.zeros(n, np.int64)
+    for a, b in blocks:
+        block_end[a : b + 1] = b + 1
+    sums += int(np.maximum(run_end - np.arange(n) + 1, 0).sum())
+    return Pieces(near, far, start, end, rows, run_end, block_end, tiles, level_start, sums)
+
+
+def _blocks(run_end: Ints, start: int, end: int, period: int) -> list[tuple[int, int]]:
+    """Blocks of stages that frames can cover, as (first, last): within one run, within the body or without, and aligned to its
+    period, so that a piece moved back to the body's start spans no more blocks than before.
+    """
+    blocks: list[tuple[int, int]] = []
+    i = 0
+    while i < len(run_end):
+        if run_end[i] < i:
+            i += 1
+            continue
+        size = _BLOCK
+        last = int(run_end[i])
+        if i < start:
+            last = min(last, start - 1)
+        elif i <= end:
+            last = min(last, end)
+            size = period * -(-_BLOCK // period)
+        blocks.append((i, min(last, i + size - 1)))
+        i = blocks[-1][1] + 1
+    return blocks
+
+
+def _tiles(blocks: list[tuple[int, int]], run_end: Ints, start: int, end: int, period: int) -> tuple[Ints, Ints]:
+    """Tiles by level, the number of blocks between their two; and where each level begins."""
+    firsts = np.array([a for a, _ in blocks], np.int64)
+    lasts = np.array([b for _, b in blocks], np.int64)
+    parts: list[Ints] = []
+    for x, (a, b) in enumerate(blocks):
+        reach = int(np.searchsorted(firsts, run_end[a], side="right"))
+        ends = np.arange(x, reach)
+        if start < a <= end:
+            ends = ends[firsts[ends] > end]  # nearer pieces are those from the body's start
+        last_start = min(b, start + period - 1) if a == start else b
+        if a == start:
+            beyond = ends[firsts[ends] > end]
+            parts.append(_tile_rows(x, beyond, a, b, firsts, lasts))
+            ends = ends[firsts[ends] <= end]
+        parts.append(_tile_rows(x, ends, a, last_start, firsts, lasts))
+    table = np.concatenate(parts) if parts else np.zeros((0, 5), np.int64)
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    levels = int(table[-1, 0]) + 1 if len(table) else 0
+    return np.ascontiguousarray(table[:, 1:]), np.searchsorted(table[:, 0], np.arange(levels + 1))
+
+
+def _tile_rows(x: int, ends: Ints, first: int, last: int, firsts: Ints, lasts: Ints) -> Ints:
+    same = np.ones(len(ends), np.int64)
+    return np.stack([ends - x, first * same, last * same, firsts[ends], lasts[ends]], axis=1)
 
 
 def _periodic_body(problem: Problem, run_end: Ints) -> tuple[int, int, int]:

@@ -2,8 +2,10 @@
 
 Importing this module imports Numba (about half a second) and loads the compiled code from its cache, or compiles it once.
 Pieces of one length do not depend on each other and run in parallel; where there are fewer of them than cores (a body of equal
-blocks has one) the slots are split instead, since a sum over frames at m slots reads only m slots of shorter pieces. The
-inner loops run along the slots, which are contiguous, and vectorise.
+blocks has one) the slots are split instead, since a sum over frames at m slots reads only m slots of shorter pieces.
+
+The inner loops run along the slots of flat tables at unsigned offsets, four frames at a time: making a view of a row costs as
+much as summing it, and a signed index keeps LLVM from vectorising.
 """
 
 from __future__ import annotations
@@ -17,35 +19,37 @@ from gpuckpt.planning._tables_numpy import Tables
 
 __all__ = ["fill_tables"]
 
+_STRIP = 128
+
 
 def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
     """As `_tables_numpy.fill_tables`."""
     width = grid.slots + 1
     tables = Tables(np.empty((2, pieces.rows, width), np.float32), np.empty((2, 2, problem.n + 1, width), np.float32))
     option_s = problem.option_s.astype(np.float32)
-    layout = (pieces.near, pieces.far, np.int64(pieces.body_start), np.int64(pieces.body_end))
+    layout = (pieces.near, pieces.far, np.int64(pieces.body_start), np.int64(pieces.body_end), np.int64(width))
     needs = (grid.option_need, grid.back_need, grid.first_need, grid.run_need, grid.gradient)
+    options = (grid.option, option_s, problem.option_covers, problem.option_extras)
+    flat = tables.pieces.reshape(-1)
     _fill_pieces(
-        tables.pieces,
+        flat,
         layout,
-        (pieces.task_i, pieces.task_j, pieces.task_start),
-        grid.option,
-        option_s,
-        problem.option_covers,
+        pieces.block_end,
+        pieces.tiles,
+        pieces.level_start,
+        options,
         grid.input,
         problem.forward_s,
         needs,
         get_num_threads(),
     )
     _fill_top(
-        tables.pieces,
-        tables.top,
+        flat,
+        tables.top.reshape(-1),
         layout,
         pieces.run_end,
-        grid.option,
-        option_s,
-        problem.option_covers,
-        problem.option_extras,
+        pieces.block_end,
+        options,
         problem.uses_extras,
         grid.input,
         np.int64(grid.extras),
@@ -58,128 +62,240 @@ def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
 
 @njit(inline="always")
 def _row(layout, i, j):
-    near, far, body_start, body_end = layout
+    """Where the row of piece i..j begins, within its half of the table."""
+    near, far, body_start, body_end, width = layout
     if body_start <= i <= body_end < j:
-        return far[i] + j - body_end - 1
-    return near[i] + j - i
+        return (far[i] + j - body_end - 1) * width
+    return (near[i] + j - i) * width
 
 
-@njit(inline="always")
-def _sum_min(out, left, right, seconds, low, high):
-    """out[m] = min(out[m], left[m] + seconds + right[m]) for m in low..high-1."""
-    for m in range(low, high):
-        value = (left[m] + seconds) + right[m]
-        out[m] = value if value < out[m] else out[m]
+@njit(cache=True, nogil=True)
+def _sum_min(out, o, left, l, right, r, seconds, low, high):  # noqa: E741
+    """out[o + m] = min(itself, left[l + m] + seconds + right[r + m]) for m in low..high-1."""
+    o, l, r = np.uint64(o + low), np.uint64(l + low), np.uint64(r + low)  # noqa: E741
+    for m in range(np.uint64(max(high - low, 0))):
+        value = (left[l + m] + seconds) + right[r + m]
+        best = out[o + m]
+        out[o + m] = value if value < best else best
 
 
-@njit(inline="always")
-def _shifted_min(out, values, seconds, charge, low):
-    """out[m] = min(out[m], values[m - charge] + seconds) for m >= low >= charge."""
-    for m in range(low, len(out)):
-        value = values[m - charge] + seconds
-        out[m] = value if value < out[m] else out[m]
+@njit(cache=True, nogil=True)
+def _sum_tile(out, outs, left, lefts, right, rights, seconds, lows, grads, firsts, lasts, m_start, m_end):
+    """out[outs[a, b] + m] = min over k of left[lefts[a, k] + m] + seconds[a, k] + right[rights[b, k] + m], and itself.
+
+    For every a and b over k in firsts[a, b]..lasts[a, b]-1, and m in m_start..m_end-1 from lows[a, k] + grads[b] on, which rises
+    with k. Runs over the slots in strips, so that a strip of all rows of four k stays in the first cache.
+    """
+    n_a, n_b = outs.shape
+    for strip in range(m_start, m_end, _STRIP):
+        strip_end = min(m_end, strip + _STRIP)
+        for k in range(0, lefts.shape[1], 4):
+            for a in range(n_a):
+                for b in range(n_b):
+                    first, last = max(k, firsts[a, b]), min(k + 4, lasts[a, b])
+                    if last - first < 4 or lows[a, k + 3] + grads[b] > strip:
+                        for x in range(first, last):
+                            low = max(strip, lows[a, x] + grads[b])
+                            _sum_min(
+                                out, outs[a, b], left, lefts[a, x], right, rights[b, x], seconds[a, x], low, strip_end
+                            )
+                        continue
+                    l0, l1 = np.uint64(lefts[a, k] + strip), np.uint64(lefts[a, k + 1] + strip)
+                    l2, l3 = np.uint64(lefts[a, k + 2] + strip), np.uint64(lefts[a, k + 3] + strip)
+                    r0, r1 = np.uint64(rights[b, k] + strip), np.uint64(rights[b, k + 1] + strip)
+                    r2, r3 = np.uint64(rights[b, k + 2] + strip), np.uint64(rights[b, k + 3] + strip)
+                    s0, s1, s2, s3 = seconds[a, k], seconds[a, k + 1], seconds[a, k + 2], seconds[a, k + 3]
+                    to = np.uint64(outs[a, b] + strip)
+                    for m in range(np.uint64(strip_end - strip)):
+                        w = (left[l0 + m] + s0) + right[r0 + m]
+                        x = (left[l1 + m] + s1) + right[r1 + m]
+                        y = (left[l2 + m] + s2) + right[r2 + m]
+                        z = (left[l3 + m] + s3) + right[r3 + m]
+                        w = w if w < x else x
+                        y = y if y < z else z
+                        w = w if w < y else y
+                        best = out[to + m]
+                        out[to + m] = w if w < best else best
+
+
+@njit(cache=True, nogil=True)
+def _shifted_min(out, o, values, v, seconds, charge, low, width):
+    """out[o + m] = min(itself, values[v + m - charge] + seconds) for m in low..width-1, low >= charge."""
+    o, v = np.uint64(o + low), np.uint64(v + low - charge)
+    for m in range(np.uint64(max(width - low, 0))):
+        value = values[v + m] + seconds
+        best = out[o + m]
+        out[o + m] = value if value < best else best
+
+
+@njit(cache=True, nogil=True)
+def _frame_costs(i, first, last, forward_s, first_need, run_need, seconds, lows):
+    """Fill in, for frames i..k with k in first..last-1, the seconds of one forward and the slots it needs."""
+    spent, need = 0.0, first_need[i]
+    for k in range(i, last):
+        spent += forward_s[k]
+        need = need if k == i else max(need, run_need[k])
+        if k >= first:
+            seconds[k - first], lows[k - first] = spent, need
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _fill_pieces(pieces, layout, tasks, option, option_s, covers, inputs, forward_s, needs, threads):
-    task_i, task_j, task_start = tasks
-    option_need, back_need, first_need, run_need, gradients = needs
-    width = pieces.shape[2]
+def _fill_pieces(flat, layout, block_end, tiles, level_start, options, inputs, forward_s, needs, threads):
+    _, _, first_need, run_need, gradients = needs
+    width = layout[4]
+    half = len(flat) // 2  # rows whose input is held are in the second half
     nothing = np.zeros(width, np.float32)
-    for length in range(len(task_start) - 1):
-        start, count = task_start[length], task_start[length + 1] - task_start[length]
+    for level in range(len(level_start) - 1):
+        start, count = level_start[level], level_start[level + 1] - level_start[level]
         chunks = 1 if count >= 2 * threads else threads
         chunk = (width + chunks - 1) // chunks
+        # What the tiles take from pieces that are done: frames that end in blocks strictly between the tile's two.
         for u in prange(count * chunks):
-            i, j = task_i[start + u // chunks], task_j[start + u // chunks]
-            m_start = (u % chunks) * chunk
-            m_end = min(width, m_start + chunk)
-            out = pieces[1, _row(layout, i, j)]
-            out[m_start:m_end] = np.inf
-            seconds = 0.0
-            need = first_need[i]
-            for k in range(i, j):
-                seconds += forward_s[k]
-                if k > i:
-                    need = max(need, run_need[k])
-                low = max(m_start, need + gradients[j])
-                left, right = pieces[1, _row(layout, i, k)], pieces[0, _row(layout, k + 1, j)]
-                _sum_min(out, left, right, np.float32(seconds), low, m_end)
+            i_first, i_last, j_first, j_last = tiles[start + u // chunks]
+            m_start, m_end = (u % chunks) * chunk, min(width, (u % chunks + 1) * chunk)
+            n_i, n_j = i_last - i_first + 1, j_last - j_first + 1
+            outs = np.empty((n_i, n_j), np.int64)
+            for a in range(n_i):
+                for b in range(n_j):
+                    outs[a, b] = -1
+                    if i_first + a <= j_first + b:
+                        outs[a, b] = half + _row(layout, i_first + a, j_first + b)
+                        flat[outs[a, b] + m_start : outs[a, b] + m_end] = np.inf
+            k_first = block_end[i_first] - 1
+            n_k = j_first - k_first
+            if n_k <= 0:
+                continue
+            lefts, lows = np.empty((n_i, n_k), np.int64), np.empty((n_i, n_k), np.int64)
+            seconds, rights = np.empty((n_i, n_k), np.float32), np.empty((n_j, n_k), np.int64)
+            for a in range(n_i):
+                _frame_costs(i_first + a, k_first, j_first, forward_s, first_need, run_need, seconds[a], lows[a])
+                for k in range(k_first, j_first):
+                    lefts[a, k - k_first] = half + _row(layout, i_first + a, k)
+            for b in range(n_j):
+                for k in range(k_first, j_first):
+                    rights[b, k - k_first] = _row(layout, k + 1, j_first + b)
+            firsts, lasts = np.zeros((n_i, n_j), np.int64), np.full((n_i, n_j), n_k, np.int64)
+            grads = gradients[j_first : j_last + 1]
+            _sum_tile(flat, outs, flat, lefts, flat, rights, seconds, lows, grads, firsts, lasts, m_start, m_end)
         for u in prange(count):
-            i, j = task_i[start + u], task_j[start + u]
+            _finish_tile(flat, layout, block_end, tiles[start + u], options, inputs, forward_s, needs, nothing)
+
+
+@njit(cache=True, nogil=True)
+def _finish_tile(flat, layout, block_end, tile, options, inputs, forward_s, needs, nothing):
+    """Frames that end in the tile's own blocks, and the ways to keep the first stage, piece by piece."""
+    option, option_s, covers, _ = options
+    option_need, back_need, first_need, run_need, gradients = needs
+    i_first, i_last, j_first, j_last = tile
+    width, half = layout[4], len(flat) // 2
+    for j in range(j_first, j_last + 1):
+        for i in range(min(i_last, j), i_first - 1, -1):
             row = _row(layout, i, j)
-            # pieces[1, row] holds the frames so far; the piece with its input not held reads them shifted, so it goes first.
-            free = pieces[0, row]
-            free[:] = np.inf
-            _shifted_min(free, pieces[1, row], np.float32(0), inputs[i], inputs[i])
+            spent, need = 0.0, first_need[i]
+            for k in range(i, j):
+                spent += forward_s[k]
+                need = need if k == i else max(need, run_need[k])
+                if k < block_end[i_first] - 1 or k >= j_first:
+                    left, right = half + _row(layout, i, k), _row(layout, k + 1, j)
+                    _sum_min(flat, half + row, flat, left, flat, right, np.float32(spent), need + gradients[j], width)
+            # The second half's row holds the frames so far; the first half's reads them shifted, so it goes first.
+            flat[row : row + width] = np.inf
+            _shifted_min(flat, row, flat, half + row, np.float32(0), inputs[i], inputs[i], width)
             for c in range(2):
                 for o in range(option.shape[2]):
                     if option_s[i, o] == np.inf:
                         continue
                     charge = option[c, i, o]
                     low = charge + max(option_need[c, i, o] + gradients[j], back_need[i])
-                    after = nothing
                     if j > i:
-                        after = pieces[1 if covers[c, i, o] else 0, _row(layout, i + 1, j)]
-                    _shifted_min(pieces[c, row], after, option_s[i, o], charge, low)
+                        after = _row(layout, i + 1, j) + (half if covers[c, i, o] else 0)
+                        _shifted_min(flat, c * half + row, flat, after, option_s[i, o], charge, low, width)
+                    else:
+                        _shifted_min(flat, c * half + row, nothing, 0, option_s[i, o], charge, low, width)
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _fill_top(
-    pieces,
-    top,
-    layout,
-    run_end,
-    option,
-    option_s,
-    covers,
-    option_extras,
-    users,
-    inputs,
-    extras,
-    forward_s,
-    needs,
-    threads,
-):
-    option_need, back_need, first_need, run_need, _ = needs
-    n, width = len(run_end), top.shape[3]
-    top[:, :, n] = 0
-    frames = np.empty((3, width), np.float32)
-    chunk = (width + threads - 1) // threads
+def _fill_top(flat, top, layout, run_end, block_end, options, users, inputs, extras, forward_s, needs, threads):
+    _, _, first_need, run_need, _ = needs
+    n, width, half = len(run_end), layout[4], len(flat) // 2
+    state = (n + 1) * width  # row i of (extras held e, input held c) begins at (2 e + c) state + i width
+    for x in range(4):
+        top[x * state + n * width : (x + 1) * state] = 0
+    next_user = np.full(n + 1, n, np.int64)
     for i in range(n - 1, -1, -1):
-        # frames[1]: extras held; frames[0]: not held, and not needed by the frame; frames[2]: held from this frame on.
+        next_user[i] = i if users[i] else next_user[i + 1]
+    chunk = (width + threads - 1) // threads
+    no_gradient = np.zeros(3, np.int64)
+    i_end = n
+    while i_end > 0:
+        i_first = i_end - 1
+        if run_end[i_first] >= i_first:
+            while i_first > 0 and block_end[i_first - 1] == block_end[i_end - 1]:
+                i_first -= 1
+        n_i, k_first = i_end - i_first, i_end - 1
+        n_k = max(run_end[i_first] - k_first + 1, 0)
+        # Three rows for each start: frames after which extras are held, because they were before (1) or from the frame on (2),
+        # and frames that leave them not held (0).
+        frames = np.full(n_i * 3 * width, np.inf, np.float32)
+        outs = np.arange(n_i * 3).reshape(n_i, 3) * width
+        lefts, lows = np.empty((n_i, n_k), np.int64), np.empty((n_i, n_k), np.int64)
+        seconds, rights = np.empty((n_i, n_k), np.float32), np.empty((3, n_k), np.int64)
+        firsts, lasts = np.zeros((n_i, 3), np.int64), np.full((n_i, 3), n_k, np.int64)
+        for a in range(n_i):
+            _frame_costs(i_first + a, k_first, k_first + n_k, forward_s, first_need, run_need, seconds[a], lows[a])
+            for k in range(n_k):
+                lefts[a, k] = half + _row(layout, i_first + a, k_first + k)
+            split = min(n_k, max(0, next_user[i_first + a] - k_first))
+            lasts[a, 0] = split if extras > 0 else 0
+            lasts[a, 1] = split
+            firsts[a, 2] = split
+        for k in range(n_k):
+            rights[0, k] = (k_first + k + 1) * width
+            rights[1, k] = rights[2, k] = 2 * state + rights[0, k]
+        # The block's last start is done here too; the others miss the frames that end inside the block.
         for u in prange(threads):
             m_start, m_end = u * chunk, min(width, (u + 1) * chunk)
-            frames[:, m_start:m_end] = np.inf
-            seconds = 0.0
-            need = first_need[i]
-            used = False
-            for k in range(i, run_end[i] + 1):
-                seconds += forward_s[k]
-                used |= users[k]
-                if k > i:
-                    need = max(need, run_need[k])
-                low = max(m_start, need)
-                left = pieces[1, _row(layout, i, k)]
-                _sum_min(frames[2 if used else 1], left, top[1, 0, k + 1], np.float32(seconds), low, m_end)
-                if extras > 0 and not used:
-                    _sum_min(frames[0], left, top[0, 0, k + 1], np.float32(seconds), low, m_end)
-            for m in range(m_start, m_end):
-                frames[1, m] = min(frames[1, m], frames[2, m])
-        for e in range(0 if extras > 0 else 1, 2):
-            if e == 0:
-                _shifted_min(frames[0], frames[2], np.float32(0), extras, extras)
-            for c in range(2):
-                out = top[e, c, i]
-                out[:] = np.inf
-                taken = 0 if c == 1 else inputs[i]
-                _shifted_min(out, frames[e], np.float32(0), taken, taken)
-                for o in range(option.shape[2]):
-                    if option_s[i, o] == np.inf:
-                        continue
-                    extra = extras if option_extras[i, o] and e == 0 else 0
-                    charge = option[c, i, o] + extra
-                    low = charge + max(option_need[c, i, o], back_need[i])
-                    held = 1 if e == 1 or option_extras[i, o] else 0
-                    after = top[held, 1 if covers[c, i, o] else 0, i + 1]
-                    _shifted_min(out, after, option_s[i, o], charge, low)
+            _sum_tile(frames, outs, flat, lefts, top, rights, seconds, lows, no_gradient, firsts, lasts, m_start, m_end)
+        for i in range(i_end - 1, i_first - 1, -1):
+            own = (i - i_first) * 3 * width
+            _finish_top(
+                flat, top, layout, frames, own, i, k_first, next_user[i], options, inputs, extras, forward_s, needs
+            )
+        i_end = i_first
+
+
+@njit(cache=True, nogil=True)
+def _finish_top(flat, top, layout, frames, own, i, k_end, user, options, inputs, extras, forward_s, needs):
+    """Frames i..k with k < k_end, the ways to keep stage i, and the rows of the top level from i on."""
+    option, option_s, covers, option_extras = options
+    option_need, back_need, first_need, run_need, _ = needs
+    width, half = layout[4], len(flat) // 2
+    state = len(top) // 4
+    spent, need = 0.0, first_need[i]
+    for k in range(i, k_end):
+        spent += forward_s[k]
+        need = need if k == i else max(need, run_need[k])
+        left, right = half + _row(layout, i, k), (k + 1) * width
+        to = own + (width if k < user else 2 * width)
+        _sum_min(frames, to, flat, left, top, 2 * state + right, np.float32(spent), need, width)
+        if extras > 0 and k < user:
+            _sum_min(frames, own, flat, left, top, right, np.float32(spent), need, width)
+    for m in range(width):
+        frames[own + width + m] = min(frames[own + width + m], frames[own + 2 * width + m])
+    for e in range(0 if extras > 0 else 1, 2):
+        if e == 0:
+            _shifted_min(frames, own, frames, own + 2 * width, np.float32(0), extras, extras, width)
+        for c in range(2):
+            out = (2 * e + c) * state + i * width
+            top[out : out + width] = np.inf
+            taken = 0 if c == 1 else inputs[i]
+            _shifted_min(top, out, frames, own + e * width, np.float32(0), taken, taken, width)
+            for o in range(option.shape[2]):
+                if option_s[i, o] == np.inf:
+                    continue
+                extra = extras if option_extras[i, o] and e == 0 else 0
+                charge = option[c, i, o] + extra
+                low = charge + max(option_need[c, i, o], back_need[i])
+                held = 1 if e == 1 or option_extras[i, o] else 0
+                after = (2 * held + (1 if covers[c, i, o] else 0)) * state + (i + 1) * width
+                _shifted_min(top, out, top, after, option_s[i, o], charge, low, width)

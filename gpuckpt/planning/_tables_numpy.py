@@ -13,6 +13,7 @@ Seconds are those above plainly keeping, in float32; infinity is "does not fit".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +29,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tables:
-    """`pieces`: (2, rows, slots + 1), [0] with the piece's input not held yet, [1] held; `top`: (2, 2, n + 1, slots + 1), indexed by
-    extras held, input held, first stage. float32 seconds.
+    """Seconds in float32 for every number of slots.
+
+    Attributes:
+        pieces: (2, rows, slots + 1); [0] with the piece's input not held yet, [1] held.
+        top: (2, 2, n + 1, slots + 1); by extras held, input held, first stage.
     """
 
     pieces: Floats
@@ -43,7 +47,7 @@ def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
         np.full((2, pieces.rows, width), np.inf, np.float32), np.full((2, 2, problem.n + 1, width), np.inf, np.float32)
     )
     nothing = np.zeros(width, np.float32)
-    for i, j in zip(pieces.task_i.tolist(), pieces.task_j.tolist(), strict=True):
+    for i, j in _in_order(pieces):
         gradient = int(grid.gradient[j])
         frames = np.full(width, np.inf, np.float32)
         if j > i:
@@ -65,6 +69,14 @@ def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
                 _shifted_min(out, after[int(problem.option_covers[c, i, o])] + seconds, charge, need)
     _fill_top(problem, grid, pieces, tables)
     return tables
+
+
+def _in_order(pieces: Pieces) -> Iterator[tuple[int, int]]:
+    """Every piece that has a row of its own, after those it is made of."""
+    for first_start, last_start, first_end, last_end in pieces.tiles.tolist():
+        for j in range(first_end, last_end + 1):
+            for i in range(min(last_start, j), first_start - 1, -1):
+                yield i, j
 
 
 def _fill_top(problem: Problem, grid: Grid, pieces: Pieces, tables: Tables) -> None:

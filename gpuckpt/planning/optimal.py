@@ -2,12 +2,13 @@
 
 Dynamic programming over persistent schedules, "rotor": Beaumont, Eyraud-Dubois, Herrmann, Joly and Shilova, "Optimal
 checkpointing for heterogeneous chains: how to train deep neural networks with limited memory" (2019). A persistent schedule
-is exactly a tree of `Keep` and `Recompute`; here with several ways to keep a stage, storages shared across boundaries counted once,
-shared extras, and stages that cannot be recomputed. Time n^3 / 6 additions a slot, half that squared for a body of equal blocks.
+is exactly a tree of `Keep` and `Recompute`; here with several ways to keep a stage, storages shared across boundaries
+counted once, shared extras, and stages that cannot be recomputed. Time: n^3 / 6 additions a slot, and about n^2 for a body
+of n equal blocks.
 
-Memory is counted in slots and every size rounded up, so no plan is ever over. When a common divisor of all sizes serves as the slot the
-result is the optimum; else the slots reach beyond the budget, by what rounding wastes, and the simulator says which of
-the plans found there still fits.
+Memory is counted in slots and every size rounded up, so no plan is ever over. When a common divisor of all sizes serves as
+the slot the result is the optimum; else the slots reach beyond the budget, by what rounding wastes, and the simulator says
+which of the plans found there still fits.
 """
 
 from __future__ import annotations
