@@ -9,9 +9,9 @@ of the tree through a walk of its own, so nesting needs no special case.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +52,13 @@ class _Arrival:
     spec: Any
     environment: Environment
 
+    def rewritten(self, kind: type, rewrite: Callable[[Any], Any]) -> _Arrival:
+        """The same call with `rewrite` applied to leaves of a kind. Most calls of a deep plan have none: they stay."""
+        if not any(isinstance(leaf, kind) for leaf in self.leaves):
+            return self
+        leaves = [rewrite(leaf) if isinstance(leaf, kind) else leaf for leaf in self.leaves]
+        return _Arrival(self.module, leaves, self.spec, self.environment)
+
 
 class _Open:
     """A frame whose stages are still arriving."""
@@ -67,13 +74,10 @@ class _Open:
         children, first = node.children, _first(node)
 
         def replay(kept: list[torch.Tensor]) -> None:
-            arrivals = [
-                replace(call, leaves=[kept[leaf.index] if isinstance(leaf, _Kept) else leaf for leaf in call.leaves])
-                for call in program
-            ]
+            arrivals = [call.rewritten(_Kept, lambda leaf: kept[leaf.index]) for call in program]
             inner = Walk(children, budget, verify, preserve, first, arrivals)
             for call in arrivals:
-                leaves = [inner.previous[leaf.index] if isinstance(leaf, _Link) else leaf for leaf in call.leaves]
+                leaves = call.rewritten(_Link, lambda leaf: inner.previous[leaf.index]).leaves
                 args, kwargs = pytree.tree_unflatten(leaves, call.spec)
                 with call.environment.again(), statistics_frozen(call.module.modules()):
                     inner.step(call.module, args, kwargs)
@@ -83,9 +87,7 @@ class _Open:
     def receive(self, calls: Iterable[_Arrival]) -> None:
         """Save what the replay of the next stages needs besides the output of the stage before each."""
         kept: list[torch.Tensor] = []
-        for call in calls:
-            leaves = [self._keep(leaf, kept) if isinstance(leaf, torch.Tensor) else leaf for leaf in call.leaves]
-            self.program.append(replace(call, leaves=leaves))
+        self.program += [call.rewritten(torch.Tensor, lambda leaf: self._keep(leaf, kept)) for call in calls]
         self.frame.save(kept)
 
     def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor]) -> _Kept:
@@ -154,11 +156,13 @@ class Walk:
     def _announce(self, call: _Arrival, opening: list[_Open], hooks: ExitStack) -> None:
         """Tell the open frames and those that open now of a call, and enter their hooks, outermost first."""
         links = {id(tensor): index for index, tensor in enumerate(self.previous)}
-        later = replace(call, leaves=[_Link(links[id(leaf)]) if id(leaf) in links else leaf for leaf in call.leaves])
-        for opened in self._open:
-            if self._ahead is None:
+        later = call.rewritten(torch.Tensor, lambda leaf: _Link(links[id(leaf)]) if id(leaf) in links else leaf)
+        if self._ahead is None:
+            for opened in self._open:
                 opened.receive([later])
-            hooks.enter_context(opened.frame.hooks())
+                hooks.enter_context(opened.frame.hooks())
+        elif self._open:  # the hooks that count are the innermost
+            hooks.enter_context(self._open[-1].frame.hooks())
         for opened in opening:
             if self._ahead is None:
                 opened.receive([call])
