@@ -18,4 +18,5 @@ from hostcuda import loader
 # Before anybody imports CuPy: its one runtime module is then met over host memory. Nothing is built until then.
 loader.install()
 
+from faults import fail_request  # noqa: E402, F401
 from hostcuda.fixture import _hostcuda_runtime, hostcuda  # noqa: E402, F401

@@ -132,7 +132,7 @@ class CheckpointBudget:
         if self._plain:
             self.ledger.charge(nbytes, "allocate")
         else:
-            self._admit(lambda: self.ledger.charge(nbytes, "allocate"), nbytes, "allocate")
+            self._admit(lambda: self._charge_beside_pool(nbytes, "allocate", None), nbytes, "allocate")
 
     def free(self, nbytes: int) -> None:
         """Give back `nbytes` of what `allocate` took; `ValueError` for more than that."""
@@ -151,7 +151,7 @@ class CheckpointBudget:
         if self._plain:
             self.ledger.charge(nbytes, what, handle)
         else:
-            self._admit(lambda: self.ledger.charge(nbytes, what, handle), nbytes, what)
+            self._admit(lambda: self._charge_beside_pool(nbytes, what, handle), nbytes, what)
         return handle
 
     def save(self, array: Any, what: str = "array") -> Saved:
@@ -195,14 +195,15 @@ class CheckpointBudget:
 
         def ask() -> None:
             nonlocal block
-            self.ledger.reserve(footprint_bytes, charge)
-            try:
-                block = pool.take(nbytes, like)
-            except BaseException:
-                self.ledger.cancel(charge)
-                raise
-            block.charge = charge
-            self.ledger.commit(charge)
+            with self._pool_lock:
+                self.ledger.reserve(footprint_bytes, charge)
+                try:
+                    block = pool.take(nbytes, like, outside_bytes=self._held_beside_pool() - footprint_bytes)
+                except BaseException:
+                    self.ledger.cancel(charge)
+                    raise
+                block.charge = charge
+                self.ledger.commit(charge)
 
         self._admit(ask, footprint_bytes, what)
         return block
@@ -218,7 +219,9 @@ class CheckpointBudget:
         """A block for the compressed form `small`, which takes over `charge` from the larger block that it replaces."""
         self.ledger.shrink(charge, self.footprint(small.nbytes))
         try:
-            block = self._pool.take(small.nbytes)
+            with self._pool_lock:
+                outside_bytes = self._held_beside_pool() - self.footprint(small.nbytes)
+                block = self._pool.take(small.nbytes, outside_bytes=outside_bytes)
         except MemoryError:
             return small.loose(charge)
         block.charge = charge
@@ -309,20 +312,36 @@ class CheckpointBudget:
         except BudgetExceeded:
             pass  # and out of the handler: its traceback pins buffers that are about to go
         else:
-            self._trim()
             return
         if self._pool is not None:
             self._pool.collect(wait=True)
         if not make_room(self, ask, need_bytes, what):
             ask()  # raises for the reason that holds now
-        self._trim()
 
-    def _trim(self) -> None:
-        """What the pool caches and what is held outside of it must fit under the cap together."""
+    def _held_beside_pool(self) -> int:
+        """Bytes that are held or pending, less those in the pool's live blocks."""
+        live_bytes = 0 if self._pool is None else self._pool.live_bytes
+        return max(self.ledger.used_bytes + self.ledger.pending_bytes - live_bytes, 0)
+
+    def _charge_beside_pool(self, nbytes: int, what: str, handle: Charge | None) -> None:
+        """Charge bytes outside of the pool: together with all that the pool has, cached blocks included, they fit the cap."""
         pool = self._pool
-        if pool is not None:
-            books = self.ledger.snapshot()
-            pool.trim(books.max_bytes - books.used_bytes - books.pending_bytes)
+        if pool is None:
+            self.ledger.charge(nbytes, what, handle)
+            return
+        with self._pool_lock:
+            room_bytes = self.max_bytes - self.ledger.used_bytes - self.ledger.pending_bytes - nbytes
+            if room_bytes >= 0:
+                pool.trim(room_bytes)
+            if 0 <= room_bytes < (stuck_bytes := pool.cached_bytes):
+                self.ledger.check_open()
+                raise BudgetExceeded(
+                    nbytes,
+                    max(room_bytes + nbytes - stuck_bytes, 0),
+                    f"{what!r} would fit, but {stuck_bytes} free bytes of the pool lie in pieces between held blocks and "
+                    "cannot be given back (fragmentation); run under a plan, whose layout has no gaps, or raise the budget",
+                )
+            self.ledger.charge(nbytes, what, handle)
 
     def _make_pool(self) -> Any:
         with self._pool_lock:

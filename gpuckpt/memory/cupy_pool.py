@@ -120,9 +120,7 @@ class CupyPool:
         self._addresses: dict[int, int] = {}
         # Blocks whose last reader may still be running: (memory, charge, events). Finalizers append, `collect` empties.
         self._delayed: deque[tuple[Any, Charge | None, list[Any]]] = deque()
-        if limit_bytes:
-            with self.cupy.cuda.Device(device_id):
-                self._pool.set_limit(size=limit_bytes)
+        self._lock = threading.RLock()
 
     @property
     def live_bytes(self) -> int:
@@ -136,20 +134,28 @@ class CupyPool:
         with self.cupy.cuda.Device(self.device_id):
             return int(self._pool.free_bytes())
 
-    def take(self, nbytes: int, like: Any = None) -> CudaBlock:
+    def take(self, nbytes: int, like: Any = None, *, outside_bytes: int = 0) -> CudaBlock:
         """A block of at least `nbytes`, contents undefined, on the current stream of the library that `like` belongs to:
-        torch's for a torch tensor, CuPy's otherwise."""
+        torch's for a torch tensor, CuPy's otherwise. Raises `BudgetExceeded` where the limit forbids it, less
+        `outside_bytes`, which are held outside of the pool under the same limit."""
         self.collect()
         cuda = self.cupy.cuda
         with cuda.Device(self.device_id):
             stream = current_stream(cuda, like)
-            if nbytes and not self.limit_bytes:
-                raise BudgetExceeded(nbytes, 0, "this budget is zero and holds nothing; give it bytes, or save nothing")
-            with stream:
+            room_bytes = self.limit_bytes - outside_bytes
+            if nbytes and room_bytes <= 0:
+                raise BudgetExceeded(
+                    nbytes,
+                    0,
+                    f"{outside_bytes} of {self.limit_bytes} bytes are held outside of the pool, which has none left",
+                )
+            with self._lock, stream:
+                # 0 would mean "no limit" to CuPy; a request of no bytes needs none.
+                self._pool.set_limit(size=max(room_bytes, 1))
                 try:
                     memory = self._pool.malloc(nbytes)
                 except cuda.memory.OutOfMemoryError as error:
-                    raise self._refusal(nbytes) from error
+                    raise self._refusal(nbytes, room_bytes) from error
         block = CudaBlock(self, memory, nbytes, stream)
         if nbytes:
             self._addresses[block.address] = nbytes
@@ -208,14 +214,16 @@ class CupyPool:
             return streams
         return events
 
-    def _refusal(self, nbytes: int) -> BudgetExceeded:
+    def _refusal(self, nbytes: int, room_bytes: int) -> BudgetExceeded:
         rounded = -(-nbytes // self.unit_bytes) * self.unit_bytes
         live, total = int(self._pool.used_bytes()), int(self._pool.total_bytes())
-        available = self.limit_bytes - live
-        books = f"asked {rounded}, in use {live}, cached {total - live}, limit {self.limit_bytes} bytes on cuda:{self.device_id}"
+        available = room_bytes - live
+        books = (
+            f"asked {rounded}, in use {live}, cached {total - live}, limit {room_bytes} bytes on cuda:{self.device_id}"
+        )
         if rounded > available:
             why = "the pool's limit is reached; free what is held, or raise the budget"
-        elif rounded > self.limit_bytes - total:
+        elif rounded > room_bytes - total:
             why = (
                 "the limit would allow it, but free bytes lie in pieces between held blocks (fragmentation); "
                 "run under a plan, whose layout has no gaps, or raise the budget"

@@ -99,17 +99,20 @@ class HostPool:
             self._collect_returned()
             return self._cached_bytes
 
-    def take(self, nbytes: int, like: Any = None) -> HostBlock:
-        """A block of exactly `nbytes`, its contents undefined. Raises `BudgetExceeded` where the limit forbids it. `like`, an
-        array whose stream matters to a CUDA pool, does not matter here."""
+    def take(self, nbytes: int, like: Any = None, *, outside_bytes: int = 0) -> HostBlock:
+        """A block of exactly `nbytes`, its contents undefined. Raises `BudgetExceeded` where the limit forbids it.
+
+        `outside_bytes`: what is held outside of the pool under the same limit. `like`, an array whose stream matters to a CUDA
+        pool, does not matter here.
+        """
         with self._lock:
             self._collect_returned()
-            available = self.limit_bytes - self._live_bytes
+            available = self.limit_bytes - self._live_bytes - outside_bytes
             if nbytes > available:
                 raise BudgetExceeded(
                     nbytes,
                     available,
-                    f"the host pool has {self._live_bytes} of {self.limit_bytes} bytes in use; "
+                    f"{self._live_bytes + outside_bytes} of {self.limit_bytes} bytes are in use; "
                     "free what is held, or raise the limit",
                 )
             buffers = self._cache.get(nbytes)
@@ -123,6 +126,7 @@ class HostPool:
                 self._shrink(available - nbytes)
                 buffer = self._allocate(nbytes)
             block = HostBlock(self, buffer)
+            self._shrink(available - nbytes)
             if nbytes:
                 self._addresses[block.address] = nbytes
             return block

@@ -150,6 +150,11 @@ class Ledger:
         return self._used_bytes
 
     @property
+    def pending_bytes(self) -> int:
+        """Bytes that are admitted, while a pool looks for their place."""
+        return self._pending_bytes
+
+    @property
     def plain_bytes(self) -> int:
         """The part of `used_bytes` that came through `allocate`."""
         return self._plain_bytes
