@@ -2,7 +2,7 @@
 
 Shazeer, "GLU variants improve transformer" (2020): SwiGLU has act = silu, GEGLU gelu, ReGLU relu. The multipliers mg and md are
 those of Falcon-H1. The two pre-activations and their product are recomputed from x in backward: 11 GEMMs in a training step,
-against 9 for the plain form, which keeps hidden-size tensors, and 12 for a plain checkpoint around it.
+against 9 for the plain form, which keeps hidden-size tensors, and 12 for a plain checkpoint around it (11 with early stop).
 
 Shapes: x (M, K), wg and wu (H, K), bg and bu (H,), wd (N, H), bd (N,), y and dy (M, N); C rows of a chunk.
 """
@@ -33,11 +33,19 @@ from gpuckpt.pytorch.operands import (
     check_weight,
     no_double_backward,
     refuse_grad_transforms,
+    rows_of,
     without_autocast,
 )
 from gpuckpt.pytorch.rows import affine_into
 from gpuckpt.pytorch.scratch import chunks, limits, settle_chunk
-from gpuckpt.pytorch.weight_grads import BiasGrad, WeightGrad, bias_bytes, main_grad_of, sum_rows, weight_bytes
+from gpuckpt.pytorch.weight_grads import (
+    BiasGrad,
+    WeightGrad,
+    bias_scratch,
+    main_grad_of,
+    sum_rows,
+    weight_scratch,
+)
 
 __all__ = ["gated_mlp", "gated_mlp_scratch_bytes"]
 
@@ -64,20 +72,23 @@ def gated_mlp_scratch_bytes(
     By torch four hidden-size buffers of one chunk (two where only dWd is wanted), by Triton dz_g, dz_u and h; dy of one chunk
     where it is `scaled` by a down_multiplier; weights and biases cast to x's dtype where theirs differs; the sums of dW and
     db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, wg, bg, wu, bu, wd and bd that are
-    wanted. Exact in float32 by torch; with 16-bit sums a bound.
+    wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients beside the float32 sums that they are made
+    from.
     """
     several = chunk < x.shape[0]
     total = cast_bytes(x.dtype, wg, bg, wu, bu, wd, bd)
     total += _buffers(x, needs) * chunk * wg.shape[0] * x.dtype.itemsize
     total += chunk * wd.shape[0] * x.dtype.itemsize if scaled else 0
-    for weight, needed, main in zip((wg, wu, wd), needs[1::2], mains, strict=True):
-        total += weight_bytes(weight, x.dtype, chunk, several, main) if needed else 0
-    for bias, needed in ((bg, needs[2]), (bu, needs[4])):
+    parts = [
+        weight_scratch(weight, x.dtype, chunk, several, main)
+        for weight, needed, main in zip((wg, wu, wd), needs[1::2], mains, strict=True)
+        if needed
+    ]
+    for bias, needed in ((bg, needs[2]), (bu, needs[4]), (bd, needs[6])):
         if needed and bias is not None:
-            total += bias_bytes(bias, x.dtype, chunk, several) + partials_bytes(x, wg, chunk)
-    if needs[6] and bd is not None:
-        total += bias_bytes(bd, x.dtype, chunk, several)
-    return total
+            parts.append(bias_scratch(bias, x.dtype, chunk, several))
+    total += sum(part.held for part in parts) + max((part.passing for part in parts), default=0)
+    return total + (needs[2] + needs[4]) * partials_bytes(x, wg, chunk)
 
 
 def _buffers(x: Tensor, needs: Sequence[bool]) -> int:
@@ -208,17 +219,12 @@ def gradients(
                 assert dws[2] is not None
                 dws[2].add(g, hidden_of(held, x_part, pair, form))
                 continue
-            wanted = (dbs[0] is not None, dbs[1] is not None)
-            found = gradients_of(held, g, x_part, pair, used_wd, form, dws[2], wanted)
+            dz_g, dz_u = gradients_of(held, g, x_part, pair, used_wd, form, dws[2], dbs[0], dbs[1])
             if dx is not None:
-                torch.mm(found.dz_g, pair.wg, out=dx[part]).addmm_(found.dz_u, pair.wu)
-            for dw, dz in ((dws[0], found.dz_g), (dws[1], found.dz_u)):
+                torch.mm(dz_g, pair.wg, out=dx[part]).addmm_(dz_u, pair.wu)
+            for dw, dz in ((dws[0], dz_g), (dws[1], dz_u)):
                 if dw is not None:
                     dw.add(dz, x_part)
-            for db, total in ((dbs[0], found.db_g), (dbs[1], found.db_u)):
-                if db is not None:
-                    assert total is not None
-                    db.add(total)
     results = [None if grad is None else grad.result() for pair in zip(dws, dbs, strict=True) for grad in pair]
     return [dx, *results]
 
@@ -292,7 +298,7 @@ def gated_mlp(
     refuse_grad_transforms("gated_mlp")
     x = autocast_input(x)
     y = gated_mlp_fwd(
-        x.reshape(-1, x.shape[-1]),
+        rows_of(x),
         gate_weight,
         gate_bias,
         up_weight,

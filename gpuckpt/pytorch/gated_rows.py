@@ -16,9 +16,9 @@ from gpuckpt.pytorch.activations import activate_, differentiate, finish, keep_
 from gpuckpt.pytorch.backend import load_kernels, use_triton
 from gpuckpt.pytorch.operands import cast
 from gpuckpt.pytorch.rows import affine_into
-from gpuckpt.pytorch.weight_grads import WeightGrad, sum_rows
+from gpuckpt.pytorch.weight_grads import BiasGrad, WeightGrad, sum_rows
 
-__all__ = ["Form", "HiddenGrads", "Pair", "backward_buffers", "forward_buffers", "gradients_of", "hidden_of"]
+__all__ = ["Form", "Pair", "backward_buffers", "forward_buffers", "gradients_of", "hidden_of"]
 
 
 class Form(NamedTuple):
@@ -36,15 +36,6 @@ class Pair(NamedTuple):
     bg: Tensor | None
     wu: Tensor
     bu: Tensor | None
-
-
-class HiddenGrads(NamedTuple):
-    """Gradients of the two pre-activations, and their sums over rows, (H,), where wanted."""
-
-    dz_g: Tensor
-    dz_u: Tensor
-    db_g: Tensor | None
-    db_u: Tensor | None
 
 
 def forward_buffers(x: Tensor) -> int:
@@ -87,11 +78,13 @@ def gradients_of(
     wd: Tensor,
     form: Form,
     dwd: WeightGrad | None,
-    needs_biases: tuple[bool, bool],
-) -> HiddenGrads:
-    """dz_g and dz_u for dy, the gradient of h wd^T; h is computed on the way and its share added to `dwd`."""
+    db_g: BiasGrad | None,
+    db_u: BiasGrad | None,
+) -> tuple[Tensor, Tensor]:
+    """dz_g and dz_u for dy, the gradient of h wd^T; h is computed on the way, and what this chunk adds to dWd and to
+    the two biases' gradients is added where those are given."""
     if use_triton(x):
-        return _gradients_by_kernel(buffers, dy, x, pair, wd, form, dwd, needs_biases)
+        return _gradients_by_kernel(buffers, dy, x, pair, wd, form, dwd, db_g, db_u)
     gate, up, act, spare = buffers
     kept = keep_(form.activation, _gate_into(gate, x, pair, form))
     finish(form.activation, kept, act)
@@ -103,8 +96,10 @@ def gradients_of(
     if form.gate_multiplier != 1.0:
         dz_g.mul_(form.gate_multiplier)
     dz_u = dh.mul_(act)
-    db_g, db_u = (sum_rows(d) if need else None for d, need in zip((dz_g, dz_u), needs_biases, strict=True))
-    return HiddenGrads(dz_g, dz_u, db_g, db_u)
+    for db, dz in ((db_g, dz_g), (db_u, dz_u)):
+        if db is not None:
+            db.add(sum_rows(dz))
+    return dz_g, dz_u
 
 
 def _gradients_by_kernel(
@@ -115,15 +110,16 @@ def _gradients_by_kernel(
     wd: Tensor,
     form: Form,
     dwd: WeightGrad | None,
-    needs_biases: tuple[bool, bool],
-) -> HiddenGrads:
+    db_g: BiasGrad | None,
+    db_u: BiasGrad | None,
+) -> tuple[Tensor, Tensor]:
     load_kernels(x)
     from gpuckpt.kernels import gated as kernel
 
     dz_g, dz_u = buffers[:2]
     h = None if dwd is None else buffers[2]
     shape = kernel.db_partials_shape(x, pair.wg)
-    partials = [torch.empty(shape, dtype=torch.float32, device=x.device) if need else None for need in needs_biases]
+    partials = [None if db is None else torch.empty(shape, dtype=torch.float32, device=x.device) for db in (db_g, db_u)]
     kernel.gated_recompute_bwd(
         x,
         *pair,
@@ -139,7 +135,10 @@ def _gradients_by_kernel(
     if dwd is not None:
         assert h is not None
         dwd.add(dy, h)
-    return HiddenGrads(dz_g, dz_u, *(None if p is None else p.sum(0) for p in partials))
+    for db, partial in zip((db_g, db_u), partials, strict=True):
+        if db is not None and partial is not None:
+            db.add(partial.sum(0))
+    return dz_g, dz_u
 
 
 def _gate_into(out: Tensor, x: Tensor, pair: Pair, form: Form) -> Tensor:

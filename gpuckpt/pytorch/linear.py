@@ -26,11 +26,20 @@ from gpuckpt.pytorch.operands import (
     check_weight,
     no_double_backward,
     refuse_grad_transforms,
+    rows_of,
     without_autocast,
 )
 from gpuckpt.pytorch.rows import dz_into, forward_into, partials_bytes
 from gpuckpt.pytorch.scratch import chunks, limits, settle_chunk
-from gpuckpt.pytorch.weight_grads import BiasGrad, WeightGrad, bias_bytes, main_grad_of, sum_rows, weight_bytes
+from gpuckpt.pytorch.weight_grads import (
+    BiasGrad,
+    Scratch,
+    WeightGrad,
+    bias_scratch,
+    main_grad_of,
+    sum_rows,
+    weight_scratch,
+)
 
 __all__ = ["linear", "linear_scratch_bytes"]
 
@@ -50,18 +59,18 @@ def linear_scratch_bytes(
 
     dz of one chunk (nothing where the layer is `plain`, with neither activation nor dropout), the weight and bias cast to x's
     dtype where theirs differs, and the sums of dW and db. Of x (M, K), weight (N, K), bias and main only shape, dtype and
-    device matter. needs: the gradients of x, weight and bias that are wanted. Exact in float32; with 16-bit sums a bound.
+    device matter. needs: the gradients of x, weight and bias that are wanted. Exact in float32 by torch; else a bound, which
+    counts 16-bit gradients beside the float32 sums that they are made from.
     """
     several = chunk < x.shape[0]
     total = cast_bytes(x.dtype, weight, bias)
     if not plain:
         total += chunk * weight.shape[0] * x.dtype.itemsize
-    if needs[1]:
-        total += weight_bytes(weight, x.dtype, chunk, several, main)
+    parts = [weight_scratch(weight, x.dtype, chunk, several, main)] if needs[1] else []
     if needs[2] and bias is not None:
-        total += bias_bytes(bias, x.dtype, chunk, several)
-        total += 0 if plain else partials_bytes(x, weight, chunk, mask)
-    return total
+        held, passing = bias_scratch(bias, x.dtype, chunk, several)
+        parts.append(Scratch(held, passing + (0 if plain else partials_bytes(x, weight, chunk, mask))))
+    return total + sum(part.held for part in parts) + max((part.passing for part in parts), default=0)
 
 
 @torch.library.custom_op("gpuckpt::linear_fwd", mutates_args=())
@@ -167,6 +176,7 @@ def gradients(
             if db is not None:
                 assert total is not None
                 db.add(total)
+            del total  # the next chunk's sum would be made beside it
     return [dx, None if dw is None else dw.result(), None if db is None else db.result()]
 
 
@@ -232,7 +242,7 @@ def linear(
     refuse_grad_transforms("linear")
     least_rows, most_bytes = limits(chunk_rows, scratch_bytes)
     x = autocast_input(x)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = rows_of(x)
     if residual is not None:
         if residual.shape != (*x.shape[:-1], weight.shape[0]):
             raise DimMismatch(
@@ -240,7 +250,7 @@ def linear(
                 residual.numel(),
                 f"residual of shape {tuple(residual.shape)}: number of elements",
             )
-        residual = residual.to(x.dtype).reshape(-1, weight.shape[0])
+        residual = rows_of(residual.to(x.dtype))
     y = linear_fwd(
         rows,
         weight,

@@ -1,7 +1,8 @@
 """`mlp`: y = act(x W1^T + b1) W2^T + b2, saving x and the weights and nothing else.
 
 Neither z = x W1^T + b1 nor h = act(z) is kept; backward recomputes both from x. That is 7 GEMMs in a training step against
-6 for the plain form, which keeps two hidden-size tensors, and 8 for a plain checkpoint around it.
+6 for the plain form, which keeps two hidden-size tensors, and 8 for a plain checkpoint around it (7 where torch's early stop
+spares the last one; h, z and their gradients then exist at full size in backward all the same).
 
 Shapes: x (M, K), w1 (H, K), b1 (H,), w2 (N, H), b2 (N,), y and dy (M, N), h and dz (M, H); C rows of a chunk.
 """
@@ -25,11 +26,20 @@ from gpuckpt.pytorch.operands import (
     check_weight,
     no_double_backward,
     refuse_grad_transforms,
+    rows_of,
     without_autocast,
 )
 from gpuckpt.pytorch.rows import affine_into, forward_into
 from gpuckpt.pytorch.scratch import chunks, limits, settle_chunk
-from gpuckpt.pytorch.weight_grads import BiasGrad, WeightGrad, bias_bytes, main_grad_of, sum_rows, weight_bytes
+from gpuckpt.pytorch.weight_grads import (
+    BiasGrad,
+    Scratch,
+    WeightGrad,
+    bias_scratch,
+    main_grad_of,
+    sum_rows,
+    weight_scratch,
+)
 
 __all__ = ["mlp", "mlp_scratch_bytes"]
 
@@ -51,18 +61,23 @@ def mlp_scratch_bytes(
 
     h and dz of one chunk (one of them suffices where the other is not wanted), weights and b1 cast to x's dtype where theirs
     differs, and the sums of dW and db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, w1, b1,
-    w2 and b2 that are wanted. Exact in float32 by torch; with 16-bit sums a bound.
+    w2 and b2 that are wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients beside the
+    float32 sums that they are made from.
     """
     several = chunk < x.shape[0]
     total = cast_bytes(x.dtype, w1, b1, w2, b2)
     total += _hidden_buffers(x, needs) * chunk * w1.shape[0] * x.dtype.itemsize
-    for weight, needed, main in ((w1, needs[1], mains[0]), (w2, needs[3], mains[1])):
-        total += weight_bytes(weight, x.dtype, chunk, several, main) if needed else 0
+    parts = [
+        weight_scratch(weight, x.dtype, chunk, several, main)
+        for weight, needed, main in ((w1, needs[1], mains[0]), (w2, needs[3], mains[1]))
+        if needed
+    ]
     if needs[2] and b1 is not None:
-        total += bias_bytes(b1, x.dtype, chunk, several) + _partials_bytes(x, w1, w2, chunk)
+        held, passing = bias_scratch(b1, x.dtype, chunk, several)
+        parts.append(Scratch(held, passing + _partials_bytes(x, w1, w2, chunk)))
     if needs[4] and b2 is not None:
-        total += bias_bytes(b2, x.dtype, x.shape[0], False)
-    return total
+        parts.append(bias_scratch(b2, x.dtype, chunk, several))
+    return total + sum(part.held for part in parts) + max((part.passing for part in parts), default=0)
 
 
 def _hidden_buffers(x: Tensor, needs: Sequence[bool]) -> int:
@@ -189,9 +204,9 @@ def gradients(
     be None where only db2 is wanted."""
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
     db2 = BiasGrad(b2) if needs_b2 and b2 is not None else None
-    if db2 is not None:
-        db2.add(sum_rows(dy))
     if x is None:
+        if db2 is not None:
+            db2.add(sum_rows(dy))
         return [None, None, None, None, None if db2 is None else db2.result()]
 
     rows = x.shape[0]
@@ -210,6 +225,8 @@ def gradients(
     with without_autocast(x.device.type):
         for part in chunks(rows, chunk):
             dy_part, x_part = dy[part], x[part]
+            if db2 is not None:
+                db2.add(sum_rows(dy_part))
             held = iter(buffer[: part.stop - part.start] for buffer in buffers)
             dz = next(held) if any(needs[:3]) else None
             h = next(held, None)
@@ -221,6 +238,7 @@ def gradients(
                 if db1 is not None:
                     assert total is not None
                     db1.add(total)
+                del total  # the next chunk's sum would be made beside it
             if dw2 is not None:
                 assert h is not None
                 dw2.add(dy_part, h)
@@ -292,6 +310,6 @@ def mlp(
     refuse_grad_transforms("mlp")
     least_rows, most_bytes = limits(chunk_rows, scratch_bytes)
     x = autocast_input(x)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = rows_of(x)
     y = mlp_fwd(rows, w1, b1, w2, b2, main_grad_of(w1), main_grad_of(w2), activation, least_rows, most_bytes)
     return y.reshape(*x.shape[:-1], w2.shape[0])

@@ -46,6 +46,11 @@ def autocast_input(x: Tensor) -> Tensor:
     return x
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., K) as a matrix (M, K). `reshape(-1, K)` would not know M where K is 0."""
+    return x[None] if x.dim() == 1 else x.flatten(0, -2)
+
+
 def without_autocast(kind: str) -> AbstractContextManager[object]:
     """Inside an operation the dtype is settled; a GEMM there must not be cast a second time."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()

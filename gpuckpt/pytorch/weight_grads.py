@@ -6,12 +6,14 @@ gets its gradient added there in place instead, and autograd sees none.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
 
-__all__ = ["BiasGrad", "WeightGrad", "bias_bytes", "main_grad_of", "sum_rows", "weight_bytes"]
+__all__ = ["BiasGrad", "Scratch", "WeightGrad", "bias_scratch", "main_grad_of", "sum_rows", "weight_scratch"]
 
 _BLOCK = 256
 """Rows of a 16-bit matrix that the CPU widens to float32 at a time: there torch widens no products or sums by itself."""
@@ -33,25 +35,32 @@ def main_grad_of(weight: Tensor) -> Tensor | None:
     return main
 
 
-def weight_bytes(weight: Tensor, dtype: torch.dtype, rows: int, several: bool, main: Tensor | None = None) -> int:
-    """Scratch of the `WeightGrad` of a weight (A, B) that adds chunks of `rows` rows in `dtype`, beside the gradient."""
+class Scratch(NamedTuple):
+    """Bytes beside the gradients: `held` until the result is made, `passing` while one chunk is added."""
+
+    held: int
+    passing: int
+
+
+def weight_scratch(weight: Tensor, dtype: torch.dtype, rows: int, several: bool, main: Tensor | None = None) -> Scratch:
+    """Of the `WeightGrad` of a weight (A, B) that adds chunks of `rows` rows in `dtype`."""
     (a, b), own = weight.shape, weight.dtype
     if main is None and not several:
-        return 0 if own == dtype else a * b * dtype.itemsize
+        return Scratch(0 if own == dtype else a * b * dtype.itemsize, 0)
     wide = torch.promote_types(dtype, torch.float32) if main is None else main.dtype
     held = 0 if own == wide or main is not None else a * b * wide.itemsize
     if wide == dtype:
-        return held
+        return Scratch(held, 0)
     block = min(_CUDA_BLOCK, a) * b if weight.is_cuda else min(_BLOCK, rows) * (a + b)
-    return held + wide.itemsize * block
+    return Scratch(held, wide.itemsize * block)
 
 
-def bias_bytes(bias: Tensor, dtype: torch.dtype, rows: int, several: bool) -> int:
-    """Scratch of the `BiasGrad` of a bias (A,) that adds sums of `rows` rows in `dtype`, beside the gradient."""
+def bias_scratch(bias: Tensor, dtype: torch.dtype, rows: int, several: bool) -> Scratch:
+    """Of the `BiasGrad` of a bias (A,) that adds sums of `rows` rows in `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)
-    narrow = dtype != wide and not bias.is_cuda
-    vectors = (bias.dtype != wide) + (several or narrow)
-    return wide.itemsize * bias.numel() * (vectors + (min(_BLOCK, rows) if narrow else 0))
+    vector = bias.numel() * wide.itemsize
+    blocks = 0 if dtype == wide or bias.is_cuda else 1 + min(_BLOCK, rows)
+    return Scratch(0 if bias.dtype == wide else vector, (blocks + several) * vector)
 
 
 class WeightGrad:
