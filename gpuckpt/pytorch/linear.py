@@ -168,15 +168,15 @@ def gradients(
                 total = dz_into(
                     dz, dy[part], x[part], used_weight, used_bias, activation, db is not None, mask, part.start
                 )
+            if db is not None:
+                assert total is not None
+                db.add(total)
+            del total  # what follows would be made beside it
             if dx is not None:
                 torch.mm(dz, used_weight, out=dx[part])
             if dw is not None:
                 assert x is not None
                 dw.add(dz, x[part])
-            if db is not None:
-                assert total is not None
-                db.add(total)
-            del total  # the next chunk's sum would be made beside it
     return [dx, None if dw is None else dw.result(), None if db is None else db.result()]
 
 

@@ -238,7 +238,7 @@ def gradients(
                 if db1 is not None:
                     assert total is not None
                     db1.add(total)
-                del total  # the next chunk's sum would be made beside it
+                del total  # what follows would be made beside it
             if dw2 is not None:
                 assert h is not None
                 dw2.add(dy_part, h)
