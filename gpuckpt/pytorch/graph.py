@@ -4,19 +4,22 @@ Each range becomes one call under `gpuckpt.checkpoint`: its inputs are kept, wha
 are contiguous in the graph's own order, so whatever a range needs is computed before it and nothing can go in a circle.
 
 The new module shares the old one's submodules, parameters and buffers, under the same names: an optimizer, `state_dict`,
-`to` and `train` see no difference. Not handled: nodes with side effects run twice, as BatchNorm in training does, whose
-running statistics are then updated twice.
+`to` and `train` see no difference. What a range writes into its buffers is written once: running statistics of BatchNorm and
+InstanceNorm stand still while it is run again, and a range that writes into a buffer by itself is run again on copies of what
+the buffers were. Not handled: other side effects of nodes, which happen twice.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from gpuckpt.pytorch.checkpoint import checkpoint
+from gpuckpt.pytorch.stages import statistics_frozen
 from gpuckpt.segments.graph import GraphCheckpointConfig
 
 __all__ = ["checkpoint_graph"]
@@ -71,16 +74,33 @@ def checkpoint_graph(graph_module: GraphModule, config: GraphCheckpointConfig) -
 
 
 class _Range(torch.nn.Module):
-    """One range of nodes. `inner` is kept out of the module tree: its members are there already, under their own names."""
+    """One range of nodes. `inner` is kept out of the module tree: its members are there already, under their own names.
 
-    def __init__(self, inner: GraphModule) -> None:
+    buffers: positions of inputs that are buffers which the range may write into.
+    """
+
+    def __init__(self, inner: GraphModule, buffers: tuple[int, ...]) -> None:
         super().__init__()
         self._hidden = (inner,)
+        self._written = buffers
 
     def forward(self, *inputs: Any) -> Any:
         """What the nodes of the range that are used outside of it give, as a tuple."""
+        inner = self._hidden[0]
+        if not torch.is_grad_enabled():
+            return inner(*inputs)
+        # What the buffers are now is kept to start from; the first run, and no other, gets the buffers themselves.
+        real = [{i: inputs[i] for i in self._written}]
+
+        def run(values: tuple[Any, ...]) -> Any:
+            if real:
+                buffers = real.pop()
+                return inner(*(buffers.get(i, value) for i, value in enumerate(values)))
+            with statistics_frozen(inner.modules()):
+                return inner(*(value.clone() if i in self._written else value for i, value in enumerate(values)))
+
         # One tuple as the only argument: a range may well have no input, and is run again all the same.
-        return checkpoint(lambda values: self._hidden[0](*values), inputs)
+        return checkpoint(run, tuple(value.clone() if i in self._written else value for i, value in enumerate(inputs)))
 
 
 def _emit(graph: Graph, env: dict[Node, Node], owner: GraphModule, inside: list[Node], name: str) -> _Range:
@@ -99,11 +119,41 @@ def _emit(graph: Graph, env: dict[Node, Node], owner: GraphModule, inside: list[
     for position, node in enumerate(outputs):
         env[node] = graph.call_function(_item, (call, position))
         env[node].meta = copy.copy(node.meta)
-    return _Range(GraphModule(owner, body, name))
+    buffers = tuple(k for k, i in enumerate(inputs) if _is_buffer(owner, i)) if any(map(_writes, inside)) else ()
+    return _Range(GraphModule(owner, body, name), buffers)
 
 
 def _item(values: tuple[Any, ...], position: int) -> Any:
     return values[position]
+
+
+_IN_PLACE_OPERATORS = (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+_HIDDEN_WRITERS = ("batch_norm", "instance_norm")
+"""Functions that update running statistics though neither their name nor their schema says so."""
+
+
+def _writes(node: Node) -> bool:
+    """Whether a node may change one of its inputs in place, as far as its name, schema or arguments tell."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        return True
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    in_place = node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    return in_place or name.endswith(_HIDDEN_WRITERS) or "out" in node.kwargs or node.kwargs.get("inplace") is True
+
+
+def _is_buffer(owner: GraphModule, node: Node) -> bool:
+    """Whether a node reads a tensor attribute that is no parameter."""
+    if node.op != "get_attr":
+        return False
+    value: Any = owner
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
 
 
 def _share_members(source: torch.nn.Module, target: torch.nn.Module) -> None:
