@@ -16,7 +16,7 @@ __all__ = ["ARCHS", "KERNEL_MODULES", "KernelSpec", "make_spec", "shipped"]
 ARCHS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that kernels are shipped for, as ints: 80 is sm_80."""
 
-KERNEL_MODULES: tuple[str, ...] = ("specs",)
+KERNEL_MODULES: tuple[str, ...] = ("specs", "cross_entropy", "compress", "compressed_linear")
 """Modules of this package that state specs."""
 
 _POINTER_TYPES = {

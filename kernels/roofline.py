@@ -214,9 +214,12 @@ def work_of(kernel: str, shape: Shape, dtype: str) -> Work:
             return Work(3 * s.M * s.K, s.M * s.K * b, s.M * s.K + s.M * s.K // 32)
         case "decompress":
             return Work(s.M * s.K, s.M * s.K + s.M * s.K // 32, s.M * s.K * b)
-        case "linear_fwd_compressed":
+        case "compressed_linear_fwd":  # codes, scales and W in
             read = s.M * s.K + s.M * s.K // 32 + s.N * s.K * b
             return Work(2 * s.M * s.N * s.K, read, s.M * s.N * b)
+        case "compressed_linear_recompute_bwd":  # dy too; dz and h out
+            read = s.M * s.K + s.M * s.K // 32 + (s.N * s.K + s.M * s.N) * b
+            return Work(2 * s.M * s.N * s.K, read, 2 * s.M * s.N * b)
     raise ValueError(f"no roofline model for kernel {kernel!r}")
 
 

@@ -118,17 +118,9 @@ def _print(console: Any, dossier: Dossier) -> None:
     from rich.table import Table
 
     table = Table(title="Kernels as compiled", caption=_DISCLAIMER)
-    for heading in (
-        "arch",
-        "kernel",
-        "configurations",
-        "registers",
-        "spills",
-        "shared memory",
-        "blocks/SM",
-        "broken bounds",
-    ):
-        table.add_column(heading, justify="left" if heading in ("arch", "kernel") else "right")
+    for heading in ("arch", "kernel", "tiles", "regs", "spills", "KiB", "blocks", "broken"):
+        left = heading in ("arch", "kernel")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "kernel", overflow="fold")
     for (arch, kernel), entries in _groups(dossier).items():
         broken = sum(bool(e.violations) for e in entries)
         table.add_row(
