@@ -39,7 +39,7 @@ def device_of(array: Any, library: str) -> str:
     if library == "numpy":
         return "cpu"
     if library == "torch":
-        return str(array.device)
+        return "cpu" if array.is_cpu else str(array.device)
     if library == "cupy":
         return f"cuda:{array.device.id}"
     kind, index = array.__dlpack_device__()

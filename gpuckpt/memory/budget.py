@@ -176,8 +176,7 @@ class CheckpointBudget:
             return SavedInPlace(array, None, what)
         form = form_of(array, library)
         block = self.take(form.nbytes, what, array)
-        form.write(array, block)
-        saved = SavedInPool(self, form, block, what)
+        saved = SavedInPool(self, form, block, form.write(array, block), what)
         if self.moving is not None:
             self.holders.add(saved)
         return saved

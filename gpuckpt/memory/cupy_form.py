@@ -18,7 +18,7 @@ class CupyForm:
         self.layout = byte_layout(tuple(array.shape), tuple(array.strides), array.itemsize)
         self.nbytes = self.layout.size * array.itemsize
 
-    def write(self, array: Any, block: Any) -> None:
+    def write(self, array: Any, block: Any) -> Any:
         stored, source = self.stored(block), array[self.layout.stored]
         ours, theirs = stored.flags, source.flags
         if stored.size and ((ours.c_contiguous and theirs.c_contiguous) or (ours.f_contiguous and theirs.f_contiguous)):
@@ -28,12 +28,15 @@ class CupyForm:
             with block.stream:
                 stored[...] = source
         block.written()
+        return stored
 
     def view(self, block: Any) -> Any:
+        return self.again(self.stored(block), block)
+
+    def again(self, stored: Any, block: Any) -> Any:
         cupy = import_cupy()
         block.used_on(cupy.cuda.get_current_stream())
-        stored = self.stored(block)
-        return cupy.broadcast_to(stored, self.layout.shape) if self.layout.expanded else stored
+        return cupy.broadcast_to(stored, self.layout.shape) if self.layout.expanded else stored.view()
 
     def stored(self, block: Any) -> Any:
         strides = tuple(stride * self.dtype.itemsize for stride in self.layout.strides)

@@ -22,11 +22,14 @@ class Form(Protocol):
 
     nbytes: int
 
-    def write(self, array: Any, block: Any) -> None:
-        """Copy `array` into `block`."""
+    def write(self, array: Any, block: Any) -> Any:
+        """Copy `array` into `block`. Returns what `again` takes."""
 
     def view(self, block: Any) -> Any:
         """The array in `block`, without a copy."""
+
+    def again(self, stored: Any, block: Any) -> Any:
+        """As `view`, from what `write` returned: cheaper, as the view does not have to be built up from the bytes."""
 
 
 def form_of(array: Any, library: str) -> Form:
@@ -52,12 +55,16 @@ class NumpyForm:
         self.layout = byte_layout(array.shape, array.strides, array.itemsize)
         self.nbytes = self.layout.size * array.itemsize
 
-    def write(self, array: np.ndarray[Any, Any], block: Any) -> None:
-        np.copyto(self.stored(block), array[self.layout.stored])
+    def write(self, array: np.ndarray[Any, Any], block: Any) -> np.ndarray[Any, Any]:
+        stored = self.stored(block)
+        np.copyto(stored, array[self.layout.stored])
+        return stored
 
     def view(self, block: Any) -> np.ndarray[Any, Any]:
-        stored = self.stored(block)
-        return np.broadcast_to(stored, self.layout.shape) if self.layout.expanded else stored
+        return self.again(self.stored(block), block)
+
+    def again(self, stored: np.ndarray[Any, Any], block: Any) -> np.ndarray[Any, Any]:
+        return np.broadcast_to(stored, self.layout.shape) if self.layout.expanded else stored.view()
 
     def stored(self, block: Any) -> np.ndarray[Any, Any]:
         strides = tuple(stride * self.dtype.itemsize for stride in self.layout.strides)
@@ -70,23 +77,28 @@ class TorchForm:
     def __init__(self, tensor: Any) -> None:
         refuse_unstrided(tensor)
         self.dtype = tensor.dtype
-        self.layout = layout_of(tuple(tensor.shape), tuple(tensor.stride()))
+        shape, strides = tuple(tensor.shape), tensor.stride()
+        # What most tensors are, without looking at every dimension.
+        self.layout = Layout(shape, shape, strides) if tensor.is_contiguous() else layout_of(shape, strides)
         self.nbytes = self.layout.size * tensor.element_size()
 
-    def write(self, tensor: Any, block: Any) -> None:
-        source = tensor.detach()
+    def write(self, tensor: Any, block: Any) -> Any:
+        source, stored = tensor.detach(), self.stored(block)
         # copy_ resolves the conjugate and negative bits: the block holds plain values.
-        self.stored(block).copy_(source[self.layout.stored] if self.layout.expanded else source)
+        stored.copy_(source[self.layout.stored] if self.layout.expanded else source)
         if tensor.is_cuda:
             block.written()
+        return stored
 
     def view(self, block: Any) -> Any:
-        stored = self.stored(block)
+        return self.again(self.stored(block), block)
+
+    def again(self, stored: Any, block: Any) -> Any:
         if stored.is_cuda:
             from gpuckpt.memory.cupy_pool import current_stream, import_cupy
 
             block.used_on(current_stream(import_cupy().cuda, stored))
-        return stored.expand(self.layout.shape) if self.layout.expanded else stored
+        return stored.expand(self.layout.shape) if self.layout.expanded else stored.detach()
 
     def stored(self, block: Any) -> Any:
         import torch
@@ -114,11 +126,14 @@ class DLPackForm:
         self._form = NumpyForm(_as_numpy(array))
         self.nbytes = self._form.nbytes
 
-    def write(self, array: Any, block: Any) -> None:
-        self._form.write(_as_numpy(array), block)
+    def write(self, array: Any, block: Any) -> Any:
+        return self._form.write(_as_numpy(array), block)
 
     def view(self, block: Any) -> Any:
         return self._from_dlpack(self._form.view(block))
+
+    def again(self, stored: Any, block: Any) -> Any:
+        return self._from_dlpack(self._form.again(stored, block))
 
 
 def _as_numpy(array: Any) -> np.ndarray[Any, Any]:

@@ -93,13 +93,14 @@ class SavedInPool(Saved):
     would keep the bytes where they are.
     """
 
-    __slots__ = ("_block", "_budget", "_compressed", "_form", "_spilled")
+    __slots__ = ("_block", "_budget", "_compressed", "_form", "_spilled", "_stored")
 
-    def __init__(self, budget: CheckpointBudget, form: Form, block: Any, what: str) -> None:
+    def __init__(self, budget: CheckpointBudget, form: Form, block: Any, stored: Any, what: str) -> None:
         self.what = what
         self._budget = budget
         self._form = form
         self._block: Any = block
+        self._stored: Any = stored  # the array over the block, as it was written; None once the block has changed
         self._spilled: Any = None  # a block of the spill budget
         self._compressed: Any = None  # the form to expand from, when the block holds the array in a smaller dtype
 
@@ -114,7 +115,7 @@ class SavedInPool(Saved):
             block = self._block
             if block is None:
                 raise self._freed()
-            return self._form.view(block)
+            return self._form.again(self._stored, block)
         with moving:
             if self._spilled is not None:
                 self._bring_back()
@@ -127,10 +128,10 @@ class SavedInPool(Saved):
     def free(self) -> None:
         moving = self._budget.moving
         if moving is None:
-            self._block = None
+            self._block = self._stored = None
             return
         with moving:
-            self._block = self._spilled = self._compressed = None
+            self._block = self._stored = self._spilled = self._compressed = None
 
     def evict(self, how: str) -> int:
         """Give the block up by "spill" or "compress"; see `over_cap.Evictable`."""
@@ -188,7 +189,7 @@ class SavedInPool(Saved):
         ref = weakref.ref(block)
         if charge is not None:
             block.charge = None
-        self._block = None
+        self._block = self._stored = None
         del block
         block = ref()
         if block is None:
