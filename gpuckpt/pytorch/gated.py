@@ -295,7 +295,7 @@ def gated_mlp(
             gate_weight.shape[0], down_weight.shape[-1], "last dimension of down_weight (the hidden size)"
         )
     check_bias(down_bias, down_weight, "down_weight")
-    refuse_grad_transforms("gated_mlp")
+    refuse_grad_transforms("gated_mlp", x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     x = autocast_input(x)
     y = gated_mlp_fwd(
         rows_of(x),

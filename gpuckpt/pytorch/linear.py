@@ -239,7 +239,7 @@ def linear(
     check_activation(activation)
     check_dropout(dropout)
     check_weight(x, weight, bias)
-    refuse_grad_transforms("linear")
+    refuse_grad_transforms("linear", x, weight, bias, residual)
     least_rows, most_bytes = limits(chunk_rows, scratch_bytes)
     x = autocast_input(x)
     rows = rows_of(x)

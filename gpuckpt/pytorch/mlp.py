@@ -307,7 +307,7 @@ def mlp(
     if w2.dim() != 2 or w2.shape[1] != w1.shape[0]:
         raise DimMismatch(w1.shape[0], w2.shape[-1], "last dimension of w2 (the hidden size)")
     check_bias(b2, w2, "w2")
-    refuse_grad_transforms("mlp")
+    refuse_grad_transforms("mlp", x, w1, b1, w2, b2)
     least_rows, most_bytes = limits(chunk_rows, scratch_bytes)
     x = autocast_input(x)
     rows = rows_of(x)

@@ -8,6 +8,7 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gpuckpt.errors import DimMismatch
 
@@ -87,8 +88,9 @@ def no_double_backward(op: torch.library.CustomOpDef, name: str) -> None:
     op.register_autograd(backward)
 
 
-def refuse_grad_transforms(name: str) -> None:
-    """Raise `NotImplementedError` inside torch.func.grad and its kin; vmap runs the operation once for each element."""
+def refuse_grad_transforms(name: str, *operands: Tensor | None) -> None:
+    """Raise `NotImplementedError` inside torch.func.grad and its kin, and for operands that carry a forward-mode tangent, which
+    would be dropped without a word. Under vmap alone the operation is run once for each element."""
     if torch.compiler.is_compiling():
         return
     interpreter = torch._C._functorch.peek_interpreter_stack()
@@ -96,4 +98,10 @@ def refuse_grad_transforms(name: str) -> None:
         raise NotImplementedError(
             f"gpuckpt.functional.{name} does not run under torch.func.grad, vjp, jvp or jacrev; use torch.autograd.grad, "
             "or torch.nn.functional.linear inside the transform"
+        )
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in operands if t is not None
+    ):
+        raise NotImplementedError(
+            f"gpuckpt.functional.{name} has no forward-mode derivative; use torch.nn.functional.linear where you need one"
         )
