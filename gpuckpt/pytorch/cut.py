@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["cut", "fresh", "random_states", "unchanged"]
+__all__ = ["cut", "fresh", "have_drawn", "random_states", "unchanged"]
 
 
 class _Connect(torch.autograd.Function):
@@ -36,7 +37,7 @@ def cut(tree: Any) -> Any:
 def _cut(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_leaf:
         return tensor
-    return _Connect.apply(torch.empty((), requires_grad=True), tensor.detach())  # type: ignore[no-any-return]
+    return _Connect.apply(torch.empty((), requires_grad=True), tensor.detach())
 
 
 def fresh(tree: Any) -> Any:
@@ -50,12 +51,19 @@ def _fresh(tensor: torch.Tensor) -> torch.Tensor:
     copy = tensor.detach().clone()
     if not tensor.requires_grad:
         return copy
-    return _Connect.apply(torch.empty((), requires_grad=True), copy)  # type: ignore[no-any-return]
+    return _Connect.apply(torch.empty((), requires_grad=True), copy)
 
 
 def random_states() -> list[torch.Tensor]:
     """Where the random number generators stand, of the CPU and of the devices in use."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+    with _disable_current_modes():  # real tensors, also where the rest is fake
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
+def have_drawn(before: list[torch.Tensor]) -> bool:
+    """Whether random numbers have been drawn since `random_states()` gave `before`."""
+    with _disable_current_modes():
+        return not all(map(torch.equal, before, random_states()))
 
 
 @contextmanager

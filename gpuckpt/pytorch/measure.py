@@ -24,14 +24,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.planning import Chain, Stage
-from gpuckpt.pytorch.cut import cut, fresh, random_states, unchanged
+from gpuckpt.pytorch.cut import cut, fresh, have_drawn, random_states, unchanged
 from gpuckpt.pytorch.frame import Environment
 from gpuckpt.pytorch.kinds import Clock, Kind, WallClock, kind_key, run_again
 from gpuckpt.pytorch.live import LiveBytes
 from gpuckpt.pytorch.noted import Saved, Storages, identity, of_parameter
 from gpuckpt.pytorch.stages import find_chain, intercept, tensors_in
 
-__all__ = ["Measured", "measure", "run_measured"]
+__all__ = ["Measured", "measure", "run_chain", "run_measured"]
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class _Measurement:
         self.inside = True
         saved = Saved()
         cut_args, cut_kwargs = cut((args, kwargs))
-        before, drawn_before = (_versions(tensors), _buffer_versions(module)), random_states()
+        before, states = (_versions(tensors), _buffer_versions(module)), random_states()
         with saved.hooks():
             out = module._call_impl(*cut_args, **cut_kwargs)
         undisturbed = before == (_versions(tensors), _buffer_versions(module))
-        if not all(map(torch.equal, drawn_before, random_states())):
+        if have_drawn(states):
             self.random.append(name)
         saves = self.storages.of(saved.tensors)
         saved.tensors.clear()
@@ -147,9 +147,10 @@ class _Measurement:
         self.stages[-1] = replace(self.stages[-1], backward_s=backward_s, workspace_bytes=workspace_bytes)
 
     def note_outside(self, tensor: torch.Tensor) -> torch.Tensor:
+        detached = tensor.detach()
         if not self.inside and not of_parameter(tensor):
-            self.outside.append(tensor.detach())
-        return tensor.detach()
+            self.outside.append(detached)
+        return detached
 
     def finished(self) -> tuple[Stage, ...]:
         """The stages, with what is known of their kinds."""
@@ -179,7 +180,15 @@ def _buffer_versions(module: nn.Module) -> list[tuple[int, int]]:
     ]
 
 
-def measure(model: nn.Module, *inputs: Any, unit_bytes: int = 1, repeats: int = 3, **kwargs: Any) -> Chain:
+def measure(
+    model: nn.Module,
+    *inputs: Any,
+    unit_bytes: int = 1,
+    repeats: int = 3,
+    fake: bool = False,
+    device: str = "H100 SXM",
+    **kwargs: Any,
+) -> Chain:
     """Measure the chain of `model` for these inputs.
 
     Args:
@@ -187,10 +196,18 @@ def measure(model: nn.Module, *inputs: Any, unit_bytes: int = 1, repeats: int = 
         inputs, kwargs: what the model is called with. If the model returns its loss, the loss is part of the chain.
         unit_bytes: granule of the pool that the plan is for (512 on CUDA).
         repeats: timed runs of the first stage of each kind; the others of its kind add one each, up to three times as many.
+        fake: measure without memory or device; model and inputs may be on the meta device. See fake.py.
+        device: with `fake`, the device whose roofline gives the seconds.
 
     Raises:
         InvalidChain: there is no chain of stages in the model, or a stage does something else when it runs again.
+        ValueError: a device that is not known.
     """
+    if fake:
+        from gpuckpt.kernels.roofline import device as device_called
+        from gpuckpt.pytorch.fake import run_fake
+
+        return run_fake(model, inputs, kwargs, unit_bytes, device_called(device)).chain
     return run_measured(model, inputs, kwargs, unit_bytes, WallClock(), repeats).chain
 
 
@@ -198,22 +215,29 @@ def run_measured(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], unit_bytes: int, clock: Clock, repeats: int
 ) -> Measured:
     """`measure`, and what `fit` needs to know besides."""
+    with unchanged(model):
+        return run_chain(model, args, kwargs, unit_bytes, clock, repeats)
+
+
+def run_chain(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], unit_bytes: int, clock: Clock, repeats: int
+) -> Measured:
+    """The measuring itself; it leaves buffers and random number generators as the model left them."""
     names = {module: name for name, module in model.named_modules()}
     residents = [*model.parameters(), *model.buffers()]
     residents += [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_leaf and tensor.requires_grad]
-    with unchanged(model):
-        modules = find_chain(model, args, kwargs)
-        # Casts of weights that autocast remembers from a run without autograd would have no gradient.
-        torch.clear_autocast_cache()
-        run = _Measurement(modules, names, Storages(residents), clock, repeats)
-        hooks = saved_tensors_hooks(run.note_outside, identity)
-        with torch.enable_grad(), intercept(dict.fromkeys(modules), run.stage), hooks:
-            out = model._call_impl(*args, **kwargs)
-            run.close(out, list(model.parameters()))
-        if run.position != len(modules):
-            raise InvalidChain(
-                f"{type(model).__name__} called {run.position} of {len(modules)} stages with autograd on; a chain runs the same "
-                "stages whether or not gradients are wanted"
-            )
+    modules = find_chain(model, args, kwargs)
+    # Casts of weights that autocast remembers from a run without autograd would have no gradient.
+    torch.clear_autocast_cache()
+    run = _Measurement(modules, names, Storages(residents), clock, repeats)
+    hooks = saved_tensors_hooks(run.note_outside, identity)
+    with torch.enable_grad(), intercept(dict.fromkeys(modules), run.stage), hooks:
+        out = model._call_impl(*args, **kwargs)
+        run.close(out, list(model.parameters()))
+    if run.position != len(modules):
+        raise InvalidChain(
+            f"{type(model).__name__} called {run.position} of {len(modules)} stages with autograd on; a chain runs the same "
+            "stages whether or not gradients are wanted"
+        )
     chain = Chain(run.finished(), tuple(run.storages.sizes), unit_bytes, type(model).__name__)
     return Measured(chain, tuple(modules), tuple(run.owned), tuple(run.random))

@@ -56,9 +56,10 @@ class Saved:
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         self.shapes.append(tuple(tensor.shape))
+        detached = tensor.detach()
         if not of_parameter(tensor):
-            self.tensors.append(tensor.detach())
-        return tensor.detach()
+            self.tensors.append(detached)
+        return detached
 
 
 def of_parameter(tensor: torch.Tensor) -> bool:
