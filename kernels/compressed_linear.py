@@ -183,8 +183,9 @@ def db_partials_shape(codes: Tensor, weight: Tensor, tile: TileConfig | None = N
 
 
 def _tiles(dtype: str, arch: int) -> list[TileConfig]:
-    """Those of `linear` up to 128 columns: with wider ones the registers that decode do not fit beside the accumulator."""
-    return [t for t in candidates("linear", dtype, arch) if t.bn <= 128]
+    """A large and a small one of `linear`'s. Not those of 256 columns: what decodes does not fit beside their accumulators."""
+    narrow_enough = [t for t in candidates("linear", dtype, arch) if t.bn <= 128]
+    return [narrow_enough[0], narrow_enough[-1]]
 
 
 def _tile(codes: Tensor, weight: Tensor, tile: TileConfig | None) -> TileConfig:
@@ -194,7 +195,9 @@ def _tile(codes: Tensor, weight: Tensor, tile: TileConfig | None) -> TileConfig:
         raise TypeError("a compressed input is multiplied in 16 bits; weight is float32: cast it, or decompress first")
     if tile is None:
         tile = choose("linear", M, N, K, dtype, arch)
-        tile = tile if tile.bn <= 128 else _tiles(dtype, arch)[0]
+        if arch:
+            large, small = _tiles(dtype, arch)
+            tile = large if tile.bm * tile.bn >= large.bm * large.bn else small
     check_tile("linear", tile, dtype, arch)
     if GROUP % tile.bk:
         raise ValueError(f"tile {tile.label} cannot be used: bk={tile.bk} does not divide the scale group of {GROUP}")

@@ -109,16 +109,13 @@ def build(
 
 
 def representative(archs: Iterable[int] = ARCHS) -> list[KernelSpec]:
-    """The preferred bf16 tile of each kernel, each way of loading, one activation: what a quick check compiles."""
-    found = []
+    """The preferred bf16 configuration of each kernel: what a quick check compiles."""
+    found: dict[tuple[int, str], KernelSpec] = {}
     for arch in archs:
-        seen = set()
         for spec in shipped(arch):
-            key = (spec.meta["kernel"], spec.meta.get("tma"))
-            if spec.dtype == "bf16" and key not in seen:
-                seen.add(key)
-                found.append(spec)
-    return found
+            if spec.dtype == "bf16":
+                found.setdefault((arch, spec.meta["kernel"]), spec)
+    return list(found.values())
 
 
 def violations(spec: KernelSpec, report: Report) -> list[str]:

@@ -5,7 +5,7 @@ flow graph (a back edge whose target dominates its source; Aho, Lam, Sethi and U
 ptxas moves the slow half of a barrier wait behind the kernel and jumps back, which looks like a loop and is none.
 
 Pure text analysis: needs no CUDA, no Triton and no GPU. It does not follow indirect branches (BRX), which warp-specialised
-code contains; their targets become separate roots.
+code contains: where there is one, every block that nothing else reaches counts as an entry of its own.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def _successors(code: list[Instruction]) -> list[list[int]]:
 
 def _blocks(code: list[Instruction], after: list[list[int]]) -> tuple[list[range], list[list[int]]]:
     """Basic blocks as ranges of instruction indices, and their successors."""
-    leaders = {0}
+    index = {i.address: n for n, i in enumerate(code)}
+    leaders = {0, *(index[t] for t in (_target(i) for i in code if i.op == "CALL") if t in index)}
     for n, nexts in enumerate(after):
         if nexts != [n + 1]:
             leaders.update(nexts)
@@ -161,20 +162,29 @@ def _blocks(code: list[Instruction], after: list[list[int]]) -> tuple[list[range
     return blocks, [sorted({number[s] for s in after[b.stop - 1]}) for b in blocks]
 
 
-def _dominators(successors: list[list[int]]) -> list[int]:
-    """Immediate dominators (Cooper, Harvey and Kennedy 2001) from a virtual root, numbered len(successors).
+def _entries(code: list[Instruction], blocks: list[range]) -> list[int]:
+    """Blocks where execution may begin: the kernel's first, and those that calls lead to."""
+    number = {code[b.start].address: k for k, b in enumerate(blocks)}
+    called = {_target(i) for i in code if i.op == "CALL"}
+    return [0, *sorted(number[t] for t in called if t in number and number[t] != 0)]
 
-    The root leads to block 0 and to every block that nothing else reaches: subroutines and indirect targets.
+
+def _dominators(successors: list[list[int]], entries: list[int], all_live: bool) -> dict[int, int]:
+    """Immediate dominators (Cooper, Harvey and Kennedy 2001) of the blocks that can run.
+
+    A virtual root, numbered len(successors), leads to the entries, and with `all_live` to whatever they do not reach; without
+    it such blocks are padding and left out, since an edge from them would hide a loop.
     """
-    count = len(successors)
-    root = count
-    edges: list[list[int]] = [*successors, [0]]
+    root = len(successors)
+    edges: list[list[int]] = [*successors, []]
     order: list[int] = []
     seen: set[int] = set()
-
-    def visit(start: int) -> None:
-        stack = [(start, iter(edges[start]))]
+    for start in [*entries, *(range(root) if all_live else [])]:
+        if start in seen:
+            continue
+        edges[root].append(start)
         seen.add(start)
+        stack = [(start, iter(edges[start]))]
         while stack:
             node, rest = stack[-1]
             step = next((s for s in rest if s not in seen), None)
@@ -184,17 +194,13 @@ def _dominators(successors: list[list[int]]) -> list[int]:
             else:
                 seen.add(step)
                 stack.append((step, iter(edges[step])))
-
-    visit(0)
-    for block in range(count):
-        if block not in seen:
-            edges[root].append(block)
-            visit(block)
+    # An entry that another entry reaches can begin on its own all the same.
+    edges[root] = list(dict.fromkeys([*edges[root], *entries]))
     order.append(root)
     position = {b: k for k, b in enumerate(order)}
-    before: list[list[int]] = [[] for _ in range(count + 1)]
-    for node, nexts in enumerate(edges):
-        for s in nexts:
+    before: dict[int, list[int]] = {b: [] for b in order}
+    for node in order:
+        for s in edges[node]:
             before[s].append(node)
     parent: dict[int, int] = {root: root}
 
@@ -217,28 +223,28 @@ def _dominators(successors: list[list[int]]) -> list[int]:
             if parent.get(node) != best:
                 parent[node] = best
                 changed = True
-    return [parent[b] for b in range(count + 1)]
+    return parent
 
 
-def _natural_loops(successors: list[list[int]]) -> dict[int, set[int]]:
+def _natural_loops(successors: list[list[int]], parent: dict[int, int]) -> dict[int, set[int]]:
     """Header block -> all blocks of its natural loop (loops that share a header are one)."""
-    count = len(successors)
-    parent = _dominators(successors)
-    before: list[list[int]] = [[] for _ in range(count)]
-    for node, nexts in enumerate(successors):
-        for s in nexts:
+    root = len(successors)
+    live = [b for b in range(root) if b in parent]
+    before: dict[int, list[int]] = {b: [] for b in live}
+    for node in live:
+        for s in successors[node]:
             before[s].append(node)
 
     def dominates(a: int, b: int) -> bool:
-        while b != count:
+        while b != root:
             if a == b:
                 return True
             b = parent[b]
         return False
 
     loops: dict[int, set[int]] = {}
-    for node, nexts in enumerate(successors):
-        for header in nexts:
+    for node in live:
+        for header in successors[node]:
             if dominates(header, node):
                 body = loops.setdefault(header, {header})
                 stack = [node]
@@ -252,9 +258,11 @@ def _natural_loops(successors: list[list[int]]) -> dict[int, set[int]]:
 
 def _tensor_core_loops(code: list[Instruction]) -> list[Loop]:
     blocks, successors = _blocks(code, _successors(code))
+    indirect = any(i.op in ("BRX", "JMX") for i in code)
+    parent = _dominators(successors, _entries(code, blocks), indirect)
     bodies = [
         {n for block in body for n in blocks[block]}
-        for body in _natural_loops(successors).values()
+        for body in _natural_loops(successors, parent).values()
         if any(code[n].is_tensor_core for block in body for n in blocks[block])
     ]
     innermost = [b for b in bodies if not any(other < b for other in bodies)]
