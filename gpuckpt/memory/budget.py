@@ -308,10 +308,12 @@ class CheckpointBudget:
         """Make a request: at once; after blocks that wait for their readers are back; after the policies made room."""
         try:
             ask()
-        except BudgetExceeded:
-            pass  # and out of the handler: its traceback pins buffers that are about to go
-        else:
             return
+        except BudgetExceeded:
+            waits = self._pool is not None and self._pool.waiting
+            if not waits and self.over_cap == ("raise",):
+                raise
+        # Out of the handler: its traceback pins buffers that are about to go.
         if self._pool is not None:
             self._pool.collect(wait=True)
         if not make_room(self, ask, need_bytes, what):

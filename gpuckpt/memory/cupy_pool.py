@@ -161,6 +161,11 @@ class CupyPool:
             self._addresses[block.address] = nbytes
         return block
 
+    @property
+    def waiting(self) -> bool:
+        """Whether blocks wait for their last readers."""
+        return bool(self._delayed)
+
     def owns(self, address: int) -> bool:
         """Whether a live block begins at `address`."""
         return address in self._addresses

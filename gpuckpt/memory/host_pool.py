@@ -70,6 +70,7 @@ class HostPool:
     """
 
     unit_bytes = 1
+    waiting = False  # no block of host memory waits for a reader
 
     def __init__(self, limit_bytes: int, *, allocate: Callable[[int], Buffer] | None = None) -> None:
         self.limit_bytes = limit_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from gpuckpt.errors import BudgetExceeded, NotCheckpointed
+from gpuckpt.errors import NotCheckpointed
 
 if TYPE_CHECKING:
     from gpuckpt.memory.budget import CheckpointBudget
@@ -151,7 +151,7 @@ class SavedInPool(Saved):
         freed_bytes = self.nbytes
         try:
             copy = budget.spill_to.take(self._block.nbytes, f"{self.what} (spilled)")
-        except BudgetExceeded:
+        except MemoryError:  # the second budget is full, or the host is
             return 0
         copy_bytes(self._block, copy)
         if not self._let_go():
