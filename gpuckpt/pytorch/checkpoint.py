@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from gpuckpt.memory import CheckpointBudget
 from gpuckpt.pytorch.frame import Environment, Frame, Verify
-from gpuckpt.pytorch.saved_tensors import current_budget, enter
+from gpuckpt.pytorch.saved_tensors import current_budget, enter, holder_of
 
 __all__ = ["checkpoint"]
 
@@ -69,7 +69,7 @@ def checkpoint(
         frame.save(tensors)
     else:
         frame = Frame(replay, budget, verify)
-        with enter(budget):
+        with enter(budget, holder_of(budget).hold):
             frame.save(tensors)
     del tensors, leaves
     with frame.hooks():

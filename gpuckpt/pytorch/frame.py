@@ -29,6 +29,7 @@ from gpuckpt.errors import BudgetExceeded, RecomputeMismatch
 from gpuckpt.memory import CheckpointBudget
 from gpuckpt.pytorch.holdings import Held, Holding, modified
 from gpuckpt.pytorch.saved_tensors import enter, holder_of, is_resident
+from gpuckpt.pytorch.stale import drop_stale_nodes_after
 
 __all__ = ["Environment", "Frame", "Verify"]
 
@@ -201,7 +202,8 @@ class Frame:
             )
         except _EarlyStop:
             return
-        except BaseException:
+        except BaseException as error:
+            drop_stale_nodes_after(error)
             for slot in [*slots.values(), *(slot for ref in made if (slot := ref()) is not None)]:
                 slot.held = None
             raise

@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from gpuckpt.errors import BudgetExceeded, SavedTensorModified
 from gpuckpt.memory.forms import TorchForm
 from gpuckpt.memory.moves import CompressedForm, LooseBlock
+from gpuckpt.pytorch.stale import drop_stale_nodes_after
 
 if TYPE_CHECKING:
     from gpuckpt.memory import Charge, CheckpointBudget
@@ -79,9 +80,13 @@ class Held:
         tensor = self.tensor
         if tensor is None:
             assert isinstance(self.holding, MovableHolding), "only these move"
-            return self.holding.bring_back(self)
+            try:
+                return self.holding.bring_back(self)
+            except BaseException as error:
+                drop_stale_nodes_after(error)
+                raise
         if tensor._version != self.version:
-            raise modified(tensor)
+            raise drop_stale_nodes_after(modified(tensor))
         return tensor
 
 

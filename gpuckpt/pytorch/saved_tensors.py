@@ -31,6 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import CheckpointBudget
 from gpuckpt.pytorch.holdings import Geometry, Held, Holding, MovableHolding, flat_bytes, modified
+from gpuckpt.pytorch.stale import drop_stale_nodes
 
 __all__ = ["Held", "Holder", "current_budget", "enter", "holder_of", "is_resident", "mark_resident", "modified"]
 
@@ -207,9 +208,13 @@ class enter:
         pack: Callable[[torch.Tensor], Any] | None = None,
         unpack: Callable[[Any], torch.Tensor] = Held.load,
     ) -> None:
-        self._hooks = saved_tensors_hooks(pack or holder_of(budget).hold, unpack)
         if not hasattr(_current, "stack"):
             _current.stack = []
+        if pack is None:
+            pack = holder_of(budget).hold
+            if not _current.stack:
+                drop_stale_nodes()
+        self._hooks = saved_tensors_hooks(pack, unpack)
         self._hooks.__enter__()
         _current.stack.append(budget)
 
