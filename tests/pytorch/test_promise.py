@@ -1,0 +1,35 @@
+"""benchmarks/promise.py in small: real models under six budgets each, promised and measured to the byte."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+_path = Path(__file__).parents[2] / "benchmarks" / "promise.py"
+_spec = importlib.util.spec_from_file_location("promise", _path)
+promise = importlib.util.module_from_spec(_spec)
+sys.modules["promise"] = promise
+_spec.loader.exec_module(promise)
+
+
+@pytest.mark.parametrize("name", list(promise.MODELS))
+def test_promised_is_measured_under_six_budgets(name: str, tmp_path: Path) -> None:
+    if name not in ("fused MLP", "our transformer"):
+        pytest.importorskip("transformers", reason="Hugging Face models come with the dev extra")
+    rows = list(promise.rows_of(name, promise.SIZES["small"]))
+    assert len(rows) == 6
+    print(promise.table(rows))
+    for row in rows:
+        assert row.promised_bytes == row.measured_bytes <= row.budget_bytes, row
+        assert row.equal, row
+        assert row.left_bytes == 0, row
+        assert row.kept
+    assert rows[0].recompute_share > 0
+    assert rows[0].measured_bytes == rows[0].budget_bytes  # the smallest budget of all is used to the last byte
+    assert rows[-1].recompute_share == 0
+    assert rows[-1].measured_bytes == rows[-1].plain_bytes
+    promise.draw(rows, tmp_path / "promise.png")
+    assert (tmp_path / "promise.png").stat().st_size > 10_000
