@@ -83,22 +83,25 @@ _LARGE = {3: _T(128, 128, 64, 8, 3), 4: _T(128, 128, 64, 8, 4)}
 _TALL = _T(128, 64, 64, 8, 3)
 _MEDIUM = {3: _T(128, 64, 64, 4, 3), 4: _T(128, 64, 64, 4, 4)}
 _SMALL = _T(64, 64, 64, 4, 3)
+# Three accumulators: with 4 warps 64 x 64 spills on sm_80, sm_100 and sm_120; with 128 rows on sm_80 and sm_120.
+_SMALL_8 = _T(64, 64, 64, 8, 3)
 _HOPPER = {
     "linear": (_WIDE, _LARGE[4], _MEDIUM[4], _SMALL),
     "linear_dropout": (_LARGE[4], _MEDIUM[4], _SMALL),
     "dual": (_LARGE[4], _TALL, _SMALL),
     "gated_fwd": (_LARGE[3], _TALL, _SMALL),
-    "gated_bwd": (_TALL, _SMALL),
+    "gated_bwd": (_TALL, _SMALL_8),
 }
 _AMPERE = {
     "linear": (_LARGE[3], _MEDIUM[3], _SMALL),
     "linear_dropout": (_LARGE[3], _MEDIUM[3], _SMALL),
     "dual": (_TALL, _SMALL),
     "gated_fwd": (_TALL, _SMALL),
-    "gated_bwd": (_TALL, _SMALL),
+    "gated_bwd": (_SMALL_8, _T(64, 32, 64, 4, 3)),
 }
-# fp32 has no tensor cores here. With 32 outputs a thread some architecture spills (ptxas 12.8); with 16 none does.
-_FP32 = dict.fromkeys(KINDS, (_T(64, 64, 16, 8, 4), _T(32, 32, 16, 8, 4)))
+# fp32 has no tensor cores here. With 32 outputs a thread some architecture spills (ptxas 12.8); with 16 none does. Smaller tiles
+# spill again: ptxas then limits itself to 80 or 96 registers.
+_FP32 = dict.fromkeys(KINDS, (_T(64, 64, 16, 8, 4),))
 
 _TABLE: dict[tuple[int, bool], dict[str, tuple[TileConfig, ...]]] = {
     **{(arch, True): _AMPERE for arch in (80, 86, 89, 120)},

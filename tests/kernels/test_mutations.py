@@ -32,9 +32,9 @@ def linear_tests():
 
 
 FORWARD = {
-    "no bias": ("linear", "z += widen(tl.load(p_b", "z += 0 * widen(tl.load(p_b"),
-    "dropped residual": ("linear", "y += widen(tl.load(p_res", "y += 0 * widen(tl.load(p_res"),
-    "residual before the activation": ("linear", "y = activate(z, ACT)\n    if p_res", "y = z\n    if p_res"),
+    "no bias": ("epilogue", "z += widen(tl.load(p_b", "z += 0 * widen(tl.load(p_b"),
+    "dropped residual": ("epilogue", "y += widen(tl.load(p_res", "y += 0 * widen(tl.load(p_res"),
+    "activation forgotten": ("epilogue", "y = activate(z, ACT)", "y = z"),
     "another activation": (
         "activations",
         'elif ACT == "silu":\n        y = z * _sigmoid(z)',
@@ -46,23 +46,23 @@ FORWARD = {
         "tl.dot(operand(tl.trans(b_b), INTERPRET), operand(tl.trans(b_a), INTERPRET), acc",
     ),
     "missing mask over K": ("gemm", "m_k = o_k < K - i_k * BK", "m_k = o_k < BK"),
-    "last step of K left out": ("gemm", "range(tl.cdiv(K, BK))", "range(K // BK)"),
+    "last step of K left out": ("gemm", "range(0, tl.cdiv(K, BK))", "range(0, K // BK)"),
     "no accumulation": ("gemm", "acc, input_precision", "tl.zeros((BM, BN), tl.float32), input_precision"),
     "tiles in the wrong place": ("gemm", "within // rows", "within // GROUP_M"),
 }
 
 BACKWARD = {
-    "no bias": ("linear", "z += widen(tl.load(p_b", "z += 0 * widen(tl.load(p_b"),
+    "no bias": ("epilogue", "z += widen(tl.load(p_b", "z += 0 * widen(tl.load(p_b"),
     "derivative of another activation": (
         "activations",
         'elif ACT == "silu":\n        d = _sigmoid(z) + z * _sigmoid_slope(z)',
         'elif ACT == "silu":\n        d = _sigmoid_slope(z)',
     ),
-    "derivative forgotten": ("linear", "* derivative(z, ACT)", "* 1.0"),
-    "value instead of derivative": ("linear", "* derivative(z, ACT)", "* activate(z, ACT)"),
-    "half of the tile twice": ("linear", "right, row0, col0 + BN // 2", "left, row0, col0 + BN // 2"),
+    "derivative forgotten": ("epilogue", "* derivative(z, ACT)", "* 1.0"),
+    "value instead of derivative": ("epilogue", "* derivative(z, ACT)", "* activate(z, ACT)"),
+    "half of the tile twice": ("epilogue", "right, g_right, row0", "left, g_left, row0"),
     "db of one row of tiles": ("linear", "p_db += i_m.to(tl.int64) * stride_dbm", "p_db += 0 * stride_dbm"),
-    "h left unactivated": ("linear", "h = activate(z, ACT)", "h = z"),
+    "h left unactivated": ("epilogue", "h = activate(z, ACT)", "h = z"),
 }
 
 
