@@ -1,0 +1,233 @@
+"""Random chains, every tree of a short chain, and a tiny runtime that plays a tree with explicit holders."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from gpuckpt.planning import Chain, Keep, Recompute, Stage, Variant
+
+
+def make_chain(rng: random.Random, n: int, options: float = 0.3, most: int = 9, fixed: float = 0.1) -> Chain:
+    """A chain whose storages are a stage's own, shared across one boundary, or one set of extras; small whole costs."""
+    sizes: list[int] = []
+
+    def new(most_bytes: int = most) -> int:
+        sizes.append(rng.randint(0, most_bytes))
+        return len(sizes) - 1
+
+    extras = tuple(new(6) for _ in range(rng.choice([0, 0, 1, 2])))
+    activations = [new(6) for _ in range(n + 1)]
+    charged = [rng.random() < 0.85 for _ in range(n + 1)]
+    stages = []
+    for i in range(n):
+        uses_extras = extras if rng.random() < 0.7 else ()
+
+        def saves(i: int = i, uses_extras: tuple[int, ...] = uses_extras) -> tuple[int, ...]:
+            ids = [new()] if rng.random() < 0.9 else []
+            ids += [activations[i]] if charged[i] and rng.random() < 0.6 else []
+            ids += [activations[i + 1]] if charged[i + 1] and rng.random() < 0.4 else []
+            return (*ids, *(uses_extras if rng.random() < 0.3 else ()))
+
+        forward_s, backward_s = rng.randint(0, 5), rng.randint(0, 5)
+        variants = []
+        while rng.random() < options and len(variants) < 2:
+            forward, backward = max(0, forward_s + rng.randint(-1, 4)), backward_s + rng.randint(0, 3)
+            variants.append(Variant(f"v{len(variants)}", saves(), forward, backward))
+        stages.append(
+            Stage(
+                f"s{i}",
+                forward_s,
+                backward_s,
+                saves(),
+                (activations[i],) if charged[i] else (),
+                uses_extras,
+                (activations[i + 1],) if charged[i + 1] else (),
+                rng.randint(0, 5),
+                rng.randint(0, 5),
+                rng.random() >= fixed,
+                tuple(variants),
+            )
+        )
+    return Chain(tuple(stages), tuple(sizes))
+
+
+def make_wild_chain(rng: random.Random, n: int) -> Chain:
+    """A chain that shares storages in any way at all, with a pool's unit."""
+    sizes = tuple(rng.randint(0, 3000) for _ in range(2 * n + 2))
+
+    def some(most: int) -> tuple[int, ...]:
+        return tuple(rng.sample(range(len(sizes)), rng.randint(0, min(most, len(sizes)))))
+
+    stages = tuple(
+        Stage(
+            f"s{i}",
+            rng.random(),
+            rng.random(),
+            some(4),
+            some(2),
+            some(2) if rng.random() < 0.3 else (),
+            some(2),
+            rng.randint(0, 2000),
+            rng.randint(0, 2000),
+            rng.random() < 0.9,
+            (Variant("v", some(3), rng.random(), rng.random()),) if rng.random() < 0.3 else (),
+        )
+        for i in range(n)
+    )
+    return Chain(stages, sizes, rng.choice([1, 64, 512]))
+
+
+def every_tree(chain: Chain, first: int, last: int, depth: int = 0, opening: bool = False) -> Iterator[tuple]:
+    """Every tuple of nodes over first..last; with `opening`, what a frame can hold, which is not one frame again."""
+    if first > last:
+        yield ()
+        return
+    stage = chain.stages[first]
+    if stage.recomputable or depth == 0:
+        for option in stage.options:
+            for rest in every_tree(chain, first + 1, last, depth):
+                yield (Keep(first, option.name), *rest)
+    for end in range(first, last + (0 if opening else 1)):
+        if not all(s.recomputable for s in chain.stages[first : end + 1]):
+            return
+        for children in every_tree(chain, first, end, depth + 1, True):
+            for rest in every_tree(chain, end + 1, last, depth):
+                yield (Recompute(children), *rest)
+
+
+def make_tree(rng: random.Random, chain: Chain, first: int, last: int, depth: int = 0) -> tuple:
+    """A random tree over first..last, frames around frames included."""
+    nodes = []
+    while first <= last:
+        reach = first
+        while reach <= last and chain.stages[reach].recomputable:
+            reach += 1
+        if reach > first and depth < 6 and rng.random() < 0.45:
+            end = rng.randint(first, reach - 1)
+            nodes.append(Recompute(make_tree(rng, chain, first, end, depth + 1)))
+            first = end + 1
+        else:
+            nodes.append(Keep(first, rng.choice(chain.stages[first].options).name))
+            first += 1
+    return tuple(nodes)
+
+
+@dataclass
+class Played:
+    """What the tiny runtime saw. `events`: ("alloc", name, bytes) and ("free", name) in order, a new name for every alloc."""
+
+    peak_bytes: int = 0
+    total_peak_bytes: int = 0
+    seconds: float = 0.0
+    again_s: float = 0.0
+    counts: list[int] = field(default_factory=list)
+    events: list[tuple] = field(default_factory=list)
+
+
+def play(chain: Chain, tree: tuple) -> Played:
+    """Run a tree with explicit holders, stage by stage, by recursion: shares nothing with the simulator but the rules."""
+    seen = Played(counts=[0] * len(chain))
+    holds: set[tuple[object, int]] = set()
+    times = [0] * len(chain.storages)
+
+    def size(ids: set[int]) -> int:
+        return sum(-(-chain.storages[x] // chain.unit_bytes) * chain.unit_bytes for x in ids)
+
+    def held() -> set[int]:
+        return {x for _, x in holds}
+
+    def hold(owner: object, ids: tuple[int, ...]) -> None:
+        for x in dict.fromkeys(ids):
+            if x not in held():
+                times[x] += 1
+                seen.events.append(("alloc", (x, times[x]), chain.storages[x]))
+            holds.add((owner, x))
+        seen.peak_bytes = max(seen.peak_bytes, size(held()))
+
+    def let_go(owner: object, ids: tuple[int, ...]) -> None:
+        for x in reversed(list(dict.fromkeys(ids))):
+            holds.discard((owner, x))
+            if x not in held():
+                seen.events.append(("free", (x, times[x])))
+
+    def alive(beyond: set[int], more_bytes: int) -> None:
+        seen.total_peak_bytes = max(seen.total_peak_bytes, size(held() | beyond) + more_bytes)
+
+    def span(node: Keep | Recompute) -> list[int]:
+        return [node.stage] if isinstance(node, Keep) else [x for child in node.children for x in span(child)]
+
+    def run_stage(i: int, seconds: float, gradient_bytes: int, again: bool) -> None:
+        seen.counts[i] += 1
+        seen.seconds += seconds
+        seen.again_s += seconds if again else 0.0
+        stage = chain.stages[i]
+        touched, loose_bytes = set(stage.inputs) | set(stage.output), 0 if stage.output else stage.output_bytes
+        if i > 0:
+            touched |= set(chain.stages[i - 1].output)
+            if not stage.inputs and not chain.stages[i - 1].output:
+                loose_bytes += chain.stages[i - 1].output_bytes
+        alive(touched, loose_bytes + stage.workspace_bytes + gradient_bytes)
+
+    def frame_ids(node: Recompute) -> tuple[int, ...]:
+        stages = span(node)
+        extras = [x for i in stages for x in chain.stages[i].extras]
+        return tuple(dict.fromkeys([*chain.stages[stages[0]].inputs, *extras]))
+
+    def forward(nodes: tuple, again: bool, gradient_bytes: int) -> None:
+        for node in nodes:
+            if isinstance(node, Keep):
+                option = chain.stages[node.stage].option(node.variant)
+                hold(node, option.saves)
+                run_stage(node.stage, option.forward_s, gradient_bytes, again)
+            else:
+                hold(id(node), frame_ids(node))
+                if not (again and node is nodes[-1]):
+                    for i in span(node):
+                        run_stage(i, chain.stages[i].forward_s, gradient_bytes, again)
+
+    def backward(nodes: tuple) -> None:
+        for node in reversed(nodes):
+            if isinstance(node, Keep):
+                stage, option = chain.stages[node.stage], chain.stages[node.stage].option(node.variant)
+                seen.seconds += option.backward_s
+                gradients = stage.output_bytes + (chain.stages[node.stage - 1].output_bytes if node.stage else 0)
+                alive(set(), gradients + stage.workspace_bytes)
+                let_go(node, option.saves)
+            else:
+                forward(node.children, True, chain.stages[span(node)[-1]].output_bytes)
+                backward(node.children)
+                let_go(id(node), frame_ids(node))
+
+    forward(tree, False, 0)
+    backward(tree)
+    assert not holds
+    return seen
+
+
+@pytest.fixture(scope="session")
+def chain_of() -> Callable[..., Chain]:
+    return make_chain
+
+
+@pytest.fixture(scope="session")
+def wild_chain_of() -> Callable[..., Chain]:
+    return make_wild_chain
+
+
+@pytest.fixture(scope="session")
+def trees_of() -> Callable[[Chain], Iterator[tuple]]:
+    return lambda chain: every_tree(chain, 0, len(chain) - 1)
+
+
+@pytest.fixture(scope="session")
+def tree_of() -> Callable[[random.Random, Chain], tuple]:
+    return lambda rng, chain: make_tree(rng, chain, 0, len(chain) - 1)
+
+
+@pytest.fixture(scope="session")
+def played() -> Callable[[Chain, tuple], Played]:
+    return play

@@ -1,0 +1,105 @@
+"""The simulator against a tiny runtime with explicit holders, and against known schedules."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from gpuckpt.errors import InvalidPlan
+from gpuckpt.memory.layout import lay_out
+from gpuckpt.planning import Chain, Keep, Recompute, Stage, Variant, simulate, strategies
+
+
+def test_agrees_with_a_runtime_on_random_trees(chain_of, tree_of, played) -> None:
+    for seed in range(400):
+        rng = random.Random(seed)
+        chain = chain_of(rng, rng.randint(1, 12), fixed=0.05)
+        tree = tree_of(rng, chain)
+        expected, got = played(chain, tree), simulate(chain, tree)
+        assert got.peak_bytes == expected.peak_bytes, (seed, tree)
+        assert got.forward_counts == tuple(expected.counts), (seed, tree)
+        assert got.step_s == pytest.approx(expected.seconds), (seed, tree)
+        assert got.recompute_s == pytest.approx(expected.again_s), (seed, tree)
+        assert got.total_peak_bytes == expected.total_peak_bytes, (seed, tree)
+        assert got.trace[-1][1] == 0
+        assert max(held for _, held in got.trace) == got.peak_bytes
+
+
+def test_agrees_where_storages_are_shared_in_any_way(wild_chain_of, tree_of, played) -> None:
+    for seed in range(200):
+        rng = random.Random(seed)
+        chain = wild_chain_of(rng, rng.randint(1, 9))
+        tree = tree_of(rng, chain)
+        expected, got = played(chain, tree), simulate(chain, tree)
+        assert got.peak_bytes == expected.peak_bytes, (seed, tree)
+        # Total bytes count what runs inside a frame as if nobody held it: never less than what is alive.
+        assert got.total_peak_bytes >= expected.total_peak_bytes, (seed, tree)
+
+
+def test_lifetimes_nest_so_that_the_layout_is_the_peak(wild_chain_of, tree_of, played) -> None:
+    for seed in range(100):
+        rng = random.Random(seed)
+        chain = wild_chain_of(rng, rng.randint(1, 9))
+        tree = tree_of(rng, chain)
+        slab = lay_out(played(chain, tree).events, unit_bytes=chain.unit_bytes)
+        assert slab.size_bytes == simulate(chain, tree).peak_bytes
+
+
+def test_known_figures() -> None:
+    # Stage i saves its input (id i, 4 bytes) and 10 bytes of its own (id 4 + i).
+    chain = Chain(
+        tuple(Stage(f"s{i}", 1, 2, (i, 4 + i), (i,), (), (i + 1,) if i < 3 else (), 4) for i in range(4)),
+        (4, 4, 4, 4, 10, 10, 10, 10),
+    )
+    everything = simulate(chain, tuple(Keep(i) for i in range(4)))
+    assert (everything.peak_bytes, everything.step_s, everything.recompute_s) == (56, 12, 0)
+    assert everything.peak_step == "forward s3"
+    framed = simulate(chain, (Recompute((Keep(0), Keep(1))), Keep(2), Keep(3)))
+    assert framed.peak_bytes == 4 + 14 + 14
+    assert framed.forward_counts == (2, 2, 1, 1)
+    ending = simulate(chain, (Recompute((Keep(0), Keep(1), Recompute((Keep(2),)))), Keep(3)))
+    assert ending.forward_counts == (2, 2, 2, 1), (
+        "a frame that ends a sub-plan does not run in the sub-plan's recompute"
+    )
+    assert framed.trace[:3] == (("forward input of s0..s1", 4), ("forward s2", 18), ("forward s3", 32))
+
+
+def test_the_unit_is_charged() -> None:
+    chain = Chain((Stage("s", 1, 1, (0, 1, 2)),), (1, 0, 513), unit_bytes=512)
+    assert simulate(chain, (Keep(0),)).peak_bytes == 512 + 1024
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ((Keep(1), Keep(0)), "stage 1 where stage 0"),
+        ((Keep(0),), "covers 1 stages and the chain has 3"),
+        ((), "covers 0 stages"),
+        ((Recompute(()), Keep(0), Keep(1), Keep(2)), "is empty"),
+        ((Keep(0), Keep(1), Recompute((Keep(2),))), "cannot be recomputed"),
+        ((Keep(0, "spill"), Keep(1), Keep(2)), "no option 'spill'; it has keep, packed"),
+        ((Keep(0), Keep(0), Keep(1), Keep(2)), "stage 0 where stage 1"),
+        ((0, Keep(1), Keep(2)), "got int"),
+    ],
+)
+def test_a_tree_that_is_no_plan_is_refused(tree: tuple, message: str) -> None:
+    chain = Chain((Stage("a", variants=(Variant("packed", (), 0, 0),)), Stage("b"), Stage("loss", recomputable=False)))
+    with pytest.raises(InvalidPlan, match=message):
+        simulate(chain, tree)
+
+
+@pytest.mark.parametrize(("steps", "snapshots", "forwards"), [(24, 4, 75), (100, 8, 345), (10, 1, 55), (7, 7, 13)])
+def test_revolve_needs_the_published_number_of_forwards(steps: int, snapshots: int, forwards: int) -> None:
+    chain = Chain(tuple(Stage(f"s{i}", 1, 1, (), (i,)) for i in range(steps)), (1,) * steps)
+    run = simulate(chain, strategies.revolve(chain, snapshots))
+    assert sum(run.forward_counts) == forwards == strategies.revolve_steps(steps, snapshots)
+    assert run.peak_bytes <= snapshots
+
+
+def test_a_frame_as_deep_as_the_chain_is_long() -> None:
+    n = 3000
+    chain = Chain(tuple(Stage(f"s{i}", 1, 1, (), (i,)) for i in range(n)), (1,) * n)
+    run = simulate(chain, strategies.revolve(chain, 1))
+    assert sum(run.forward_counts) == n * (n + 1) // 2
+    assert run.peak_bytes == 1
