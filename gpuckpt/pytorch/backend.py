@@ -3,22 +3,24 @@
 By default the device decides: Triton on CUDA, torch elsewhere and for float64, which no kernel takes.
 `GPUCKPT_BACKEND=triton|torch` overrides it for the whole
 process; `triton` on CPU tensors runs the real kernels in Triton's interpreter, which is slow and exact and meant for tests.
-The variable is read at every call, so a test may set it, but Triton itself decides at its import whether it interprets.
+The variable is read at every call, so a test may set it, but Triton itself decides at its import whether it interprets, and
+torch imports it when the first operation runs: where `triton` is asked for and there is no GPU, the choice is made here.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+
+import torch
 
 from gpuckpt.errors import BackendUnavailable
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["BACKENDS", "load_kernels", "use_triton"]
 
 BACKENDS = ("triton", "torch")
+
+if os.environ.get("GPUCKPT_BACKEND") == "triton" and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
@@ -41,9 +43,6 @@ def load_kernels(tensor: torch.Tensor) -> None:
 
     Raises `BackendUnavailable` without Triton, or on a CPU tensor where Triton was imported without its interpreter.
     """
-    if not tensor.is_cuda:
-        # Triton reads the variable when a kernel is decorated; from here on it is too late to change it.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     try:
         import triton
     except ImportError as error:

@@ -42,9 +42,14 @@ def cast_bytes(dtype: torch.dtype, *tensors: Tensor | None) -> int:
 def autocast_input(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on. The cast is autograd's own, so x's gradient keeps x's dtype."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+    if _autocast_on(kind) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
+
+
+def _autocast_on(kind: str) -> bool:
+    # Some devices ("meta") have no autocast to ask for.
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -54,7 +59,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def without_autocast(kind: str) -> AbstractContextManager[object]:
     """Inside an operation the dtype is settled; a GEMM there must not be cast a second time."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if _autocast_on(kind) else contextlib.nullcontext()
 
 
 def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "weight") -> None:

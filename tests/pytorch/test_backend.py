@@ -1,0 +1,76 @@
+"""Which back end runs, and what is said where it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+
+from gpuckpt.errors import BackendUnavailable
+from gpuckpt.pytorch.backend import load_kernels, use_triton
+
+
+def test_the_device_decides(monkeypatch):
+    monkeypatch.delenv("GPUCKPT_BACKEND", raising=False)
+    assert not use_triton(torch.zeros(1))
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("triton", True), ("torch", False), ("", False)])
+def test_the_variable_overrides(choice, expected, monkeypatch):
+    monkeypatch.setenv("GPUCKPT_BACKEND", choice)
+    assert use_triton(torch.zeros(1)) is expected
+
+
+def test_an_unknown_choice_is_refused(monkeypatch):
+    monkeypatch.setenv("GPUCKPT_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="GPUCKPT_BACKEND='cuda': expected one of triton, torch"):
+        use_triton(torch.zeros(1))
+
+
+def test_without_triton_the_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(BackendUnavailable, match="pip install triton, or set GPUCKPT_BACKEND=torch"):
+        load_kernels(torch.zeros(1))
+
+
+def test_too_late_for_the_interpreter(monkeypatch):
+    compiled = triton.JITFunction(getattr(triton.language.cdiv, "fn", triton.language.cdiv))
+    monkeypatch.setattr(triton.language, "cdiv", compiled)
+    with pytest.raises(BackendUnavailable, match="set TRITON_INTERPRET=1 before Python starts"):
+        load_kernels(torch.zeros(1))
+
+
+RUN = """
+import sys
+{before}
+import torch
+from gpuckpt.pytorch.functional import linear
+print(linear(torch.ones(2, 3), torch.ones(4, 3), activation="relu")[0, 0].item(), "triton" in sys.modules)
+"""
+
+
+def run(before: str, **variables: str) -> str:
+    """What RUN prints in a fresh process, without the variables that the tests set."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "GPUCKPT_BACKEND")} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", RUN.format(before=before)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_the_cpu_needs_no_triton():
+    assert run("sys.modules['triton'] = None").startswith("3.0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU the kernels are compiled")
+def test_the_interpreter_is_chosen_where_it_is_needed():
+    assert run("", GPUCKPT_BACKEND="triton") == "3.0 True"
