@@ -4,24 +4,49 @@ Pure arithmetic on NumPy and Numba; knows neither torch nor CuPy nor Triton. Num
 """
 
 from gpuckpt.planning.chain import KEEP, Chain, Stage, Variant
+from gpuckpt.planning.cost import LINK_BYTES_PER_S, roofline_s, with_compression, with_spill
+from gpuckpt.planning.frontier import Frontier, plan_frontier
+from gpuckpt.planning.pipeline import (
+    PipelinePlan,
+    RankPlan,
+    cut_chain,
+    in_flight,
+    plan_pipeline,
+    split_chain,
+    step_seconds,
+)
 from gpuckpt.planning.plan import Certificate, Keep, Node, Plan, Recompute, parse_tree, tree_text
-from gpuckpt.planning.planner import STRATEGIES, plan_chain
+from gpuckpt.planning.planner import STRATEGIES, certify, plan_chain
 from gpuckpt.planning.simulate import Simulation, simulate
 
 __all__ = [
     "KEEP",
+    "LINK_BYTES_PER_S",
     "STRATEGIES",
     "Certificate",
     "Chain",
+    "Frontier",
     "Keep",
     "Node",
+    "PipelinePlan",
     "Plan",
+    "RankPlan",
     "Recompute",
     "Simulation",
     "Stage",
     "Variant",
+    "certify",
+    "cut_chain",
+    "in_flight",
     "parse_tree",
     "plan_chain",
+    "plan_frontier",
+    "plan_pipeline",
+    "roofline_s",
     "simulate",
+    "split_chain",
+    "step_seconds",
     "tree_text",
+    "with_compression",
+    "with_spill",
 ]

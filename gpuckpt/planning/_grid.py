@@ -79,8 +79,8 @@ def make_grid(problem: Problem, slot_bytes: int, slots: int, *, round_up: bool =
 class Pieces:
     """Which row of the tables holds piece i..j, and in what order the rows can be filled.
 
-    The row is `near[i] + j - i`, or `far[i] + j - body_end - 1` when i is in the body and j beyond it. Rows are filled in tiles, a
-    block of starts by a block of ends: what a tile needs of shorter pieces it reads once for many of its own.
+    The row is `near[i] + j - i`, or `far[i] + j - body_end - 1` when i is in the body and j beyond it. Rows are filled in
+    tiles, a block of starts by a block of ends: what a tile needs of shorter pieces it reads once for many of its own.
 
     Attributes:
         near, far: (n,).

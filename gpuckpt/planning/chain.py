@@ -157,6 +157,10 @@ class Chain:
                 untracked_bytes += before.output_bytes
         return untracked_bytes + sum(self.footprints[i] for i in ids if i not in held)
 
+    def part(self, first: int, last: int) -> Chain:
+        """Stages `first..last` as a chain of their own, over the same storages."""
+        return replace(self, stages=self.stages[first : last + 1], name=f"{self.name}[{first}..{last}]")
+
     def with_unit(self, unit_bytes: int) -> Chain:
         """The same chain, charged in granules of `unit_bytes`."""
         return replace(self, unit_bytes=unit_bytes)

@@ -19,7 +19,7 @@ from gpuckpt.planning.optimal import Solution, solve
 from gpuckpt.planning.plan import Certificate, Node, Plan
 from gpuckpt.planning.simulate import Simulation, simulate
 
-__all__ = ["STRATEGIES", "plan_chain"]
+__all__ = ["STRATEGIES", "certify", "plan_chain"]
 
 Tree = tuple[Node, ...]
 Trial = tuple[Tree, Simulation]
@@ -90,13 +90,52 @@ def plan_chain(
     else:
         tree, simulation = search.classic(strategy)
         gap, slot_bytes = None, 0
+    return _plan(
+        chain,
+        tree,
+        simulation,
+        search.smallest_bytes,
+        budget_bytes,
+        strategy,
+        objective,
+        gap=gap,
+        slot_bytes=slot_bytes,
+    )
+
+
+def certify(chain: Chain, tree: Iterable[Node], budget_bytes: int, strategy: str) -> Plan:
+    """A plan out of a tree that somebody else made, named after `strategy`, with the simulator's certificate.
+
+    `InvalidPlan` when the tree is no plan for the chain, `BudgetExceeded` when it holds more than `budget_bytes`.
+    """
+    nodes = tuple(tree)
+    simulation = simulate(chain, nodes)
+    if simulation.peak_bytes > budget_bytes:
+        raise BudgetExceeded(simulation.peak_bytes, budget_bytes, f"the {strategy!r} plan of {chain.name!r} holds more")
+    smallest = simulate(chain, least_tree(chain, build_problem(chain))).peak_bytes
+    return _plan(chain, nodes, simulation, smallest, budget_bytes, strategy, "held", gap=None, slot_bytes=0)
+
+
+def _plan(
+    chain: Chain,
+    tree: Tree,
+    simulation: Simulation,
+    smallest_bytes: int,
+    budget_bytes: int,
+    strategy: str,
+    objective: str,
+    *,
+    gap: float | None,
+    slot_bytes: int,
+) -> Plan:
     certificate = Certificate(
         peak_bytes=simulation.peak_bytes,
         peak_step=simulation.peak_step,
         total_peak_bytes=simulation.total_peak_bytes,
         recompute_s=simulation.recompute_s,
         step_s=simulation.step_s,
-        smallest_budget_bytes=search.smallest_bytes,
+        smallest_budget_bytes=smallest_bytes,
+        # Lifetimes nest, so a slab laid out beforehand is exactly the peak.
         layout_bytes=simulation.peak_bytes,
         gap=gap,
         slot_bytes=slot_bytes,

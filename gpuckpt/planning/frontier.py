@@ -1,0 +1,59 @@
+"""The frontier of a chain: step time against budget, from the smallest budget that works to the one that needs no recompute.
+
+The knee is the point farthest below the straight line between the two ends: up to there another byte buys much time, beyond it
+little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gpuckpt.planning.chain import Chain
+from gpuckpt.planning.plan import Plan
+from gpuckpt.planning.planner import plan_chain
+from gpuckpt.planning.simulate import simulate
+from gpuckpt.planning.strategies import keep_all
+
+__all__ = ["Frontier", "plan_frontier"]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Plans by rising budget. `knee`: the index of the one where more memory stops paying."""
+
+    chain_name: str
+    plans: tuple[Plan, ...]
+    knee: int
+
+    @property
+    def points(self) -> tuple[tuple[int, float], ...]:
+        """(peak bytes, step seconds) of each plan."""
+        return tuple((plan.certificate.peak_bytes, plan.certificate.step_s) for plan in self.plans)
+
+
+def plan_frontier(chain: Chain, budgets: int | Sequence[int] = 24, **options: object) -> Frontier:
+    """Plan `chain` for `budgets` (that many between the two ends, evenly; or these, in bytes).
+
+    `options` go to `plan_chain`. `BudgetExceeded` when a budget given is too small.
+    """
+    if isinstance(budgets, int):
+        if budgets < 2:
+            raise ValueError(f"budgets is {budgets}; a frontier has at least its two ends")
+        most = simulate(chain, keep_all(chain)).peak_bytes
+        least = plan_chain(chain, most, **options).certificate.smallest_budget_bytes  # type: ignore[arg-type]
+        budgets = [least + (most - least) * x // (budgets - 1) for x in range(budgets)]
+    plans = tuple(plan_chain(chain, budget, **options) for budget in sorted(set(budgets)))  # type: ignore[arg-type]
+    points = [(plan.certificate.peak_bytes, plan.certificate.step_s) for plan in plans]
+    return Frontier(chain.name, plans, _knee(points))
+
+
+def _knee(points: Sequence[tuple[int, float]]) -> int:
+    (left, top), (right, bottom) = points[0], points[-1]
+    if right == left or top == bottom:
+        return 0
+
+    def below(point: tuple[int, float]) -> float:
+        return (right - point[0]) / (right - left) - (point[1] - bottom) / (top - bottom)
+
+    return max(range(len(points)), key=lambda i: below(points[i]))

@@ -1,0 +1,45 @@
+"""A picture of a chain's frontier: step time against peak bytes, the knee marked, classic strategies beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gpuckpt.planning.frontier import Frontier
+from gpuckpt.planning.plan import Plan
+
+__all__ = ["draw_frontier"]
+
+_GIB = float(1 << 30)
+
+
+def draw_frontier(frontier: Frontier, path: str | Path, *, others: Mapping[str, Plan] | None = None) -> Path:
+    """Write the picture to `path` (its suffix decides the format: .svg, .png, .pdf) and return the path.
+
+    `others`: plans by name to mark beside the frontier, such as those of `plan_chain(chain, budget, "sqrt")`.
+    """
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    gib = [peak_bytes / _GIB for peak_bytes, _ in frontier.points]
+    ms = [1e3 * step_s for _, step_s in frontier.points]
+    axes.plot(gib, ms, marker="o", markersize=3, linewidth=1.4, color="#1f5fa8", label="optimal")
+    for name, plan in (others or {}).items():
+        axes.plot(plan.certificate.peak_bytes / _GIB, 1e3 * plan.certificate.step_s, "x", label=name)
+    knee = frontier.knee
+    axes.annotate(
+        f"knee: {gib[knee]:.3g} GiB, {ms[knee]:.4g} ms",
+        (gib[knee], ms[knee]),
+        xytext=(12, 18),
+        textcoords="offset points",
+        arrowprops={"arrowstyle": "->", "color": "#444444"},
+    )
+    axes.set_xlabel("peak of held bytes, GiB")
+    axes.set_ylabel("step time, ms")
+    axes.set_title(frontier.chain_name)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    return path
