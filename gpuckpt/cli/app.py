@@ -7,6 +7,8 @@ and one line.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -51,9 +53,6 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="print the report as JSON, and nothing else")] = False,
 ) -> None:
     """Train a byte-level transformer under a hard activation budget, and compare it with the plain run."""
-    from dataclasses import asdict
-    from json import dumps
-
     from rich.console import Console
 
     from gpuckpt.cli import train as command
@@ -97,6 +96,19 @@ def audit(
 
     archs = [*(arch or ()), *(more or ())]
     raise typer.Exit(run_audit(archs, "-" if json else None, html, jobs, quick=quick))
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False) -> None:
+    """What is installed, what runs where, and what no budget caps."""
+    from rich.console import Console
+
+    from gpuckpt.cli import doctor as command
+
+    if json:
+        print(dumps(command.examine(), indent=1))
+    else:
+        command.doctor(Console())
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from rich.table import Table
 from gpuckpt.cli.text import Batches, read_text
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.memory import CheckpointBudget, format_bytes, parse_bytes
+from gpuckpt.memory.uncapped import uncapped
 from gpuckpt.planning import plan_chain
 from gpuckpt.pytorch.fit import Fitted, fit
 from gpuckpt.pytorch.measure import measure
@@ -68,6 +69,7 @@ class Report:
     plan: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    uncapped: list[dict[str, Any]] = field(default_factory=list)
 
 
 class _Run:
@@ -156,6 +158,7 @@ def train(options: Options, console: Console) -> tuple[Report, Fitted]:
         _loop(options, console, batches, run, plain, fitted, report)
     except KeyboardInterrupt:
         report.interrupted = True
+    report.uncapped = [row._asdict() for row in uncapped(budget.device, model=model, optimizer=run.optimizer)]
     compared = min(len(run.losses), len(plain.losses))
     report.losses, report.plain_losses = run.losses, plain.losses
     report.step_s, report.plain_step_s = run.median_s(options.plain_steps), plain.median_s()
