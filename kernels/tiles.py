@@ -1,7 +1,8 @@
 """Tile choices: a frozen configuration, one predicate that says whether it can run, one analytic rule that picks it.
 
 Everything here is pure arithmetic on ints and strings; nothing is timed and nothing is tuned, so forward and recompute
-always agree on the order of the reduction over K, and a recomputed z has the bits of the first one.
+always agree on the order of the reduction over K, and a recomputed z has the bits of the first one. The one exception is asked
+for: `use_tuned` puts a table of measured tiles (see `tune`) before the rule, once a process, with the same order over K.
 
 Kinds of kernel: "linear" (forward and recompute-backward of one linear layer), "linear_dropout" (the same with dropout, whose
 random numbers need registers), "dual" (an MLP's backward), "gated_fwd" and "gated_bwd".
@@ -10,7 +11,9 @@ Architectures are ints, 80 for sm_80; 0 is the host, where Triton's interpreter 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 __all__ = [
     "KINDS",
@@ -18,11 +21,14 @@ __all__ = [
     "SM_COUNT",
     "Kind",
     "TileConfig",
+    "analytic_choice",
     "backward_form",
     "candidates",
     "choose",
     "epilogue_piece",
     "nearest_arch",
+    "shape_class",
+    "use_tuned",
     "why_invalid",
 ]
 
@@ -165,11 +171,18 @@ def candidates(kind: str, dtype: str, arch: int) -> tuple[TileConfig, ...]:
 
 
 def choose(kind: str, M: int, N: int, K: int, dtype: str, arch: int) -> TileConfig:
-    """The tile for an (M, N) output reduced over K: the first candidate that gives every multiprocessor a tile, else the
-    one with most tiles.
+    """The tile for an (M, N) output reduced over K: a tuned one where `use_tuned` gave one, else the analytic choice.
+
+    K does not enter that: the reduction order depends on bk alone, which all candidates of a dtype and architecture share.
+    """
+    tuned = _tuned.get((kind, shape_class(M, N, K), dtype, arch))
+    return tuned or analytic_choice(kind, M, N, K, dtype, arch)
+
+
+def analytic_choice(kind: str, M: int, N: int, K: int, dtype: str, arch: int) -> TileConfig:
+    """The first candidate that gives every multiprocessor a tile, else the one with most tiles.
 
     On the host (arch 0) each program costs the interpreter milliseconds, so one tile covers as much as is sensible.
-    K does not enter: the reduction order depends on bk alone, which all candidates of a dtype and architecture share.
     """
     if arch == 0:
         return TileConfig(_clip(M, 128), _clip(N, 128), _clip(K, 128), 4, 1)
@@ -180,17 +193,52 @@ def choose(kind: str, M: int, N: int, K: int, dtype: str, arch: int) -> TileConf
     return options[-1]
 
 
+TunedKey = tuple[str, tuple[int, int, int], str, int]
+"""Kind, shape class, dtype and architecture."""
+
+_tuned: Mapping[TunedKey, TileConfig] = MappingProxyType({})
+
+
+def shape_class(M: int, N: int, K: int) -> tuple[int, int, int]:
+    """Shapes that share a measured tile: each size rounded up to a power of two."""
+    return _power_of_two(M), _power_of_two(N), _power_of_two(K)
+
+
+def use_tuned(table: Mapping[TunedKey, TileConfig]) -> None:
+    """From now on `choose` gives these tiles where the table has one. Once a process, before the first forward pass: backward
+    sizes its scratch by the tile and must find the same one.
+
+    Raises ValueError for a tile that cannot run or that steps over K otherwise than the tiles that ship, RuntimeError where
+    another table is in use.
+    """
+    global _tuned
+    for (kind, _, dtype, arch), tile in table.items():
+        reason = why_invalid(kind, tile, dtype, arch)
+        shipped_bk = candidates(kind, dtype, arch)[0].bk
+        if reason is None and tile.bk != shipped_bk:
+            reason = f"bk={tile.bk} would change the order of the sum over K; tiles for {dtype} on sm_{arch} have bk={shipped_bk}"
+        if reason is not None:
+            raise ValueError(f"the tuned tile {tile.label} of {kind} cannot be used: {reason}")
+    if _tuned and dict(_tuned) != dict(table):
+        raise RuntimeError("other tuned tiles are in use already; a process can choose by one table only")
+    _tuned = MappingProxyType(dict(table))
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
 def _clip(size: int, most: int) -> int:
     """The power of two that covers `size`, from 16 to `most`."""
-    return max(16, min(most, 1 << max(0, size - 1).bit_length()))
+    return max(16, min(most, _power_of_two(size)))
 
 
 def epilogue_piece(tile: TileConfig, kind: str = "linear", dropout: bool = False) -> int:
     """Columns that an epilogue handles at a time, so that its temporaries fit beside the accumulators: 32 elements a thread,
-    16 where accumulators already take half of the registers, there are three of them, or random numbers are drawn."""
+    16 where accumulators already take half of the registers or random numbers are drawn, 8 where there are three of them."""
     accumulators = KINDS[kind].accumulators
-    full = accumulators == 3 or accumulators * tile.bm * tile.bn >= 128 * 32 * tile.num_warps
-    per_thread = 16 if full or dropout else 32
+    full = accumulators * tile.bm * tile.bn >= 128 * 32 * tile.num_warps
+    per_thread = 8 if accumulators == 3 else 16 if full or dropout else 32
     return min(tile.bn, max(16, per_thread * 32 * tile.num_warps // tile.bm))
 
 
