@@ -4,7 +4,7 @@ EXTRAS ?= cuda12,dev
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test check nightly audit format clean
+.PHONY: setup demo test check nightly audit bench format clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,11 @@ nightly: setup
 # Every kernel, tile, type and architecture through the compiler; half an hour on two cores is the bound.
 audit: setup
 	timeout 1800 $(BIN)/python benchmarks/dossier.py
+
+# The rivals go to a folder of their own, without what they depend on: no other torch is wanted. Offline they are left out.
+bench: setup
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/rivals flash-swiglu-mlp==0.4.3 liger-kernel==0.8.5
+	$(BIN)/python benchmarks/kernels.py --rivals out/rivals
 
 format: setup
 	$(BIN)/ruff format .
