@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from gpuckpt.pytorch.measure import Measured, run_measured
 from gpuckpt.pytorch.saved_tensors import mark_resident
 from gpuckpt.pytorch.stages import set_call, tensors_in
 from gpuckpt.pytorch.walk import Walk
+
+if TYPE_CHECKING:
+    from gpuckpt.report.plan_report import PlanReport
 
 __all__ = ["Fitted", "Planned", "fit"]
 
@@ -122,6 +125,13 @@ class Fitted:
             self._planned[key] = planned
         self._latest = planned
         return planned
+
+    def report(self) -> PlanReport:
+        """What the latest plan does with each stage, and why; promised against measured. Print it, or take `to_json()`."""
+        # The report room lies above this one; only this method reaches up to it.
+        from gpuckpt.report.plan_report import explain
+
+        return explain(self.chain, self.plan, self.measured_peak_bytes if self._began else None)
 
     def _make_plan(self, args: tuple, kwargs: dict[str, Any]) -> Planned:
         unit_bytes = self.budget.unit_bytes

@@ -1,0 +1,166 @@
+"""Why a plan does with each stage what it does: a table for people, JSON for machines.
+
+Everything is read off the chain, the plan's tree and the simulator; of a run it takes only the measured peak.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from gpuckpt.memory import format_bytes
+from gpuckpt.planning.chain import KEEP, Chain, Stage
+from gpuckpt.planning.plan import Plan, check_tree
+from gpuckpt.planning.simulate import simulate
+
+__all__ = ["PlanReport", "StageReport", "explain"]
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage under a plan.
+
+    Attributes:
+        fate: "kept", "recomputed", or the name of the option it is kept under ("spill", ...).
+        runs: how often its forward runs in a step.
+        saves_bytes: what autograd saves in it, and so what keeping it holds (shared storages counted in each stage).
+        recompute_ms: time of its forward beyond the first.
+    """
+
+    number: int
+    name: str
+    fate: str
+    runs: int
+    saves_bytes: int
+    forward_ms: float
+    backward_ms: float
+    recompute_ms: float
+    why: str
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """All stages under a plan, and the plan's figures. `measured_peak_bytes`: of the latest step, None before the first."""
+
+    model: str
+    stages: tuple[StageReport, ...]
+    budget_bytes: int
+    promised_peak_bytes: int
+    measured_peak_bytes: int | None
+    keep_all_bytes: int
+    smallest_budget_bytes: int
+    peak_step: str
+    step_ms: float
+    recompute_ms: float
+    gap: float | None
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        rows = [("stage", "what", "runs", "saves", "forward", "backward", "recompute", "why")]
+        for stage in self.stages:
+            rows.append(
+                (
+                    stage.name,
+                    stage.fate,
+                    str(stage.runs),
+                    format_bytes(stage.saves_bytes),
+                    _ms(stage.forward_ms),
+                    _ms(stage.backward_ms),
+                    _ms(stage.recompute_ms) if stage.runs > 1 else "-",
+                    stage.why,
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        numeric = (False, False, True, True, True, True, True, False)
+        lines = [
+            "  ".join(
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(row, widths, numeric, strict=True)
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, *self.summary()])
+
+    def summary(self) -> list[str]:
+        """The plan's figures in a few lines."""
+        measured = "not run yet" if self.measured_peak_bytes is None else f"{self.measured_peak_bytes} B"
+        gap = {None: "not computed", 0.0: "proven optimal"}.get(
+            self.gap, f"at most {100 * (self.gap or 0):.2f}% from optimal"
+        )
+        promised = f"peak promised {self.promised_peak_bytes} B, measured {measured}, budget {self.budget_bytes} B"
+        return [
+            f"{promised}, reached at: {self.peak_step}",
+            f"keeping all holds {format_bytes(self.keep_all_bytes)}; the smallest budget is {self.smallest_budget_bytes} B",
+            f"a step takes {_ms(self.step_ms)}, of which recompute {_ms(self.recompute_ms)}; {gap}",
+        ]
+
+
+def explain(chain: Chain, plan: Plan, measured_peak_bytes: int | None = None) -> PlanReport:
+    """The report of `plan` for `chain`. Raises `InvalidPlan` where the plan is not for the chain."""
+    plan.check(chain)
+    simulation = simulate(chain, plan.tree)
+    keep_all_bytes = _keep_all_bytes(chain)
+    fits = keep_all_bytes <= plan.budget_bytes
+    steps = {step.first: step for step in check_tree(chain, plan.tree) if step.variant is not None}
+    stages = []
+    for number, stage in enumerate(chain.stages):
+        runs, variant = simulation.forward_counts[number], steps[number].variant or KEEP
+        option = stage.option(variant)
+        recomputed = steps[number].depth > 0
+        fate = variant if variant != KEEP else "recomputed" if recomputed else "kept"
+        recompute_s = (runs - 1) * stage.forward_s
+        stages.append(
+            StageReport(
+                number,
+                stage.name,
+                fate,
+                runs,
+                chain.charge(stage.saves),
+                1e3 * option.forward_s,
+                1e3 * option.backward_s,
+                1e3 * recompute_s,
+                _why(chain, stage, fate, recompute_s, fits),
+            )
+        )
+    certificate = plan.certificate
+    return PlanReport(
+        chain.name,
+        tuple(stages),
+        plan.budget_bytes,
+        certificate.peak_bytes,
+        measured_peak_bytes,
+        keep_all_bytes,
+        certificate.smallest_budget_bytes,
+        certificate.peak_step,
+        1e3 * certificate.step_s,
+        1e3 * certificate.recompute_s,
+        certificate.gap,
+    )
+
+
+def _why(chain: Chain, stage: Stage, fate: str, recompute_s: float, fits: bool) -> str:
+    saves = format_bytes(chain.charge(stage.saves))
+    if not stage.recomputable:
+        return "cannot run twice: it lies outside the blocks, or changes its input or a buffer"
+    if fate == "recomputed":
+        return f"{saves} not held till its backward, for {_ms(1e3 * recompute_s)} more"
+    if fate != "kept":
+        option = stage.option(fate)
+        extra_s = option.forward_s + option.backward_s - stage.forward_s - stage.backward_s
+        return f"{saves} held as {fate!r}, {format_bytes(chain.charge(option.saves))} of it here, for {_ms(1e3 * extra_s)} more"
+    if fits:
+        return "everything fits in the budget"
+    if not stage.saves:
+        return "it saves nothing"
+    return f"there is room for its {saves}; running it again would take {_ms(1e3 * stage.forward_s)}"
+
+
+def _keep_all_bytes(chain: Chain) -> int:
+    return chain.charge([number for stage in chain.stages for number in stage.saves])
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g} ms"
