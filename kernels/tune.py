@@ -117,7 +117,7 @@ def tune(
     tiles: what to time, by default `search_space` (24 to 68 tiles, each compiled once); the analytic choice is always among them.
     rounds: launches a tile is timed by. margin: the share by which a tile must beat the analytic choice. flush_bytes: the buffer
     overwritten between launches; "L2": as large as the device's cache, None: none. Operands, results and scratch take up to
-    2 M K + 3 N K + 4 M N elements beside it, outside of any budget, and are freed at the end.
+    2 M K + 3 N K + 4.25 M N elements beside it, outside of any budget, and are freed at the end.
     timer, arch: for measuring by other means; a timer given needs no GPU.
 
     Raises ValueError for what cannot be tuned, RuntimeError where there is no GPU to measure on, or where no tile ran.
