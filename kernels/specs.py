@@ -31,7 +31,8 @@ def specs(arch: int) -> list[KernelSpec]:
                 found += dual_specs(dtype, arch, tile, "gelu_tanh", tma=tma)
             for kind in ("gated_fwd", "gated_bwd"):
                 for tile in candidates(kind, dtype, arch):
-                    found += gated_specs(kind, dtype, arch, tile, "silu", tma=tma)
+                    for activation in ("silu", "gelu_tanh") if dtype == "bf16" else ("silu",):
+                        found += gated_specs(kind, dtype, arch, tile, activation, tma=tma)
     # Random numbers compile for long; one dtype stands for both 16-bit ones.
     for tma in (True, False) if arch in (90, 100) else (False,):
         for tile in candidates("linear_dropout", "bf16", arch):

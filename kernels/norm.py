@@ -1,0 +1,318 @@
+"""RMSNorm and LayerNorm before a fused linear layer, recomputed in backward from the raw input alone.
+
+    xn = (x - mean) * rstd * w + b         LayerNorm (Ba et al. 2016, arXiv:1607.06450): rstd = 1 / sqrt(var + eps)
+    xn = x * rstd * w                      RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467): rstd = 1 / sqrt(mean(x^2) + eps)
+
+The raw x is all that a layer "norm, then linear" has to save: xn goes into a transient buffer forward, and again in backward, a
+chunk of rows at a time. It is a kernel of its own and not a prologue inside the GEMM's K loop, because dW = dz^T xn is a
+plain GEMM that needs xn in memory in backward anyway, and because operands that pass through registers would leave the
+asynchronous path from memory to the tensor cores. It costs 2 M K elements of traffic beside 2 M N K flops.
+
+Backward in two kernels: rows (statistics and dx), then columns (dw and db as partial sums in fixed order, without atomics).
+Statistics are computed in fp32 in two passes (mean, then squared deviations), never as a difference of large sums.
+
+Shapes: x, xn, dxn, dx (M, K), weight, bias (K), stats (2, M) fp32 scratch, partials (ceil(M / 32), K) fp32. Any strides.
+Not here: allocation, autograd, adding up the partials.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import arch_of, check_out, check_shape, dtype_name, on_device, strides
+from .numerics import INTERPRETED, narrow, widen
+
+__all__ = ["norm_bwd", "norm_fwd", "norm_partials_shape"]
+
+_ROWS = 32
+_COLUMNS = 128
+_KINDS = ("rms", "layer")
+
+
+@triton.jit
+def _statistics(p_x, K, stride_xk, eps, LAYER: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
+    """Mean (0 for RMSNorm) and rstd of one row; p_x points at its first element."""
+    o_k = tl.arange(0, BLOCK).to(tl.int64)
+    mean = tl.full((), 0.0, tl.float32)
+    if LAYER:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for k in range(0, K, BLOCK):
+            total += widen(tl.load(p_x + (k + o_k) * stride_xk, mask=k + o_k < K, other=0.0), INTERPRET)
+        mean = tl.sum(total, axis=0) / K
+    squares = tl.zeros((BLOCK,), tl.float32)
+    rest = tl.zeros((BLOCK,), tl.float32)
+    for k in range(0, K, BLOCK):
+        v = widen(tl.load(p_x + (k + o_k) * stride_xk, mask=k + o_k < K, other=0.0), INTERPRET) - mean
+        v = tl.where(k + o_k < K, v, 0.0)
+        squares += v * v
+        rest += v
+    variance = tl.sum(squares, axis=0) / K
+    if LAYER:
+        # The first mean has the rounding of a large sum; what it left over is small and summed nearly exactly.
+        left = tl.sum(rest, axis=0) / K
+        mean += left
+        variance -= left * left
+    return mean, 1.0 / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def norm_fwd_kernel(
+    p_x,
+    p_w,
+    p_b,
+    p_y,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_w,
+    stride_b,
+    stride_ym,
+    stride_yk,
+    eps,
+    LAYER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    p_x += row * stride_xm
+    p_y += row * stride_ym
+    mean, rstd = _statistics(p_x, K, stride_xk, eps, LAYER, BLOCK, INTERPRET)
+    o_k = tl.arange(0, BLOCK).to(tl.int64)
+    for k in range(0, K, BLOCK):
+        o = k + o_k
+        y = (widen(tl.load(p_x + o * stride_xk, mask=o < K, other=0.0), INTERPRET) - mean) * rstd
+        if p_w is not None:
+            y *= widen(tl.load(p_w + o * stride_w, mask=o < K, other=0.0), INTERPRET)
+        if p_b is not None:
+            y += widen(tl.load(p_b + o * stride_b, mask=o < K, other=0.0), INTERPRET)
+        tl.store(p_y + o * stride_yk, narrow(y, p_y.dtype.element_ty, INTERPRET), mask=o < K)
+
+
+@triton.jit
+def norm_bwd_rows_kernel(
+    p_x,
+    p_w,
+    p_dy,
+    p_dx,
+    p_stats,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_w,
+    stride_dym,
+    stride_dyk,
+    stride_dxm,
+    stride_dxk,
+    stride_s,
+    stride_sm,
+    eps,
+    LAYER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    p_x += row * stride_xm
+    p_dy += row * stride_dym
+    p_stats += row * stride_sm
+    mean, rstd = _statistics(p_x, K, stride_xk, eps, LAYER, BLOCK, INTERPRET)
+    tl.store(p_stats, mean)
+    tl.store(p_stats + tl.full((), 0, tl.int64) + stride_s, rstd)
+    o_k = tl.arange(0, BLOCK).to(tl.int64)
+    # g = dy * w; dx = rstd (g - xhat mean(g xhat) [- mean(g)]).
+    sum_g = tl.zeros((BLOCK,), tl.float32)
+    sum_gx = tl.zeros((BLOCK,), tl.float32)
+    for k in range(0, K, BLOCK):
+        o = k + o_k
+        xhat = (widen(tl.load(p_x + o * stride_xk, mask=o < K, other=0.0), INTERPRET) - mean) * rstd
+        g = widen(tl.load(p_dy + o * stride_dyk, mask=o < K, other=0.0), INTERPRET)
+        if p_w is not None:
+            g *= widen(tl.load(p_w + o * stride_w, mask=o < K, other=0.0), INTERPRET)
+        sum_g += g
+        sum_gx += g * xhat
+    mean_gx = tl.sum(sum_gx, axis=0) / K
+    mean_g = tl.sum(sum_g, axis=0) / K
+    p_dx += row * stride_dxm
+    for k in range(0, K, BLOCK):
+        o = k + o_k
+        xhat = (widen(tl.load(p_x + o * stride_xk, mask=o < K, other=0.0), INTERPRET) - mean) * rstd
+        dx = widen(tl.load(p_dy + o * stride_dyk, mask=o < K, other=0.0), INTERPRET)
+        if p_w is not None:
+            dx *= widen(tl.load(p_w + o * stride_w, mask=o < K, other=0.0), INTERPRET)
+        dx -= xhat * mean_gx
+        if LAYER:
+            dx -= mean_g
+        tl.store(p_dx + o * stride_dxk, narrow(dx * rstd, p_dx.dtype.element_ty, INTERPRET), mask=o < K)
+
+
+@triton.jit
+def norm_bwd_columns_kernel(
+    p_x,
+    p_dy,
+    p_stats,
+    p_dw,
+    p_db,
+    M,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_dym,
+    stride_dyk,
+    stride_s,
+    stride_sm,
+    stride_dwm,
+    stride_dwk,
+    stride_dbm,
+    stride_dbk,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    i_m = tl.program_id(0).to(tl.int64)
+    o_m = i_m * ROWS + tl.arange(0, ROWS)
+    o_k = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    m_k = o_k < K
+    m = (o_m < M)[:, None] & m_k[None, :]
+    dy = widen(tl.load(p_dy + o_m[:, None] * stride_dym + o_k[None, :] * stride_dyk, mask=m, other=0.0), INTERPRET)
+    if p_dw is not None:
+        p_stats += o_m * stride_sm
+        mean = tl.load(p_stats, mask=o_m < M, other=0.0)
+        rstd = tl.load(p_stats + stride_s, mask=o_m < M, other=0.0)
+        x = widen(tl.load(p_x + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk, mask=m, other=0.0), INTERPRET)
+        dw = tl.sum(dy * (x - mean[:, None]) * rstd[:, None], axis=0)
+        tl.store(p_dw + i_m * stride_dwm + o_k * stride_dwk, dw, mask=m_k)
+    if p_db is not None:
+        tl.store(p_db + i_m * stride_dbm + o_k * stride_dbk, tl.sum(dy, axis=0), mask=m_k)
+
+
+def _check(x: Tensor, kind: str, eps: float) -> tuple[int, int]:
+    if kind not in _KINDS:
+        raise ValueError(f"unknown norm {kind!r}; choose 'rms' or 'layer'")
+    if x.dim() != 2:
+        raise ValueError(f"x must be a matrix; got shape {tuple(x.shape)}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive; got {eps}")
+    dtype_name(x)
+    arch_of(x)
+    return x.shape[0], x.shape[1]
+
+
+def _block(K: int) -> int:
+    return max(16, min(2048, triton.next_power_of_2(K)))
+
+
+def norm_partials_shape(x: Tensor) -> tuple[int, int]:
+    """Shape of each fp32 buffer that `norm_bwd` wants for dw and db: (ceil(M / 32), K)."""
+    return -(-x.shape[0] // _ROWS), x.shape[1]
+
+
+def norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor, *, kind: str = "rms", eps: float = 1e-5
+) -> None:
+    """out = norm(x) * weight + bias by rows. x (M, K), weight and bias (K) or None, out (M, K); out may be x's own memory.
+
+    kind: "rms" or "layer". Any strides; M or K may be 0. Raises ValueError or TypeError for what does not fit.
+    """
+    M, K = _check(x, kind, eps)
+    check_shape({"weight": (weight, (K,)), "bias": (bias, (K,)), "out": (out, (M, K))}, x)
+    check_out(out=out)
+    if M == 0 or K == 0:
+        return
+    with on_device(x):
+        norm_fwd_kernel[(M,)](
+            x,
+            weight,
+            bias,
+            out,
+            K,
+            *x.stride(),
+            *strides(weight, 1),
+            *strides(bias, 1),
+            *out.stride(),
+            eps,
+            LAYER=kind == "layer",
+            BLOCK=_block(K),
+            INTERPRET=INTERPRETED,
+            num_warps=4,
+        )
+
+
+def norm_bwd(
+    x: Tensor,
+    weight: Tensor | None,
+    dxn: Tensor,
+    dx: Tensor,
+    stats: Tensor,
+    dw_partials: Tensor | None = None,
+    db_partials: Tensor | None = None,
+    *,
+    kind: str = "rms",
+    eps: float = 1e-5,
+) -> None:
+    """Gradients of `norm_fwd`, statistics recomputed from x. dxn (M, K): gradient of its output.
+
+    Writes dx (M, K), stats (2, M) fp32 (mean and rstd; scratch), and, where given, partial sums over rows of dw and db, fp32
+    of `norm_partials_shape`. dx may be dxn's own memory only where neither dw nor db is asked for.
+    Raises ValueError or TypeError for what does not fit.
+    """
+    M, K = _check(x, kind, eps)
+    partials = norm_partials_shape(x)
+    check_shape(
+        {
+            "weight": (weight, (K,)),
+            "dxn": (dxn, (M, K)),
+            "dx": (dx, (M, K)),
+            "stats": (stats, (2, M)),
+            "dw_partials": (dw_partials, partials),
+            "db_partials": (db_partials, partials),
+        },
+        x,
+    )
+    check_out(dx=dx, stats=stats, dw_partials=dw_partials, db_partials=db_partials)
+    for name, t in (("stats", stats), ("dw_partials", dw_partials), ("db_partials", db_partials)):
+        if t is not None and dtype_name(t) != "fp32":
+            raise TypeError(f"{name} must be float32; got {t.dtype}")
+    wants_sums = dw_partials is not None or db_partials is not None
+    if wants_sums and dx.data_ptr() == dxn.data_ptr() and dx.numel():
+        raise ValueError("dx and dxn share memory, but dw or db still needs dxn: give dx a buffer of its own")
+    if M == 0 or K == 0:
+        return
+    with on_device(x):
+        norm_bwd_rows_kernel[(M,)](
+            x,
+            weight,
+            dxn,
+            dx,
+            stats,
+            K,
+            *x.stride(),
+            *strides(weight, 1),
+            *dxn.stride(),
+            *dx.stride(),
+            *stats.stride(),
+            eps,
+            LAYER=kind == "layer",
+            BLOCK=_block(K),
+            INTERPRET=INTERPRETED,
+            num_warps=4,
+        )
+        if wants_sums:
+            norm_bwd_columns_kernel[(partials[0], triton.cdiv(K, _COLUMNS))](
+                x,
+                dxn,
+                stats,
+                dw_partials,
+                db_partials,
+                M,
+                K,
+                *x.stride(),
+                *dxn.stride(),
+                *stats.stride(),
+                *strides(dw_partials, 2),
+                *strides(db_partials, 2),
+                ROWS=_ROWS,
+                COLUMNS=_COLUMNS,
+                INTERPRET=INTERPRETED,
+                num_warps=4,
+            )
