@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -72,25 +71,48 @@ class Environment:
         ]
         self._cpu_rng = torch.get_rng_state() if preserve_rng_state else None
         self._device_rng = (
-            [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
-            if preserve_rng_state
-            else []
+            [(device, _rng_of(device).get_rng_state(device)) for device in devices] if preserve_rng_state else []
         )
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self) -> _Again:
         """The same environment once more; the generators continue afterwards as if nothing had been drawn."""
-        with ExitStack() as stack:
-            if self._cpu_rng is not None:
-                stack.callback(torch.set_rng_state, torch.get_rng_state())
-                torch.set_rng_state(self._cpu_rng)
-            for device, state in self._device_rng:
-                module = torch.get_device_module(device)
-                stack.callback(module.set_rng_state, module.get_rng_state(device), device)
-                module.set_rng_state(state, device)
-            for kind, dtype, enabled, cache in self._autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
-            yield
+        return _Again(self)
+
+
+class _Again:
+    """The context of a replay. No `ExitStack`: its tracebacks are cycles, which would keep a failed replay's tensors."""
+
+    __slots__ = ("_autocast", "_cpu_rng", "_device_rng", "_environment")
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+
+    def __enter__(self) -> None:
+        before = self._environment
+        self._cpu_rng = None if before._cpu_rng is None else torch.get_rng_state()
+        self._device_rng = [(device, _rng_of(device).get_rng_state(device)) for device, _ in before._device_rng]
+        if before._cpu_rng is not None:
+            torch.set_rng_state(before._cpu_rng)
+        for device, state in before._device_rng:
+            _rng_of(device).set_rng_state(state, device)
+        self._autocast = [
+            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache)
+            for kind, dtype, enabled, cache in before._autocast
+        ]
+        for context in self._autocast:
+            context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for context in reversed(self._autocast):
+            context.__exit__(*error)
+        for device, state in self._device_rng:
+            _rng_of(device).set_rng_state(state, device)
+        if self._cpu_rng is not None:
+            torch.set_rng_state(self._cpu_rng)
+
+
+def _rng_of(device: torch.device) -> Any:
+    return torch.get_device_module(device)
 
 
 class _Slot:

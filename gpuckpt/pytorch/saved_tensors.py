@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpuckpt.errors import BudgetExceeded
@@ -36,6 +35,10 @@ from gpuckpt.pytorch.stale import drop_stale_nodes
 __all__ = ["Held", "Holder", "current_budget", "enter", "holder_of", "is_resident", "mark_resident", "modified"]
 
 Parameter = torch.nn.Parameter
+
+_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 _residents: dict[int, StorageWeakRef] = {}
 _current = threading.local()
@@ -193,14 +196,19 @@ def holder_of(budget: CheckpointBudget | None) -> Holder:
 def current_budget() -> CheckpointBudget | None:
     """The innermost budget that this thread has entered, or None."""
     stack = getattr(_current, "stack", None)
-    return stack[-1] if stack else None
+    context = stack[-1]() if stack else None
+    return None if context is None else context.budget
 
 
 class enter:
     """Make `budget` the thread's current budget, and hold in it what autograd saves, until `__exit__`.
 
-    A checkpoint's recompute passes hooks of its own, which decide what of the saved tensors is held.
+    A checkpoint's recompute passes hooks of its own, which decide what of the saved tensors is held. Ctrl-C can end `__exit__`
+    before its first line; it can therefore be called again, leaves whatever is still open inside of it as well, and is
+    called at the latest when the object dies.
     """
+
+    __slots__ = ("__weakref__", "_open", "_pack", "budget")
 
     def __init__(
         self,
@@ -208,19 +216,32 @@ class enter:
         pack: Callable[[torch.Tensor], Any] | None = None,
         unpack: Callable[[Any], torch.Tensor] = Held.load,
     ) -> None:
+        self.budget = budget
+        self._open = False
         if not hasattr(_current, "stack"):
             _current.stack = []
         if pack is None:
             pack = holder_of(budget).hold
             if not _current.stack:
                 drop_stale_nodes()
-        self._hooks = saved_tensors_hooks(pack, unpack)
-        self._hooks.__enter__()
-        _current.stack.append(budget)
+        self._pack = pack
+        self._open = True
+        _current.stack.append(weakref.ref(self))
+        _push_hooks(pack, unpack)
 
     def __enter__(self) -> None:
         """Nothing more to do: entering begins with the constructor, so that a budget can keep the object for its exit."""
 
     def __exit__(self, *error: object) -> None:
-        _current.stack.pop()
-        self._hooks.__exit__()
+        stack = getattr(_current, "stack", [])  # another thread's, if a finalizer calls
+        while any(ref() is self for ref in stack):
+            context = stack[-1]()
+            top = _top_hooks(True)
+            if context is not None and top is not None and top[0] is context._pack:
+                _pop_hooks()
+            stack.pop()
+        self._open = False
+
+    def __del__(self) -> None:
+        if self._open:
+            self.__exit__()

@@ -173,6 +173,46 @@ def test_nested_budgets_hold_what_was_saved_in_each():
 
 
 @pytest.mark.parametrize("hold", HOLDS)
+def test_a_retained_backward_needs_no_more_than_a_plain_one(hold):
+    def peak(retain: bool) -> int:
+        budget = CheckpointBudget("1MiB", device="cpu", hold=hold)
+        with budget:
+            h = torch.ones(100, requires_grad=True) * 2
+            for _ in range(6):
+                h = gpuckpt.checkpoint(lambda h: h.sin().exp().cos(), h)
+        h.sum().backward(retain_graph=retain)
+        return budget.peak_bytes
+
+    assert peak(True) == peak(False)
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+def test_a_backward_that_wants_an_early_tensor_gets_by_with_room_for_it(hold):
+    """Of a frame with two branches, the shorter one's backward runs first; recomputing for the other as well would not fit."""
+
+    def fn(h):
+        short = h.sin()
+        for _ in range(10):
+            h = h.exp().tanh()
+        return short.exp(), h
+
+    def gradients_under(budget):
+        x = torch.linspace(0, 1, 100).requires_grad_()
+        short, long = gpuckpt.checkpoint(fn, x * 2, budget=budget)
+        (first,) = torch.autograd.grad(short.sum(), x, retain_graph=True)
+        (second,) = torch.autograd.grad(long.sum(), x)
+        return bits([first, second])
+
+    expected = gradients_under(CheckpointBudget("1MiB", device="cpu"))
+    budget = CheckpointBudget(4 * 400, device="cpu", hold=hold, over_cap=["recompute"])
+    assert gradients_under(budget) == expected
+    assert budget.used_bytes == 0
+    refusing = CheckpointBudget(4 * 400, device="cpu", hold=hold)
+    with pytest.raises(gpuckpt.BudgetExceeded):
+        gradients_under(refusing)
+
+
+@pytest.mark.parametrize("hold", HOLDS)
 def test_backward_on_another_thread(hold):
     budget = CheckpointBudget("1MiB", device="cpu", hold=hold)
     x = torch.linspace(0, 1, 100).requires_grad_()
