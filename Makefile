@@ -1,10 +1,10 @@
-# make setup | demo | test | check | nightly | audit | bench
+# make setup | demo | test | check | nightly | audit | matrix | bench
 PYTHON ?= python3
 EXTRAS ?= cuda12,dev
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test check nightly audit bench format clean
+.PHONY: setup demo test check nightly audit matrix bench format clean
 
 setup: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ audit: setup
 bench: setup
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/rivals flash-swiglu-mlp==0.4.3 liger-kernel==0.8.5
 	$(BIN)/python benchmarks/kernels.py --rivals out/rivals
+
+# The preferred kernels through each version of Triton's compiler that is supported.
+matrix: setup
+	$(BIN)/python benchmarks/triton_matrix.py
 
 format: setup
 	$(BIN)/ruff format .
