@@ -165,7 +165,8 @@ class CheckpointBudget:
         """
         library = library_of(array)
         if self.hold == "account":
-            return SavedInPlace(array, self.charge(self.footprint(storage_bytes(array, library)), what), what)
+            charge = self.charge(self.footprint(storage_bytes(array, library)), what)
+            return self._offered(SavedInPlace(self, array, charge, what))
         device = device_of(array, library)
         if device != self.device:
             raise ValueError(
@@ -173,13 +174,10 @@ class CheckpointBudget:
             )
         self.ledger.check_open()
         if self._pool is not None and self._pool.owns(address_of(array, library)):
-            return SavedInPlace(array, None, what)
+            return SavedInPlace(self, array, None, what)
         form = form_of(array, library)
         block = self.take(form.nbytes, what, array)
-        saved = SavedInPool(self, form, block, form.write(array, block), what)
-        if self.moving is not None:
-            self.holders.add(saved)
-        return saved
+        return self._offered(SavedInPool(self, form, block, form.write(array, block), what))
 
     def take(self, nbytes: int, what: str, like: Any = None) -> Any:
         """An uninitialised block of the pool, charged at its footprint until it and all views of it are gone.
@@ -296,6 +294,11 @@ class CheckpointBudget:
             f"CheckpointBudget({format_bytes(self.used_bytes)} of {format_bytes(self.max_bytes)} used, "
             f"device={self.device!r}, hold={self.hold!r})"
         )
+
+    def _offered(self, saved: SavedInPlace | SavedInPool) -> Saved:
+        if self.moving is not None:
+            self.holders.add(saved)
+        return saved
 
     def _stack(self) -> list[Any]:
         try:

@@ -127,7 +127,6 @@ class HostPool:
                 self._shrink(available - nbytes)
                 buffer = self._allocate(nbytes)
             block = HostBlock(self, buffer)
-            self._shrink(available - nbytes)
             if nbytes:
                 self._addresses[block.address] = nbytes
             return block

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuckpt.errors import BackendUnavailable
+from gpuckpt.memory.arrays import library_of
 from gpuckpt.memory.forms import NumpyForm, TorchForm
 from gpuckpt.memory.host_pool import HostBlock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gpuckpt.memory.budget import CheckpointBudget
     from gpuckpt.memory.ledger import Charge
 
-__all__ = ["CompressedForm", "LooseBlock", "copy_bytes", "parse_storage_dtype"]
+__all__ = ["CompressedForm", "LooseBlock", "copy_bytes", "copy_to_host", "parse_storage_dtype"]
 
 _STORAGE_BYTES = {"float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
@@ -31,6 +35,29 @@ def copy_bytes(source: Any, target: Any) -> None:
         target.written()
     else:
         flat_array(source).get(stream=source.stream, out=np.asarray(target), blocking=True)
+
+
+def copy_to_host(array: Any, budget: CheckpointBudget, what: str) -> tuple[Callable[[], Any], int]:
+    """Save a copy of `array` in a host budget. Returns how to make the array again where it was, and its bytes there."""
+    library = library_of(array)
+    if library == "torch":
+        device = array.device
+        saved = budget.save(array.detach().cpu(), what)
+        return lambda: saved.load().to(device, copy=True), array.numel() * array.element_size()
+    if library == "cupy":
+        device = array.device
+        saved = budget.save(array.get(), what)
+
+        def again() -> Any:
+            from gpuckpt.memory.cupy_pool import import_cupy
+
+            with device:
+                return import_cupy().asarray(saved.load())
+
+        return again, int(array.nbytes)
+    saved = budget.save(array, what)
+    # A DLPack exporter comes back as a view onto the second budget's block, which that budget goes on holding.
+    return (lambda: saved.load().copy()) if library == "numpy" else saved.load, int(array.nbytes)
 
 
 def parse_storage_dtype(name: Any) -> str | None:

@@ -58,15 +58,21 @@ class Saved:
 
 
 class SavedInPlace(Saved):
-    """The array itself, charged where it lies; without a charge where its bytes are in the budget's pool already."""
+    """The array itself, charged where it lies; without a charge where its bytes are in the budget's pool already.
 
-    __slots__ = ("_array", "_charge", "_held")
+    It can be spilled: a copy goes to the second budget, and the handle's own reference and charge end. Whether memory comes
+    free by that is up to whoever else has the array. It is not compressed, which would change an array that others may have.
+    """
 
-    def __init__(self, array: Any, charge: Charge | None, what: str) -> None:
+    __slots__ = ("_array", "_budget", "_charge", "_held", "_spilled")
+
+    def __init__(self, budget: CheckpointBudget, array: Any, charge: Charge | None, what: str) -> None:
         self.what = what
+        self._budget = budget
         self._array = array
         self._charge = charge
         self._held = True
+        self._spilled: Any = None  # how to get it back, and its bytes
 
     @property
     def nbytes(self) -> int:
@@ -74,16 +80,46 @@ class SavedInPlace(Saved):
         return 0 if charge is None else charge.nbytes
 
     def load(self) -> Any:
-        if not self._held:
-            raise self._freed()
-        return self._array
+        moving = self._budget.moving
+        if moving is None:
+            if not self._held:
+                raise self._freed()
+            return self._array
+        with moving:
+            if not self._held:
+                raise self._freed()
+            if self._spilled is not None:
+                bring_back, nbytes = self._spilled
+                self._charge = self._budget.charge(self._budget.footprint(nbytes), self.what)
+                self._array, self._spilled = bring_back(), None
+            return self._array
 
     def free(self) -> None:
         charge, self._charge = self._charge, None
         self._held = False
-        self._array = None
+        self._array = self._spilled = None
         if charge is not None:
             charge.release()
+
+    def evict(self, how: str) -> int:
+        """Give the array up by "spill"; see `over_cap.Evictable`."""
+        moving = self._budget.moving
+        if moving is None or how != "spill" or self._budget.spill_to is None:
+            return 0
+        with moving:
+            charge = self._charge
+            if charge is None or not charge.nbytes:
+                return 0
+            from gpuckpt.memory.moves import copy_to_host
+
+            try:
+                self._spilled = copy_to_host(self._array, self._budget.spill_to, f"{self.what} (spilled)")
+            except MemoryError:  # the second budget is full, or the host is
+                return 0
+            freed_bytes = charge.nbytes
+            self._array = self._charge = None
+            charge.release()
+            return freed_bytes
 
 
 class SavedInPool(Saved):

@@ -229,6 +229,24 @@ def test_a_block_with_a_view_out_is_not_spilled():
     assert second.used_bytes == 400
 
 
+@pytest.mark.parametrize(
+    "make", [lambda i: np.full(50, i, np.float64), lambda i: torch.full((50,), i, dtype=torch.float64)]
+)
+def test_under_account_the_array_itself_is_spilled_and_comes_back(make):
+    second = CheckpointBudget(1200, device="cpu", hold="pool")
+    budget = CheckpointBudget(1000, device="cpu", over_cap=("spill",), spill_to=second)
+    saved = [budget.save(make(i)) for i in range(5)]
+    assert (budget.used_bytes, second.used_bytes) == (800, 1200)
+    with pytest.raises(BudgetExceeded):
+        budget.save(make(5))
+    for i in reversed(range(5)):
+        assert float(saved[i].load().sum()) == 50 * i
+        assert type(saved[i].load()) is type(make(i))
+        saved[i].free()
+        assert budget.used_bytes <= 1000
+    assert (budget.used_bytes, second.used_bytes) == (0, 0)
+
+
 @pytest.mark.parametrize("make", [lambda x: x.astype(np.float32), lambda x: torch.from_numpy(x).float()])
 def test_compress_halves_the_bytes_within_its_bound(make):
     budget = CheckpointBudget(1300, device="cpu", hold="pool", over_cap=("compress",), storage_dtype="float16")
