@@ -71,12 +71,14 @@ def solve(
     slots: int = 500,
     engine: str = "auto",
     optimistic: bool = False,
+    fine: bool = True,
 ) -> Solution:
     """Fill the tables for budgets up to `budget_bytes` at least.
 
     Args:
         slots: how many slots of memory to plan in where sizes share no unit that would do.
         engine: "numpy", "numba", or "auto", which spares short solves Numba's import.
+        fine: take as many slots as it needs to be exact, where that is affordable.
         optimistic: round sizes down, which gives a lower bound on seconds and no plan to run.
     """
     pieces = make_pieces(problem)
@@ -86,7 +88,7 @@ def solve(
     unit = common_unit(problem) or 1
     exact_slots = useful_bytes // unit
     most = min(_EXACT_SUMS // max(1, pieces.sums), _TABLE_BYTES // (8 * (pieces.rows + 2 * problem.n)))
-    exact = exact_slots <= max(slots, most)
+    exact = exact_slots <= (max(slots, most) if fine else slots)
     if exact:
         grid = make_grid(problem, unit, exact_slots)
     elif optimistic:
