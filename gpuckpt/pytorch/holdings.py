@@ -18,6 +18,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpuckpt.errors import BudgetExceeded, SavedTensorModified
+from gpuckpt.memory.cupy_pool import current_stream, import_cupy
 from gpuckpt.memory.forms import TorchForm
 from gpuckpt.memory.moves import CompressedForm, LooseBlock
 from gpuckpt.pytorch.stale import drop_stale_nodes_after
@@ -53,8 +54,9 @@ class Geometry:
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """The same in another storage, given as its bytes. All such tensors share the version counter of `flat`."""
-        whole = flat.numel() // self.dtype.itemsize * self.dtype.itemsize
-        tensor = flat[:whole].view(self.dtype).as_strided(self.size, self.stride, self.offset)
+        rest = flat.numel() % self.dtype.itemsize
+        typed = (flat[:-rest] if rest else flat).view(self.dtype)
+        tensor = typed.as_strided(self.size, self.stride, self.offset)
         if self.conj:
             tensor = torch.conj(tensor)
         if self.neg:
@@ -87,6 +89,9 @@ class Held:
                 raise
         if tensor._version != self.version:
             raise drop_stale_nodes_after(modified(tensor))
+        if tensor.is_cuda and isinstance(self.holding, Holding) and self.holding.block is not None:
+            # Backward may run on another stream than forward: reuse of the block has to wait for this one too.
+            self.holding.block.used_on(current_stream(import_cupy().cuda, tensor))
         return tensor
 
 
@@ -111,8 +116,7 @@ class Holding:
         """Copy the bytes of `flat` into a block of the pool, and look at them there. Raises `BudgetExceeded`."""
         form = TorchForm(flat)
         block = budget.take(self.nbytes, "saved tensor", flat)
-        form.write(flat, block)
-        self.flat, self.block = form.view(block).detach(), block
+        self.flat, self.block = form.write(flat, block).detach(), block
         return self.flat
 
 
