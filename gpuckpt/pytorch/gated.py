@@ -69,7 +69,7 @@ def gated_mlp_scratch_bytes(
 ) -> int:
     """What backward holds beside the gradients it returns, with `chunk` rows at a time; forward holds less.
 
-    By torch four hidden-size buffers of one chunk (two where only dWd is wanted), by Triton dz_g, dz_u and h; dy of one chunk
+    By torch three hidden-size buffers of one chunk (two where only dWd is wanted), by Triton dz_g, dz_u and h; dy of one chunk
     where it is `scaled` by a down_multiplier; weights and biases cast to x's dtype where theirs differs; the sums of dW and
     db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, wg, bg, wu, bu, wd and bd that are
     wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients beside the float32 sums that they are made
