@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,9 @@ class CupyPool:
         # Blocks whose last reader may still be running: (memory, charge, events). Finalizers append, `collect` empties.
         self._delayed: deque[tuple[Any, Charge | None, list[Any]]] = deque()
         self._lock = threading.RLock()
+        # CuPy's pool keeps what it caches to the end of the process, even when the pool itself is gone.
+        self._at_end = weakref.finalize(self, _give_back, self.cupy.cuda.Device(device_id), self._pool)
+        self._at_end.atexit = False  # the driver takes everything back then
 
     @property
     def live_bytes(self) -> int:
@@ -240,6 +244,11 @@ class CupyPool:
                 "other allocators hold it: free their caches, or lower the budget"
             )
         return BudgetExceeded(nbytes, max(available, 0), f"{books}: {why}")
+
+
+def _give_back(device: Any, pool: Any) -> None:
+    with device:
+        pool.free_all_blocks()
 
 
 def pinned_buffer(nbytes: int) -> Any:

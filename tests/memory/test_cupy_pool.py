@@ -112,6 +112,18 @@ def _illegal(runtime):
     return malloc
 
 
+def test_a_budget_that_is_gone_leaves_nothing_on_the_device(hostcuda):
+    before_bytes = hostcuda.used_bytes()
+    budget = CheckpointBudget(1 << 20, device="cuda:0", hold="pool")
+    saved = [budget.save(hostcuda.cupy.empty(nbytes, dtype="u1")) for nbytes in (100, 600, 5000)]
+    saved.pop(1).free()
+    hostcuda.cupy.get_default_memory_pool().free_all_blocks()
+    assert hostcuda.used_bytes() > before_bytes
+    del saved, budget
+    gc.collect()
+    assert hostcuda.used_bytes() == before_bytes
+
+
 def test_zero_is_never_forwarded_to_cupy(hostcuda):
     budget = CheckpointBudget(0, device="cuda:0", hold="pool")
     with pytest.raises(BudgetExceeded):
