@@ -86,7 +86,7 @@ class PlanReport:
 
     def summary(self) -> list[str]:
         """The plan's figures in a few lines."""
-        measured = "not run yet" if self.measured_peak_bytes is None else f"{self.measured_peak_bytes} B"
+        measured = "nothing yet" if self.measured_peak_bytes is None else f"{self.measured_peak_bytes} B"
         gap = {None: "not computed", 0.0: "proven optimal"}.get(
             self.gap, f"at most {100 * (self.gap or 0):.2f}% from optimal"
         )

@@ -31,7 +31,7 @@ def test_all_kept() -> None:
     assert {stage.why for stage in report.stages} == {"everything fits in the budget"}
     assert report.keep_all_bytes == report.promised_peak_bytes == 330
     assert report.recompute_ms == 0
-    assert "not run yet" in str(report)
+    assert "measured nothing yet" in str(report)
 
 
 def test_recomputed_stages_name_bytes_and_milliseconds() -> None:

@@ -1,0 +1,154 @@
+"""`gpuckpt plan`: from a chain file, or the sizes of a transformer, to a plan, its report and the frontier's picture.
+
+Sizes need no such model: it is measured without memory (gpuckpt.pytorch.fake), for the named device.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gpuckpt.errors import BudgetExceeded
+from gpuckpt.memory import format_bytes, parse_bytes
+from gpuckpt.planning import LINK_BYTES_PER_S, Chain, Frontier, plan_chain, plan_frontier, with_spill
+
+__all__ = ["chain_of_sizes", "frontier_table", "plan"]
+
+_CUDA_UNIT_BYTES = 512
+_DTYPES = ("bf16", "fp16", "fp32")
+
+
+def chain_of_sizes(
+    layers: int, width: int, heads: int, context: int, batch: int, activation: str, dtype: str, device: str
+) -> Chain:
+    """The chain of our transformer of these sizes on a named device, measured without memory.
+
+    Raises `ValueError` for sizes that make no sense, a dtype or a device that is not known.
+    """
+    import torch
+
+    from gpuckpt.cli.transformer import Config, Transformer
+    from gpuckpt.pytorch.measure import measure
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
+    if batch < 1:
+        raise ValueError(f"--batch is {batch}: expected at least 1")
+    dtypes = dict(zip(_DTYPES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
+    with torch.device("meta"):
+        model = Transformer(Config(layers, width, heads, context, activation)).to(dtypes[dtype])
+        tokens, targets = torch.empty(2, batch, context, dtype=torch.long).unbind()
+    return measure(model, tokens, targets, fake=True, device=device, unit_bytes=_CUDA_UNIT_BYTES)
+
+
+def frontier_table(frontier: Frontier) -> Table:
+    """Budget against step time, the knee marked."""
+    rows = Table(title=f"{frontier.chain_name}: budget against step time")
+    for column in ("held at the peak", "step", "recomputed"):
+        rows.add_column(column, justify="right")
+    rows.add_column("")
+    for number, each in enumerate(frontier.plans):
+        certificate = each.certificate
+        share = certificate.recompute_s / certificate.step_s if certificate.step_s else 0.0
+        rows.add_row(
+            format_bytes(certificate.peak_bytes),
+            f"{1e3 * certificate.step_s:.4g} ms",
+            f"{share:.1%}",
+            "knee" if number == frontier.knee else "",
+        )
+    return rows
+
+
+def plan(
+    chain_file: Annotated[
+        Path | None, typer.Argument(help="a chain as JSON (Chain.to_json); without it, give sizes", metavar="[CHAIN]")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="bytes for activations, as 40GiB [the knee of the frontier]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="whose roofline gives seconds, with sizes")] = "h100-sxm",
+    strategy: Annotated[str, typer.Option(help="optimal, or a classic: none, every, sqrt, uniform, ...")] = "optimal",
+    total: Annotated[
+        bool, typer.Option("--total", help="the budget is for all bytes alive, not those held alone")
+    ] = False,
+    spill: Annotated[str | None, typer.Option(help=f"may spill over a link: {', '.join(LINK_BYTES_PER_S)}")] = None,
+    layers: Annotated[int, typer.Option(help="transformer blocks")] = 32,
+    width: Annotated[int, typer.Option(help="model width")] = 4096,
+    heads: Annotated[int, typer.Option(help="attention heads")] = 32,
+    context: Annotated[int, typer.Option(help="tokens a sample")] = 4096,
+    batch: Annotated[int, typer.Option(help="samples a step")] = 1,
+    activation: Annotated[
+        str, typer.Option(help="swiglu for a Llama-like block, gelu for a GPT-like one, ...")
+    ] = "swiglu",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "bf16",
+    points: Annotated[int, typer.Option(help="budgets on the frontier; 0 leaves it out")] = 16,
+    out: Annotated[Path, typer.Option(help="folder for chain.json, plan.json, report.json, frontier.svg")] = Path(
+        "out/plan"
+    ),
+    json: Annotated[bool, typer.Option("--json", help="print the report as JSON, and nothing else")] = False,
+) -> None:
+    """Plan a chain, or a transformer of given sizes, under a budget. Needs no GPU and no memory."""
+    from gpuckpt.report.frontier import draw_frontier
+    from gpuckpt.report.plan_report import explain
+
+    console = Console(stderr=json)
+    if chain_file is None:
+        name = _device_called(device)
+        chain = chain_of_sizes(layers, width, heads, context, batch, activation, dtype, name)
+        console.print(f"{chain.name}, {len(chain)} stages, seconds by the roofline of {name}", highlight=False)
+    else:
+        chain = Chain.from_json(chain_file.read_text())
+        console.print(f"{chain.name}, {len(chain)} stages, from {chain_file}", highlight=False)
+    if spill is not None:
+        if spill not in LINK_BYTES_PER_S:
+            raise ValueError(f"--spill {spill!r}: expected one of {', '.join(LINK_BYTES_PER_S)}")
+        chain = with_spill(chain, LINK_BYTES_PER_S[spill])
+    objective = "total" if total else "held"
+    if budget is None and points < 2:
+        raise ValueError("--points must be at least 2 where no --budget is given: the plan is then the frontier's knee")
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    if budget_bytes is not None:
+        # Before the frontier, which takes longer: a budget that is too small ends at once.
+        chosen = plan_chain(chain, budget_bytes, strategy, objective=objective)
+    frontier = None
+    if points >= 2:
+        try:
+            frontier = plan_frontier(chain, points, strategy=strategy, objective=objective)
+        except BudgetExceeded as error:
+            console.print(f"no frontier with {strategy!r}: {error}", highlight=False)
+    if budget_bytes is None:
+        if frontier is None:
+            raise ValueError(f"no frontier to choose from with --strategy {strategy}; give a --budget")
+        chosen = frontier.plans[frontier.knee]
+    report = explain(chain, chosen)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "chain.json").write_text(chain.to_json() + "\n")
+    (out / "plan.json").write_text(chosen.to_json() + "\n")
+    (out / "report.json").write_text(report.to_json() + "\n")
+    if frontier is not None:
+        draw_frontier(frontier, out / "frontier.svg")
+        console.print(frontier_table(frontier))
+    if json:
+        sys.stdout.write(report.to_json() + "\n")
+    else:
+        sys.stdout.write(f"{report}\n")
+    written = "chain.json, plan.json, report.json" + ("" if frontier is None else ", frontier.svg")
+    console.print(f"in {out}: {written}", highlight=False)
+
+
+def _device_called(name: str) -> str:
+    """The known device for `name`, where case, blanks and dashes do not matter. Raises `ValueError` with the known ones."""
+    from gpuckpt.kernels.roofline import DEVICES
+
+    def plain(text: str) -> str:
+        return "".join(filter(str.isalnum, text.lower()))
+
+    for known in DEVICES:
+        if plain(known) == plain(name):
+            return known
+    raise ValueError(f"--device {name!r} is not known; known are {', '.join(DEVICES)}")

@@ -1,0 +1,101 @@
+"""`gpuckpt plan`: from sizes or a chain file to a plan, its report and the frontier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from gpuckpt import Chain, Plan, simulate
+from gpuckpt.cli.plan import chain_of_sizes, plan
+from gpuckpt.errors import BudgetExceeded, InvalidChain
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(plan)
+
+SIZES = ["--layers", "4", "--width", "64", "--heads", "2", "--context", "32", "--batch", "2", "--points", "5"]
+
+
+def run(*arguments: object, out: Path) -> str:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--out", str(out)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_sizes_to_plan_report_and_frontier(tmp_path: Path) -> None:
+    text = run(*SIZES, out=tmp_path)
+    chain = Chain.from_json((tmp_path / "chain.json").read_text())
+    chosen = Plan.from_json((tmp_path / "plan.json").read_text(), chain)
+    assert chain.unit_bytes == 512
+    assert [stage.name for stage in chain.stages] == ["prefix", *(f"blocks.{i}" for i in range(4)), "suffix"]
+    assert simulate(chain, chosen.tree).peak_bytes == chosen.certificate.peak_bytes
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["promised_peak_bytes"] == chosen.certificate.peak_bytes
+    assert "blocks.3" in text
+    assert text.count("knee") == 1
+    assert "<svg" in (tmp_path / "frontier.svg").read_text()
+
+
+def test_a_chain_file_under_a_budget_as_json(tmp_path: Path) -> None:
+    run(*SIZES, out=tmp_path)
+    file = tmp_path / "chain.json"
+    chain = Chain.from_json(file.read_text())
+    half = sum(chain.footprints) // 2
+    text = run(file, "--budget", half, "--json", "--points", 0, out=tmp_path / "half")
+    report = json.loads(text)
+    assert report["budget_bytes"] == half
+    assert report["promised_peak_bytes"] <= half
+    assert {stage["fate"] for stage in report["stages"]} == {"kept", "recomputed"}
+    assert not (tmp_path / "half" / "frontier.svg").exists()
+    total = json.loads(run(file, "--budget", half * 4, "--total", "--json", "--points", 0, out=tmp_path))
+    assert total["budget_bytes"] == half * 4
+
+
+def test_spilling_over_a_link_is_an_option(tmp_path: Path) -> None:
+    text = run(*SIZES, "--spill", "nvlink-c2c", "--json", out=tmp_path)
+    chain = Chain.from_json((tmp_path / "chain.json").read_text())
+    assert all([option.name for option in stage.options] == ["keep", "spill"] for stage in chain.stages[1:-1])
+    assert json.loads(text)["model"] == "Transformer"
+
+
+def test_a_device_is_found_however_it_is_written(tmp_path: Path) -> None:
+    run(*SIZES, "--device", "a100-80gb", "--points", 0, "--budget", "1GiB", out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "words"),
+    [
+        (["--device", "abacus"], ValueError, "--device 'abacus' is not known; known are A100"),
+        (["--dtype", "int3"], ValueError, "--dtype 'int3'"),
+        (["--batch", "0"], ValueError, "--batch is 0"),
+        (["--heads", "3"], ValueError, "not divisible"),
+        (["--spill", "string"], ValueError, "--spill 'string'"),
+        (["--points", "0"], ValueError, "--points must be at least 2"),
+        (["--budget", "1KiB"], BudgetExceeded, "need"),
+        (["--strategy", "luck"], ValueError, "luck"),
+        (["missing.json"], FileNotFoundError, "missing.json"),
+    ],
+)
+def test_mistakes_are_named(wrong: list[str], error: type[Exception], words: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=words):
+        run(*SIZES, *wrong, out=tmp_path)
+
+
+def test_a_damaged_chain_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "chain.json").write_text('{"format": "something else"}')
+    with pytest.raises(InvalidChain, match="a chain file has format"):
+        run(tmp_path / "chain.json", out=tmp_path)
+
+
+def test_more_of_everything_takes_longer_and_holds_more() -> None:
+    small = chain_of_sizes(2, 64, 2, 32, 1, "swiglu", "bf16", "H100 SXM")
+    large = chain_of_sizes(2, 128, 2, 64, 4, "swiglu", "bf16", "H100 SXM")
+    assert large.stages[1].forward_s > small.stages[1].forward_s
+    assert large.charge(large.stages[1].saves) > 4 * small.charge(small.stages[1].saves)
+    double = chain_of_sizes(2, 64, 2, 32, 1, "swiglu", "fp32", "H100 SXM")
+    assert sum(double.storages) > 1.8 * sum(small.storages)
