@@ -89,7 +89,7 @@ _LARGE = {3: _T(128, 128, 64, 8, 3), 4: _T(128, 128, 64, 8, 4)}
 _TALL = _T(128, 64, 64, 8, 3)
 _MEDIUM = {3: _T(128, 64, 64, 4, 3), 4: _T(128, 64, 64, 4, 4)}
 _SMALL = _T(64, 64, 64, 4, 3)
-# Three accumulators: with 4 warps 64 x 64 spills on sm_80, sm_100 and sm_120; with 128 rows on sm_80 and sm_120.
+# Three accumulators: with 4 warps 64 x 64 spills on sm_80, sm_100 and sm_120.
 _SMALL_8 = _T(64, 64, 64, 8, 3)
 _HOPPER = {
     "linear": (_WIDE, _LARGE[4], _MEDIUM[4], _SMALL),
@@ -103,7 +103,7 @@ _AMPERE = {
     "linear_dropout": (_LARGE[3], _MEDIUM[3], _SMALL),
     "dual": (_TALL, _SMALL),
     "gated_fwd": (_TALL, _SMALL),
-    "gated_bwd": (_SMALL_8, _T(64, 32, 64, 4, 3)),
+    "gated_bwd": (_TALL, _SMALL_8),
 }
 # fp32 has no tensor cores here. With 32 outputs a thread some architecture spills (ptxas 12.8); with 16 none does. Smaller tiles
 # spill again: ptxas then limits itself to 80 or 96 registers.
@@ -235,10 +235,11 @@ def _clip(size: int, most: int) -> int:
 
 def epilogue_piece(tile: TileConfig, kind: str = "linear", dropout: bool = False) -> int:
     """Columns that an epilogue handles at a time, so that its temporaries fit beside the accumulators: 32 elements a thread,
-    16 where accumulators already take half of the registers or random numbers are drawn, 8 where there are three of them."""
+    16 where accumulators already take half of the registers or random numbers are drawn, 8 where several of them do."""
     accumulators = KINDS[kind].accumulators
     full = accumulators * tile.bm * tile.bn >= 128 * 32 * tile.num_warps
-    per_thread = 8 if accumulators == 3 else 16 if full or dropout else 32
+    several = accumulators == 3 or (accumulators == 2 and full)
+    per_thread = 8 if several else 16 if full or dropout else 32
     return min(tile.bn, max(16, per_thread * 32 * tile.num_warps // tile.bm))
 
 
