@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -11,13 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from gpuckpt.kernels.numerics import INTERPRETED
-from gpuckpt.kernels.registry import ARCHS, shipped
 from sanitizer import Arena, Fault, watch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fuzzed_launches import CASES, Call
+from fuzzed_launches import CASES, SEVERAL, Call
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter"),
@@ -41,16 +42,25 @@ def fuzz(kernel, package):
     return launches, lanes
 
 
+def kernels_of(case):
+    return SEVERAL.get(case, {f"{case}_kernel"})
+
+
 @pytest.mark.parametrize("kernel", CASES)
 def test_no_lane_leaves_its_operands(kernel):
     launches, lanes = fuzz(kernel, gpuckpt.kernels)
-    assert set(launches) == {f"{kernel}_kernel"}
+    assert set(launches) == kernels_of(kernel)
     assert len(launches) >= CALLS - 3, "at most M, N and D of zero launch nothing"
     assert lanes > 100 * CALLS
 
 
-def test_every_shipped_kernel_is_fuzzed():
-    assert set(CASES) == {spec.meta["kernel"] for arch in ARCHS for spec in shipped(arch)}
+def test_every_kernel_there_is_is_fuzzed():
+    modules = [
+        importlib.import_module(f"gpuckpt.kernels.{m.name}") for m in pkgutil.iter_modules(gpuckpt.kernels.__path__)
+    ]
+    assert set().union(*map(kernels_of, CASES)) == {
+        name for module in modules for name in vars(module) if name.endswith("_kernel")
+    }
 
 
 MUTANTS = {
@@ -92,6 +102,8 @@ MUTANTS = {
     "row one too long": ("cross_entropy_bwd", "cross_entropy", "INTERPRET), mask=o < V", "INTERPRET), mask=o <= V"),
     "scale of the next group": ("compress", "compress", "i_g * stride_sg, tl.where", "(i_g + 1) * stride_sg, tl.where"),
     "codes unmasked": ("decompress", "compress", "mask=m, other=0)", "mask=m | True, other=0)"),
+    "norm over a row too long": ("norm_fwd", "norm", "mask=k + o_k < K, other", "mask=k + o_k <= K, other"),
+    "statistics of rows beyond M": ("norm_bwd", "norm", "mask=o_m < M, other", "mask=o_m <= M, other"),
     "compressed K unmasked": (
         "compressed_linear_fwd",
         "compressed_linear",
@@ -105,7 +117,7 @@ MUTANTS = {
 @pytest.mark.parametrize("fault", MUTANTS)
 def test_a_faulty_kernel_is_caught(fault, mutant):
     kernel, *mutation = MUTANTS[fault]
-    with pytest.raises(Fault, match=rf"^call \d+: {kernel}_kernel: (program|\d+ elements)"):
+    with pytest.raises(Fault, match=rf"^call \d+: {kernel}\w*_kernel: (program|\d+ elements)"):
         fuzz(kernel, mutant(*mutation))
 
 
