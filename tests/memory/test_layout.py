@@ -43,6 +43,14 @@ def test_a_gap_is_filled_by_what_fits_best():
     assert slab.offsets[4] == slab.offsets[2]
 
 
+def test_neighbouring_gaps_become_one(monkeypatch):
+    monkeypatch.setattr("gpuckpt.memory.layout._LARGEST_FIRST_UP_TO", 0)  # best fit alone
+    sizes = [("alloc", 0, 5), ("alloc", 1, 5), ("alloc", 2, 5), ("alloc", 3, 1)]
+    for order in ([0, 1, 2], [2, 1, 0], [0, 2, 1]):
+        slab = lay_out([*sizes, *(("free", i) for i in order), ("alloc", 4, 15)])
+        assert (slab.size_bytes, slab.offsets[4]) == (16, 0)
+
+
 def test_no_steps_need_nothing():
     assert lay_out([]).size_bytes == 0
 

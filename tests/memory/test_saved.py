@@ -264,10 +264,11 @@ def test_compress_halves_the_bytes_within_its_bound(make):
     assert budget.used_bytes == budget._pool.live_bytes == 0
 
 
-def test_compress_refuses_to_turn_numbers_into_infinities_and_integers_into_anything():
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy])
+def test_compress_refuses_to_turn_numbers_into_infinities_and_integers_into_anything(make):
     budget = CheckpointBudget(1000, device="cpu", hold="pool", over_cap=("compress",), storage_dtype="float16")
     for array in (np.full(200, 1e6, np.float32), np.arange(200, dtype=np.int32)):
-        saved = budget.save(array)
+        saved = budget.save(make(array))
         with pytest.raises(BudgetExceeded):
             budget.save(np.zeros(200, np.float32))
         np.testing.assert_array_equal(saved.load(), array)
