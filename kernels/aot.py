@@ -19,6 +19,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -183,14 +184,17 @@ class _Worker:
     """One compiling process, spoken to in lines of JSON over its standard input and output."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment = {**os.environ, "TRITON_INTERPRET": "0"}
         # Unset, it means on in triton 3.9 and off in 3.10; what is audited must not change with the version.
         environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+        # With exactly this process's path: `python -m` would put the current folder first and could find another gpuckpt there.
+        start = f"import sys; sys.path[:] = {sys.path!r}; from {__package__}._aot_worker import main; sys.exit(main())"
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}._aot_worker"],
+            [sys.executable, "-c", start],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._complaints,
             text=True,
             env=environment,
         )
@@ -211,8 +215,8 @@ class _Worker:
             timer.cancel()
         return json.loads(line) if line else None
 
-    def close(self) -> int:
-        """End the process; its exit status."""
+    def close(self) -> str:
+        """End the process; its exit status and the last line it wrote to standard error."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -221,7 +225,10 @@ class _Worker:
             self._process.kill()
         status = self._process.wait()
         self._process.stdout.close()
-        return status
+        with self._complaints as written:
+            written.seek(0)
+            last = written.read().decode(errors="replace").strip().rpartition("\n")[2]
+        return f"status {status}" + (f", saying {last[:200]!r}" if last else "")
 
 
 def _serve(
@@ -240,9 +247,8 @@ def _serve(
                 worker = _Worker()
             answer = worker.ask(request)
             if answer is None:
-                status = worker.close()
+                why = f"the compiler's process crashed, or was killed after {COMPILE_LIMIT_S:.0f} s: {worker.close()}"
                 worker = None
-                why = f"the compiler ended with status {status} (killed after {COMPILE_LIMIT_S:.0f} s, or it crashed)"
                 answer = {"name": request["name"], "arch": request["arch"], "error": why}
             answers.put((number, Report.from_json(answer)))
     except BaseException as error:  # handed to the caller's thread, which raises it

@@ -187,6 +187,12 @@ def test_a_compiler_that_hangs_or_dies_is_reported_and_replaced(own_cache, monke
     monkeypatch.undo()
 
 
+def test_a_worker_that_cannot_start_says_why(own_cache, monkeypatch):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not Path(p, "triton").is_dir()])
+    report = aot.compile_spec(vector(refused_kernel, {"p_x": "*fp32"}, block=7))
+    assert "triton" in report.error
+
+
 def test_progress_comes_once_for_each_in_the_callers_thread(own_cache):
     import threading
 
