@@ -16,6 +16,7 @@ _HOME = {
         "BudgetClosed",
         "BudgetExceeded",
         "CheckpointError",
+        "CheckpointLimit",
         "DLPackRefused",
         "DimMismatch",
         "EmptyPipeline",
@@ -35,6 +36,7 @@ _HOME = {
     "gpuckpt.pytorch.measure": ("measure",),
     "gpuckpt.segments": (
         "ActivationCheckpointer",
+        "Chained",
         "Checkpoint",
         "CheckpointConfig",
         "CheckpointStrategy",
@@ -43,6 +45,7 @@ _HOME = {
         "CheckpointedNetwork",
         "CheckpointedPipeline",
         "Dense",
+        "Differentiable",
         "GraphCheckpointConfig",
         "GraphSegment",
         "Layer",
@@ -64,6 +67,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
         BudgetClosed,
         BudgetExceeded,
         CheckpointError,
+        CheckpointLimit,
         DimMismatch,
         DLPackRefused,
         EmptyPipeline,
@@ -84,6 +88,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from gpuckpt.pytorch.measure import measure
     from gpuckpt.segments import (
         ActivationCheckpointer,
+        Chained,
         Checkpoint,
         CheckpointConfig,
         CheckpointedActivation,
@@ -92,6 +97,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
         CheckpointedPipeline,
         CheckpointStrategy,
         Dense,
+        Differentiable,
         GraphCheckpointConfig,
         GraphSegment,
         Layer,

@@ -85,7 +85,9 @@ class CheckpointLimit(CheckpointError, RuntimeError):
         self.what = what
 
     def __str__(self) -> str:
-        return f"{self.what} cannot be stored: max_checkpoints={self.limit} are stored already; raise it, or clear() first"
+        return (
+            f"{self.what} cannot be stored: max_checkpoints={self.limit} are stored already; raise it, or clear() first"
+        )
 
 
 class NotCheckpointed(CheckpointError, RuntimeError):

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from gpuckpt.cli.plan import plan
 from gpuckpt.errors import BudgetExceeded, CheckpointError
 from gpuckpt.memory import format_bytes
 
@@ -78,6 +79,9 @@ def train(
         console.print(f"report: {out / 'report.json'}, picture: {out / 'ledger.png'}", highlight=False)
     if report.interrupted:
         raise typer.Exit(130)
+
+
+app.command()(plan)
 
 
 @app.command()
