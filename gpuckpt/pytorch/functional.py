@@ -8,8 +8,10 @@ from gpuckpt.pytorch.gated import gated_mlp_scratch_bytes
 from gpuckpt.pytorch.interop import accepts_arrays, vjp
 from gpuckpt.pytorch.linear import linear_scratch_bytes
 from gpuckpt.pytorch.mlp import mlp_scratch_bytes
+from gpuckpt.pytorch.norm import Norm
 
 __all__ = [
+    "Norm",
     "gated_mlp",
     "gated_mlp_scratch_bytes",
     "linear",

@@ -25,6 +25,7 @@ from gpuckpt.pytorch.gated_rows import (
     hidden_of,
     partials_bytes,
 )
+from gpuckpt.pytorch.norm import Norm, again, normalise
 from gpuckpt.pytorch.operands import (
     autocast_input,
     cast,
@@ -114,6 +115,11 @@ def gated_mlp_fwd(
     down_multiplier: float,
     chunk_rows: int | None,
     scratch_bytes: int | None,
+    raw: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_kind: str = "rms",
+    norm_eps: float = 1.0,
 ) -> Tensor:
     """x (M, K) -> (M, N) in x's dtype. What else backward needs passes through here."""
     rows, scaled = x.shape[0], down_multiplier != 1.0
@@ -138,7 +144,7 @@ def gated_mlp_fwd(
 
 
 @gated_mlp_fwd.register_fake
-def _(x, wg, bg, wu, bu, wd, bd, main_g, main_u, main_d, activation, mg, md, chunk_rows, scratch_bytes) -> Tensor:
+def _(x, wg, bg, wu, bu, wd, bd, main_g, main_u, main_d, activation, mg, md, chunk_rows, scratch, *recipe) -> Tensor:
     return x.new_empty(x.shape[0], wd.shape[0])
 
 
@@ -231,21 +237,24 @@ def gradients(
 
 def _setup(ctx, inputs, output) -> None:
     needs = ctx.needs_input_grad
-    ctx.save_for_backward(inputs[0] if any(needs[:6]) else None, *inputs[1:7])
+    raw, norm_weight, norm_bias, *ctx.norm = inputs[15:]
+    kept = (inputs[0], None, None, None) if raw is None else (None, raw, norm_weight, norm_bias)
+    ctx.save_for_backward(*inputs[1:7], *(kept if any(needs[:6]) else (None,) * 4))
     ctx.mains = [main if need else None for main, need in zip(inputs[7:10], needs[1:7:2], strict=True)]
-    ctx.options = inputs[10:]
+    ctx.options = inputs[10:15]
 
 
 def _backward(ctx, dy: Tensor):
     needs = list(ctx.needs_input_grad[:7])
-    x, *operands = ctx.saved_tensors
+    *operands, x, raw, norm_weight, norm_bias = ctx.saved_tensors
+    x = again(x, (raw, norm_weight, norm_bias, *ctx.norm))
     if any(main is not None for main in ctx.mains):
         activation, gate_multiplier, down_multiplier, chunk_rows, scratch_bytes = ctx.options
         form = Form(activation, gate_multiplier, down_multiplier)
         grads = gradients(dy, x, tuple(operands), form, chunk_rows, scratch_bytes, needs, ctx.mains)
-        return (*grads, *(None,) * 8)
+        return (*grads, *(None,) * 13)
     found = iter(gated_mlp_bwd(dy, x, *operands, *ctx.options, needs) if any(needs) else ())
-    return (*(next(found) if need else None for need in needs), *(None,) * 8)
+    return (*(next(found) if need else None for need in needs), *(None,) * 13)
 
 
 gated_mlp_fwd.register_autograd(_backward, setup_context=_setup)
@@ -263,6 +272,7 @@ def gated_mlp(
     activation: str = "silu",
     gate_multiplier: float = 1.0,
     down_multiplier: float = 1.0,
+    norm: Norm | None = None,
     chunk_rows: int | None = None,
     scratch_bytes: int | None = None,
 ) -> Tensor:
@@ -275,6 +285,7 @@ def gated_mlp(
             place, and autograd sees none.
         activation: of the gate: silu (SwiGLU), gelu (GEGLU), relu (ReGLU) or any other that `linear` takes.
         gate_multiplier, down_multiplier: mg and md, as in Falcon-H1.
+        norm: as in `mlp`.
         chunk_rows, scratch_bytes: as in `mlp`; `gated_mlp_scratch_bytes` says what backward holds.
 
     Returns:
@@ -297,8 +308,9 @@ def gated_mlp(
     check_bias(down_bias, down_weight, "down_weight")
     refuse_grad_transforms("gated_mlp", x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     x = autocast_input(x)
+    rows, *recipe = normalise(rows_of(x), norm)
     y = gated_mlp_fwd(
-        rows_of(x),
+        rows,
         gate_weight,
         gate_bias,
         up_weight,
@@ -312,5 +324,6 @@ def gated_mlp(
         float(gate_multiplier),
         float(down_multiplier),
         *limits(chunk_rows, scratch_bytes),
+        *recipe,
     )
     return y.reshape(*x.shape[:-1], down_weight.shape[0])

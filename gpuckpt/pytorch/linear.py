@@ -19,6 +19,7 @@ from torch import Tensor
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.activations import check_activation
 from gpuckpt.pytorch.dropout import Mask, check_dropout, draw_seed
+from gpuckpt.pytorch.norm import Norm, again, normalise
 from gpuckpt.pytorch.operands import (
     autocast_input,
     cast,
@@ -85,15 +86,21 @@ def linear_fwd(
     dropout: float,
     chunk_rows: int | None,
     scratch_bytes: int | None,
+    raw: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_kind: str = "rms",
+    norm_eps: float = 1.0,
 ) -> Tensor:
-    """x (M, K) -> y (M, N) in x's dtype. What else backward needs (main, chunk_rows, scratch_bytes) passes through here."""
+    """x (M, K) -> y (M, N) in x's dtype. What else backward needs (main, limits, the norm that made x of
+    raw) passes through here."""
     y = x.new_empty(x.shape[0], weight.shape[0])
     with without_autocast(x.device.type):
         return forward_into(y, x, cast(weight, x), cast(bias, x), activation, residual, Mask.of(dropout, seed))
 
 
 @linear_fwd.register_fake
-def _(x, weight, bias, residual, seed, main, activation, dropout, chunk_rows, scratch_bytes) -> Tensor:
+def _(x, weight, bias, residual, seed, main, activation, dropout, chunk_rows, scratch_bytes, *recipe) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -181,23 +188,28 @@ def gradients(
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, bias, _, seed, main, *options = inputs
+    x, weight, bias, _, seed, main, *options = inputs[:10]
+    raw, norm_weight, norm_bias, *ctx.norm = inputs[10:]
     # A frozen plain linear needs its weight alone; the rows of x are wanted for dW or to recompute z.
     recomputes = any(ctx.needs_input_grad[:3]) and (options[0] != "identity" or seed is not None)
-    ctx.save_for_backward(x if recomputes or ctx.needs_input_grad[1] else None, weight, bias, seed)
+    kept = (x, None, None, None) if raw is None else (None, raw, norm_weight, norm_bias)
+    if not (recomputes or ctx.needs_input_grad[1]):
+        kept = (None,) * 4
+    ctx.save_for_backward(weight, bias, seed, *kept)
     ctx.main = main
     ctx.options = options
 
 
 def _backward(ctx, dy: Tensor):
-    x, weight, bias, seed = ctx.saved_tensors
+    weight, bias, seed, x, *raw = ctx.saved_tensors
+    x = again(x, (*raw, *ctx.norm))
     needs = list(ctx.needs_input_grad[:3])
     if ctx.main is not None and needs[1]:
         activation, dropout, chunk_rows, scratch_bytes = ctx.options
         grads = gradients(dy, x, weight, bias, seed, activation, dropout, chunk_rows, scratch_bytes, needs, ctx.main)
-        return (*grads, dy if ctx.needs_input_grad[3] else None, *(None,) * 6)
+        return (*grads, dy if ctx.needs_input_grad[3] else None, *(None,) * 11)
     found = iter(linear_bwd(dy, x, weight, bias, seed, *ctx.options, needs) if any(needs) else ())
-    return (*(next(found) if need else None for need in needs), dy if ctx.needs_input_grad[3] else None, *(None,) * 6)
+    return (*(next(found) if need else None for need in needs), dy if ctx.needs_input_grad[3] else None, *(None,) * 11)
 
 
 linear_fwd.register_autograd(_backward, setup_context=_setup)
@@ -211,6 +223,7 @@ def linear(
     activation: str = "identity",
     residual: Tensor | None = None,
     dropout: float = 0.0,
+    norm: Norm | None = None,
     chunk_rows: int | None = None,
     scratch_bytes: int | None = None,
 ) -> Tensor:
@@ -224,6 +237,8 @@ def linear(
         residual: (..., N), added last, or None.
         dropout: probability of dropping an element. Backward computes the mask again from a seed that is drawn from torch's
             CPU generator; besides x it keeps these 8 bytes.
+        norm: a `Norm` of x to compute with instead of x. What is kept for backward is x itself, and backward normalises it again:
+            one more transient of x's size.
         chunk_rows: rows for which backward holds dz at a time; by default all.
         scratch_bytes: the most that backward may hold beside the gradients (`linear_scratch_bytes`), instead of `chunk_rows`.
             Inside `with budget:` the default is the budget's `max_bytes`, but never fewer than 128 rows at a time.
@@ -242,7 +257,7 @@ def linear(
     refuse_grad_transforms("linear", x, weight, bias, residual)
     least_rows, most_bytes = limits(chunk_rows, scratch_bytes)
     x = autocast_input(x)
-    rows = rows_of(x)
+    rows, *recipe = normalise(rows_of(x), norm)
     if residual is not None:
         if residual.shape != (*x.shape[:-1], weight.shape[0]):
             raise DimMismatch(
@@ -262,5 +277,6 @@ def linear(
         float(dropout),
         least_rows,
         most_bytes,
+        *recipe,
     )
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -18,6 +18,7 @@ from torch import Tensor
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.activations import check_activation, differentiate, finish, keep_
 from gpuckpt.pytorch.backend import load_kernels, use_triton
+from gpuckpt.pytorch.norm import Norm, again, normalise
 from gpuckpt.pytorch.operands import (
     autocast_input,
     cast,
@@ -108,6 +109,11 @@ def mlp_fwd(
     activation: str,
     chunk_rows: int | None,
     scratch_bytes: int | None,
+    raw: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_kind: str = "rms",
+    norm_eps: float = 1.0,
 ) -> Tensor:
     """x (M, K) -> (M, N) in x's dtype. What else backward needs passes through here."""
     rows = x.shape[0]
@@ -123,7 +129,7 @@ def mlp_fwd(
 
 
 @mlp_fwd.register_fake
-def _(x, w1, b1, w2, b2, main1, main2, activation, chunk_rows, scratch_bytes) -> Tensor:
+def _(x, w1, b1, w2, b2, main1, main2, activation, chunk_rows, scratch_bytes, *recipe) -> Tensor:
     return x.new_empty(x.shape[0], w2.shape[0])
 
 
@@ -252,20 +258,23 @@ def gradients(
 
 def _setup(ctx, inputs, output) -> None:
     x, w1, b1, w2, b2, *mains = inputs[:7]
-    ctx.save_for_backward(x if any(ctx.needs_input_grad[:4]) else None, w1, b1, w2, b2)
+    raw, norm_weight, norm_bias, *ctx.norm = inputs[10:]
+    kept = (x, None, None, None) if raw is None else (None, raw, norm_weight, norm_bias)
+    ctx.save_for_backward(w1, b1, w2, b2, *(kept if any(ctx.needs_input_grad[:4]) else (None,) * 4))
     ctx.mains = [main if need else None for main, need in zip(mains, ctx.needs_input_grad[1:4:2], strict=True)]
-    ctx.options = inputs[7:]
+    ctx.options = inputs[7:10]
 
 
 def _backward(ctx, dy: Tensor):
     needs = list(ctx.needs_input_grad[:5])
+    w1, b1, w2, b2, x, *raw = ctx.saved_tensors
+    x = again(x, (*raw, *ctx.norm))
     if any(main is not None for main in ctx.mains):
-        x, w1, b1, w2, b2 = ctx.saved_tensors
         activation, chunk_rows, scratch_bytes = ctx.options
         grads = gradients(dy, x, w1, b1, w2, b2, activation, chunk_rows, scratch_bytes, needs, ctx.mains)
-        return (*grads, *(None,) * 5)
-    found = iter(mlp_bwd(dy, *ctx.saved_tensors, *ctx.options, needs) if any(needs) else ())
-    return (*(next(found) if need else None for need in needs), *(None,) * 5)
+        return (*grads, *(None,) * 10)
+    found = iter(mlp_bwd(dy, x, w1, b1, w2, b2, *ctx.options, needs) if any(needs) else ())
+    return (*(next(found) if need else None for need in needs), *(None,) * 10)
 
 
 mlp_fwd.register_autograd(_backward, setup_context=_setup)
@@ -279,6 +288,7 @@ def mlp(
     b2: Tensor | None = None,
     *,
     activation: str = "gelu",
+    norm: Norm | None = None,
     chunk_rows: int | None = None,
     scratch_bytes: int | None = None,
 ) -> Tensor:
@@ -290,6 +300,8 @@ def mlp(
         w2, b2: (N, H) and (N,) or None. A weight that carries `main_grad` gets its gradient added there in place, and
             autograd sees none.
         activation: identity, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
+        norm: a `Norm` of x to compute with instead of x. What is kept for backward is x itself, and backward normalises it again:
+            one more transient of x's size.
         chunk_rows: rows for which h (and in backward dz) is held at a time; by default all.
         scratch_bytes: the most that backward may hold beside the gradients (`mlp_scratch_bytes`), instead of `chunk_rows`.
             Inside `with budget:` the default is the budget's `max_bytes`, but never fewer than 128 rows at a time.
@@ -310,6 +322,7 @@ def mlp(
     refuse_grad_transforms("mlp", x, w1, b1, w2, b2)
     least_rows, most_bytes = limits(chunk_rows, scratch_bytes)
     x = autocast_input(x)
-    rows = rows_of(x)
-    y = mlp_fwd(rows, w1, b1, w2, b2, main_grad_of(w1), main_grad_of(w2), activation, least_rows, most_bytes)
+    rows, *recipe = normalise(rows_of(x), norm)
+    mains = main_grad_of(w1), main_grad_of(w2)
+    y = mlp_fwd(rows, w1, b1, w2, b2, *mains, activation, least_rows, most_bytes, *recipe)
     return y.reshape(*x.shape[:-1], w2.shape[0])
