@@ -13,8 +13,8 @@ from pytorch.steps import HOLDS, batch, blocks, run
 from torch import Tensor
 
 import gpuckpt
-from gpuckpt import BudgetExceeded, CheckpointBudget, RecomputeMismatch
-from gpuckpt.pytorch.saved_tensors import current_budget
+from gpuckpt import BudgetExceeded, CheckpointBudget, RecomputeMismatch, SavedTensorModified
+from gpuckpt.pytorch.saved_tensors import current_budget, enter
 
 both = pytest.mark.parametrize("hold", HOLDS)
 
@@ -50,7 +50,7 @@ def test_no_cycles(hold, backward):
 def test_no_cycles_without_a_budget():
     """What is recomputed while nobody is charged dies as early."""
     x = torch.zeros(10, requires_grad=True)
-    out = gpuckpt.checkpoint(lambda h: _Witness.apply(h.exp()).tanh(), x * 2)
+    out = gpuckpt.checkpoint(lambda h: _Witness.apply(h).exp().tanh().sin(), x * 2)
     assert _Witness.alive == 1
     out.sum().backward(retain_graph=True)
     assert _Witness.alive == 1, "the replay's graph is gone"
@@ -135,6 +135,86 @@ def test_an_exception_anywhere_leaves_nothing(hold, kind, where):
     where = "nowhere"
     step()
     assert budget.used_bytes == 0
+
+
+def two_branches(first) -> Tensor:
+    """A sum of `first` and a second branch, whose node is ready, and waits in the engine's queue, when `first`'s runs."""
+    table = torch.ones(10, 4, requires_grad=True)
+    return torch.nn.functional.embedding(torch.zeros(16, dtype=torch.long), table) + first
+
+
+@both
+def test_a_recompute_that_fails_leaves_no_ready_nodes_behind(hold):
+    budget = CheckpointBudget("1MiB", device="cpu", hold=hold)
+    calls: list[int] = []
+
+    def fn(x):
+        calls.append(1)
+        if len(calls) > 1:
+            raise ValueError("again")
+        return x.exp().sin()
+
+    def step():
+        with budget:
+            loss = two_branches(gpuckpt.checkpoint(fn, torch.ones(16, 4, requires_grad=True) * 2)).sum()
+        loss.backward()
+
+    with pytest.raises(ValueError, match="again"):
+        step()
+    assert budget.used_bytes == 0
+
+
+def test_a_changed_tensor_leaves_no_ready_nodes_behind():
+    budget = CheckpointBudget("1MiB", device="cpu")
+
+    def step():
+        with budget:
+            h = torch.ones(16, 4, requires_grad=True) * 2
+            loss = two_branches(h.sin()).sum()
+        h.add_(1)
+        loss.backward()
+
+    with pytest.raises(SavedTensorModified):
+        step()
+    assert budget.used_bytes == 0
+
+
+@both
+def test_ready_nodes_of_any_failed_backward_are_gone_when_a_budget_is_entered(hold):
+    budget = CheckpointBudget("1MiB", device="cpu", hold=hold)
+
+    def strike(grad):
+        raise ValueError("hook")
+
+    def step():
+        with budget:
+            first = (torch.ones(16, 4, requires_grad=True) * 2).sin()
+            first.register_hook(strike)
+            loss = two_branches(first).sum()
+        loss.backward()
+
+    with pytest.raises(ValueError, match="hook"):
+        step()
+    with budget:
+        assert budget.used_bytes == 0
+
+
+def test_a_context_that_nobody_leaves_is_left_when_it_dies():
+    """As where Ctrl-C comes before the first line of `__exit__`."""
+    budget, outer = CheckpointBudget("1MiB", device="cpu"), CheckpointBudget("1MiB", device="cpu")
+    x = torch.ones(100, requires_grad=True)
+    context = enter(budget)
+    assert current_budget() is budget
+    del context
+    assert current_budget() is None
+    with outer:
+        forgotten = enter(budget)
+        assert current_budget() is budget
+    assert current_budget() is None, "leaving the outer one leaves what is inside of it"
+    (x * 2).sin()
+    assert (budget.peak_bytes, outer.peak_bytes) == (0, 0)
+    forgotten.__exit__()
+    assert current_budget() is None
 
 
 @both
