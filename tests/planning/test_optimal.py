@@ -43,7 +43,7 @@ def check_against_every_tree(chain: Chain, trees: list, rng: random.Random, obje
 def test_equals_brute_force(batch: int, chain_of, trees_of) -> None:
     for seed in range(batch * 250, (batch + 1) * 250):
         rng = random.Random(seed)
-        chain = chain_of(rng, rng.choice([1, 2, 3, 3, 3, 4, 4]))
+        chain = chain_of(rng, rng.choice([1, 2, 2, 3, 3, 3, 4]))
         check_against_every_tree(chain, list(trees_of(chain)), rng, "total" if seed % 4 == 0 else "held")
 
 
@@ -137,7 +137,7 @@ def check_promises(chain: Chain, objective: str, rng: random.Random) -> None:
 objectives = st.sampled_from(["held", "held", "total"])
 
 
-@settings(max_examples=350, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(rng=st.randoms(use_true_random=False), n=st.integers(1, 14), objective=objectives)
 def test_promises_hold(chain_of, rng: random.Random, n: int, objective: str) -> None:
     check_promises(chain_of(rng, n), objective, rng)
@@ -167,7 +167,7 @@ def test_never_over_where_storages_are_shared_in_any_way_and_slots_are_coarse(
 
 
 def test_coarse_slots_cost_time_and_never_the_budget() -> None:
-    for seed in range(8):
+    for seed in range(4):
         rng = random.Random(seed)
         sizes = [rng.randint(10**6, 10**7) for _ in range(80)]
         stages = (Stage(f"s{i}", rng.uniform(1, 9), 1.0, (i, 40 + i), (i,), (), ()) for i in range(40))
