@@ -23,11 +23,14 @@ from torch import Tensor
 
 from .launch import arch_of, check_out, check_shape, dtype_name, on_device, strides
 from .numerics import INTERPRETED, narrow, widen
+from .registry import KernelSpec, make_spec
+from .tiles import TileConfig
 
-__all__ = ["norm_bwd", "norm_fwd", "norm_partials_shape"]
+__all__ = ["norm_bwd", "norm_fwd", "norm_partials_shape", "specs"]
 
 _ROWS = 32
 _COLUMNS = 128
+_WIDEST_BLOCK = 1024
 _KINDS = ("rms", "layer")
 
 
@@ -199,7 +202,7 @@ def _check(x: Tensor, kind: str, eps: float) -> tuple[int, int]:
 
 
 def _block(K: int) -> int:
-    return max(16, min(2048, triton.next_power_of_2(K)))
+    return max(16, min(_WIDEST_BLOCK, triton.next_power_of_2(K)))
 
 
 def norm_partials_shape(x: Tensor) -> tuple[int, int]:
@@ -235,6 +238,7 @@ def norm_fwd(
             BLOCK=_block(K),
             INTERPRET=INTERPRETED,
             num_warps=4,
+            num_stages=1,
         )
 
 
@@ -296,6 +300,7 @@ def norm_bwd(
             BLOCK=_block(K),
             INTERPRET=INTERPRETED,
             num_warps=4,
+            num_stages=1,
         )
         if wants_sums:
             norm_bwd_columns_kernel[(partials[0], triton.cdiv(K, _COLUMNS))](
@@ -315,4 +320,43 @@ def norm_bwd(
                 COLUMNS=_COLUMNS,
                 INTERPRET=INTERPRETED,
                 num_warps=4,
+                num_stages=1,
             )
+
+
+def specs(arch: int) -> list[KernelSpec]:
+    """The three kernels for wide rows of LayerNorm, in each dtype, as called on contiguous tensors with weight and bias."""
+    tile = TileConfig(_ROWS, _COLUMNS, 16, 4, 1)
+    found = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for fn in (norm_fwd_kernel, norm_bwd_rows_kernel, norm_bwd_columns_kernel):
+            names = list(fn.arg_names)
+            flags = {"LAYER": True, "BLOCK": _WIDEST_BLOCK, "ROWS": _ROWS, "COLUMNS": _COLUMNS, "INTERPRET": False}
+            inner = (
+                "stride_xk",
+                "stride_w",
+                "stride_b",
+                "stride_yk",
+                "stride_dyk",
+                "stride_dxk",
+                "stride_dwk",
+                "stride_dbk",
+            )
+            constexprs = {**flags, **dict.fromkeys((*inner, "stride_sm"), 1)}
+            constexprs = {n: v for n, v in constexprs.items() if n in names}
+            sums = {"p_stats": "*fp32", "p_dw": "*fp32", "p_db": "*fp32", "eps": "fp32"}
+            types = {n: sums.get(n, "T" if n.startswith("p_") else "i32") for n in names if n not in constexprs}
+            found.append(
+                make_spec(
+                    fn,
+                    variant="layer",
+                    dtype=dtype,
+                    arch=arch,
+                    tile=tile,
+                    types=types,
+                    constexprs=constexprs,
+                    divisible=tuple(n for n in types if n not in ("eps", "M", "stride_s")),
+                    meta={"activation": None, "gemm_loops": 0, "tensor_cores": False, "tma": False, "pipelined": False},
+                )
+            )
+    return found
