@@ -88,7 +88,6 @@ class Fitted:
         self._undo: dict[nn.Module, Callable[[], None]] = {}
         self._parts = list(model.modules())
         self._parameters = list(model.parameters())
-        mark_resident([*model.parameters(), *model.buffers()])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -135,6 +134,7 @@ class Fitted:
 
     def _make_plan(self, args: tuple, kwargs: dict[str, Any]) -> Planned:
         unit_bytes = self.budget.unit_bytes
+        mark_resident([*self._parameters, *self.model.buffers()])
         measured = run_measured(self.model, args, kwargs, unit_bytes, WallClock(), self._repeats)
         if measured.random and not self._preserve_rng_state:
             raise InvalidChain(
@@ -250,9 +250,11 @@ class Fitted:
 
 
 def _describe(leaf: Any) -> Any:
+    """A number with a fraction (a temperature, a rate) decides no shape: another one is no reason to plan again."""
     if isinstance(leaf, torch.Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
-    return leaf if isinstance(leaf, int | float | str | bool | None) else type(leaf)
+        strides = leaf.stride() if leaf.layout is torch.strided else None
+        return leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad
+    return leaf if isinstance(leaf, int | str | bool | None) else type(leaf)
 
 
 def fit(

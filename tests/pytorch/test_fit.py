@@ -340,6 +340,24 @@ def test_a_model_that_skips_blocks_is_refused_by_name() -> None:
     assert fitted.budget.used_bytes == 0
 
 
+def test_a_model_that_is_cast_after_it_was_fitted_is_planned_again() -> None:
+    class Shifted(Block):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("shift", torch.randn(16))
+
+        def forward(self, x):
+            return super().forward(x * self.shift)
+
+    model = nn.Sequential(*[Shifted() for _ in range(6)])
+    fitted = fit(model, X, 16_000)
+    run(model)
+    model.double()
+    run(model, X.double())  # the buffers are other tensors now, and still nobody is charged for them
+    assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+    assert fitted.budget.used_bytes == 0
+
+
 def test_gradients_of_functional_autograd_and_of_parameters_only() -> None:
     model, plain = blocks(), blocks()
     fit(model, X, int(0.5 * plain_peak_bytes(plain, (X,), {})))
@@ -365,5 +383,7 @@ def test_keyword_inputs_and_several_positional_ones() -> None:
     model(X, gain=2.0).sum().backward()
     model(x=X, gain=2.0).sum().backward()
     assert len(fitted._planned) == 2  # called another way is another signature, planned anew
+    model(x=X, gain=3.0).sum().backward()
+    assert len(fitted._planned) == 2  # and another rate is not
     model(x=X, gain=2.0, shift=X).sum().backward()
     assert fitted.measured_peak_bytes == fitted.promised_peak_bytes

@@ -189,6 +189,25 @@ def test_autocast() -> None:
     assert len(fitted._planned) == 2
 
 
+def test_autocast_of_layers_before_the_first_block() -> None:
+    class Stemmed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(16, 16)
+            self.blocks = nn.ModuleList(Block(16) for _ in range(5))
+
+        def forward(self, x):
+            x = torch.tanh(self.stem(x))
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    def around():
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    beside_plain(Stemmed(), rows(8, 16), share=0.7, around=around)
+
+
 def test_autocast_with_tied_blocks_promises_no_less_than_it_holds() -> None:
     block = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
 
