@@ -8,6 +8,9 @@ elements that two programs write, or that one writes and another reads.
 
 `Arena` is the second, independent witness: it compares all bytes around and between the elements with what they were.
 
+Why not a tool that exists: tilelens 3.1.1 (the successor of triton-viz) runs beside triton 3.7.1, but lets the mask of one turn
+of a K loop meet the pointer of the next, and so reports sound kernels; it also refuses Philox and some scalar operations.
+
 Made for tensors of a few thousand elements. Not seen: what torch's own operators do, shared memory, races on a real device
 other than those above.
 """
