@@ -227,7 +227,7 @@ def run_chain(
     residents = [*model.parameters(), *model.buffers()]
     residents += [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_leaf and tensor.requires_grad]
     modules = find_chain(model, args, kwargs)
-    # Casts of weights that autocast remembers from a run without autograd would have no gradient.
+    # What autocast remembers of a run without autograd is none of the chain's.
     torch.clear_autocast_cache()
     run = _Measurement(modules, names, Storages(residents), clock, repeats)
     hooks = saved_tensors_hooks(run.note_outside, identity)
