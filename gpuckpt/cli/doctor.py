@@ -34,7 +34,9 @@ def examine() -> dict[str, Any]:
             packages[name] = {"version": getattr(module, "__version__", "?"), "advice": None}
         except ImportError as error:
             packages[name] = {"version": None, "advice": advice, "error": str(error).splitlines()[0]}
-    devices = [{"name": "cpu", "description": platform.processor() or platform.machine(), "memory_bytes": None}]
+    devices: list[dict[str, Any]] = [
+        {"name": "cpu", "description": platform.processor() or platform.machine(), "memory_bytes": None}
+    ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         arch = f"sm_{properties.major}{properties.minor}"
