@@ -115,13 +115,18 @@ def _engine(engine: str, sums: int) -> Callable[[Problem, Grid, Pieces], Tables]
 
 
 def _slot_bytes(problem: Problem, budget_bytes: int, slots: int) -> int:
-    """A slot such that `slots` of them reach as far beyond the budget as rounding up wastes, and that wastes little."""
-    sizes = problem.option_bytes[0, :, 0].astype(np.float64)
-    sizes = np.concatenate([sizes[sizes > 0], problem.input_bytes[problem.input_bytes > 0] / 4])
-    best, least_reach = -(-2 * budget_bytes // slots), np.inf
-    for stretch in np.linspace(1.0, 2.0, 101):
-        slot = -(-int(budget_bytes * stretch) // slots)
-        inflation = float((np.ceil(sizes / slot) * slot).sum() / sizes.sum())
-        if inflation <= stretch and inflation * stretch**0.5 < least_reach:
-            best, least_reach = slot, inflation * stretch**0.5
+    """A slot that wastes little, and such that `slots` of them reach beyond the budget by at least what rounding up wastes."""
+    sizes = problem.option_bytes[0, :, 0]
+    sizes = np.concatenate([sizes[sizes > 0], problem.input_bytes[problem.input_bytes > 0]])
+    candidates = [-(-int(budget_bytes * stretch) // slots) for stretch in np.linspace(1.0, 2.0, 101)]
+    # Sizes that come up again and again often share a unit, and a few odd ones (an embedding's ids, a head) hide it.
+    values, counts = np.unique(sizes, return_counts=True)
+    unit = int(np.gcd.reduce(values[counts > 1])) if (counts > 1).any() else 0
+    candidates += [unit // k for k in range(1, unit * slots // budget_bytes + 1) if unit % k == 0] if unit else []
+    best, least = -(-2 * budget_bytes // slots), np.inf
+    for slot in candidates:
+        reach = slot * slots / budget_bytes
+        inflation = float((-(-sizes // slot) * slot).sum() / sizes.sum())
+        if inflation <= reach and inflation + 0.02 * reach < least:
+            best, least = slot, inflation + 0.02 * reach
     return best
