@@ -36,6 +36,8 @@ audit: setup
 bench: setup
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/rivals flash-swiglu-mlp==0.4.3 liger-kernel==0.8.5
 	$(BIN)/python benchmarks/kernels.py --rivals out/rivals
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/rivals ckptplan==0.1.0rc1 checkpoint-schedules==1.0.4 rockmate==2.0.0
+	$(BIN)/python benchmarks/planner.py
 
 # The preferred kernels through each version of Triton's compiler that is supported.
 matrix: setup

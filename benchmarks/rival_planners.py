@@ -3,7 +3,7 @@
 Each adapter gives its rival the figures the rival asks for and turns its answer into a tree. Where an answer leaves a choice (a
 run of dropped stages is one frame or several) both trees are offered and the better one counts for the rival.
 
-Those that are not installed are skipped by name. `make bench` installs them into build/rivals, without their dependencies:
+Those that are not installed are skipped by name. `make bench` installs them into out/rivals, without their dependencies:
 ckptplan 0.1.0rc1, checkpoint-schedules 1.0.4, rockmate 2.0.0 (its C solver of rotor only).
 """
 
@@ -21,7 +21,7 @@ from gpuckpt.planning import Chain, Keep, Node, Recompute, strategies
 
 __all__ = ["RIVALS_DIR", "Rival", "load_rivals", "rotor_seconds"]
 
-RIVALS_DIR = Path(__file__).resolve().parent.parent / "build" / "rivals"
+RIVALS_DIR = Path(__file__).resolve().parent.parent / "out" / "rivals"
 
 Tree = tuple[Node, ...]
 
@@ -233,7 +233,7 @@ def _rotor_table() -> Callable[[Any, int], Any]:
     if str(RIVALS_DIR) not in sys.path:
         sys.path.append(str(RIVALS_DIR))
     if not (RIVALS_DIR / "rockmate").is_dir():
-        raise ImportError("rockmate is not in build/rivals")
+        raise ImportError("rockmate is not in out/rivals")
     # The package's own __init__ wants its graph builder and a GPU; its solver needs neither.
     for name in ("rockmate", "rockmate.solvers", "rockmate.solvers.rk_rotor"):
         if name not in sys.modules:
