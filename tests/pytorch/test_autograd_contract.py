@@ -19,8 +19,8 @@ from gpuckpt.pytorch.mlp import mlp_bwd, mlp_fwd
 from gpuckpt.pytorch.nn import FusedLinear, FusedMLP, GatedMLP
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
-# torch's own forward mode scripts its decompositions when it is first used.
-JVP_IMPORTS = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+# torch scripts parts of its own forward mode and of inductor when they are first used, and warns of itself.
+SCRIPTS = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 
 def _calls():
@@ -75,6 +75,7 @@ def _trained(model, x) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
 
 
+@SCRIPTS
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(backend, dynamic):
@@ -168,7 +169,7 @@ def test_double_backward_says_no(op):
     ],
     ids=["grad", "jacrev", "jvp", "vmap of grad"],
 )
-@JVP_IMPORTS
+@SCRIPTS
 def test_func_transforms_say_no(op, transform):
     x, *others = op.draw()
     with pytest.raises(NotImplementedError, match=f"functional.{op.name} does not run under torch.func.grad"):
@@ -176,7 +177,7 @@ def test_func_transforms_say_no(op, transform):
 
 
 @OP
-@JVP_IMPORTS
+@SCRIPTS
 def test_forward_mode_says_no(op):
     x, *others = (t.detach() for t in op.draw())
     with torch.autograd.forward_ad.dual_level():
