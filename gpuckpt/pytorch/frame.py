@@ -272,8 +272,10 @@ def _forget_after_backward(frame: Frame) -> None:
 
 
 def _describe(tensor: torch.Tensor, verify: Verify | None) -> tuple:
-    """What a replay has to reproduce: always the shape, and of a parameter the version."""
-    version = tensor._version if is_resident(tensor) else None
+    """What a replay has to reproduce: always the shape, and of a parameter the version of its storage."""
+    version = None
+    if tensor.layout is torch.strided and is_resident(tensor):
+        version = (tensor.untyped_storage()._cdata, tensor._version)
     if verify is None:
         return (version, tensor.shape)
     stride = tensor.stride() if tensor.layout is torch.strided else None
@@ -304,5 +306,6 @@ def _check(slot: _Slot, tensor: torch.Tensor, verify: Verify | None) -> None:
             f"saved tensor number {slot.index} of checkpointed work is not the same when the work is run again: "
             f"{', '.join(changes)}. It must do the same both times; with random numbers keep preserve_rng_state=True"
         )
-    if now[0] is not None and slot.seen[0] is not None and now[0] != slot.seen[0]:
+    # A leaf that the work makes itself, of an argument perhaps, is another storage each time, and its version says nothing.
+    if now[0] is not None and slot.seen[0] is not None and now[0][0] == slot.seen[0][0] and now[0] != slot.seen[0]:
         raise modified(tensor)
