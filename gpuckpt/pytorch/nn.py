@@ -51,6 +51,7 @@ class FusedMLP(nn.Module):
 
     Shapes: (..., in_features) -> (..., out_features). Parameters: `fc1.weight` (hidden, in), `fc1.bias`, `fc2.weight`
     (out, hidden), `fc2.bias`, as in the MLPs of GPT-style models.
+    `chunk_rows`: rows whose hidden values exist at a time, see `mlp`.
     """
 
     def __init__(
@@ -60,19 +61,29 @@ class FusedMLP(nn.Module):
         out_features: int | None = None,
         bias: bool = True,
         activation: str = "gelu",
+        chunk_rows: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_activation(activation)
         self.activation = activation
+        self.chunk_rows = chunk_rows
         self.fc1 = nn.Linear(in_features, hidden_features, bias, device, dtype)
         self.fc2 = nn.Linear(
             hidden_features, in_features if out_features is None else out_features, bias, device, dtype
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, activation=self.activation)
+        return mlp(
+            x,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            activation=self.activation,
+            chunk_rows=self.chunk_rows,
+        )
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
@@ -84,6 +95,7 @@ class GatedMLP(nn.Module):
     Shapes: (..., in_features) -> (..., out_features). Parameters: `gate_proj.weight`, `up_proj.weight` (hidden, in) and
     `down_proj.weight` (out, hidden), so that a Llama MLP's weights load unchanged. `gate_multiplier` scales the gate before its
     activation and `down_multiplier` the output, as in Falcon-H1.
+    `chunk_rows`: rows whose hidden values exist at a time, see `mlp`.
     """
 
     def __init__(
@@ -95,6 +107,7 @@ class GatedMLP(nn.Module):
         activation: str = "silu",
         gate_multiplier: float = 1.0,
         down_multiplier: float = 1.0,
+        chunk_rows: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -103,6 +116,7 @@ class GatedMLP(nn.Module):
         self.activation = activation
         self.gate_multiplier = gate_multiplier
         self.down_multiplier = down_multiplier
+        self.chunk_rows = chunk_rows
         self.gate_proj = nn.Linear(in_features, hidden_features, bias, device, dtype)
         self.up_proj = nn.Linear(in_features, hidden_features, bias, device, dtype)
         self.down_proj = nn.Linear(
@@ -122,6 +136,7 @@ class GatedMLP(nn.Module):
             activation=self.activation,
             gate_multiplier=self.gate_multiplier,
             down_multiplier=self.down_multiplier,
+            chunk_rows=self.chunk_rows,
         )
 
     def extra_repr(self) -> str:

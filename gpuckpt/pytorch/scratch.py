@@ -26,6 +26,7 @@ def limits(chunk_rows: int | None, scratch_bytes: int | None) -> tuple[int | Non
 
     With neither given the budget that the caller has entered sets the limit: one operation's scratch stays below its
     `max_bytes`, which is a constant of the run; what happens to be free at the moment is not, and would change the bits.
+    Only where a cap is smaller than that scratch do gradients differ in their last bits from those of a run without a budget.
     """
     if chunk_rows is not None and scratch_bytes is not None:
         raise ValueError(f"chunk_rows={chunk_rows} and scratch_bytes={scratch_bytes}: give one of them")

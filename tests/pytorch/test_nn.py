@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch.fused import LiveBytes
 from torch import nn
 
 import gpuckpt
@@ -99,6 +100,20 @@ def test_fused_mlp_is_an_mlp():
     state = reference.state_dict()
     ours.load_state_dict({f"fc{1 + int(k[0]) // 2}{k[1:]}": v for k, v in state.items()})
     same(ours, reference, 6)
+
+
+@pytest.mark.parametrize("make", [FusedMLP, GatedMLP])
+def test_chunks_of_a_module_change_its_scratch_and_not_its_result(make):
+    whole, chunked = make(8, 64), make(8, 64, chunk_rows=10)
+    chunked.load_state_dict(whole.state_dict())
+    same(chunked, whole, 8)
+    peaks = []
+    for module in (whole, chunked):
+        y = module(torch.randn(100, 8, dtype=torch.float64))
+        with LiveBytes() as live:
+            y.sum().backward()
+        peaks.append(live.peak_bytes)
+    assert peaks[1] < peaks[0] / 2
 
 
 def test_dropout_only_in_training():
