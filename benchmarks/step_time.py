@@ -1,0 +1,188 @@
+"""Seconds of a training step on this CPU: gpuckpt under a budget against torch.utils.checkpoint at the same peak.
+
+    python benchmarks/step_time.py [--layers 12] [--width 128] [--rounds 15] [--clock wall|cpu] [--out benchmarks/results]
+
+torch's best uniform choice under a budget: groups of equally many consecutive blocks, each group checkpointed (the last one
+or not), the fastest of those whose peak fits. The peak of a choice is what gpuckpt's ledger measures when the very same
+groups run under it, since torch's own checkpoint keeps what it recomputes where nothing can count it. For every such peak
+gpuckpt plans within just as many bytes. Steps of both (and of the plain run) take turns; medians are compared.
+Writes step_time.json and step_time.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from gpuckpt import Keep, Recompute, fit, format_bytes, simulate
+from gpuckpt.cli.transformer import Config, Transformer
+from gpuckpt.planning import Node
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Step = Callable[[], object]
+
+
+def with_torch(model: Transformer, group: int, last: bool) -> Step:
+    """The model's forward with torch.utils.checkpoint around every `group` blocks; `last`: around the last group too."""
+    blocks = list(model.blocks)
+    groups = [blocks[i : i + group] for i in range(0, len(blocks), group)]
+
+    def run(part: list[torch.nn.Module], x: torch.Tensor) -> torch.Tensor:
+        for block in part:
+            x = block(x)
+        return x
+
+    def forward(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = model.token(tokens) + model.place(torch.arange(tokens.shape[1]))
+        for part in groups:
+            framed = last or part is not groups[-1]
+            x = torch_checkpoint(run, part, x, use_reentrant=False) if framed else run(part, x)
+        logits = model.head(model.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return forward
+
+
+def tree_of(layers: int, group: int, last: bool) -> tuple[Node, ...]:
+    """The same groups as a plan: stage 0 is the embedding, the stage after the blocks the loss."""
+    groups = [range(i, min(i + group, layers + 1)) for i in range(1, layers + 1, group)]
+    nodes: list[Node] = [Keep(0)]
+    for part in groups:
+        kept = tuple(Keep(i) for i in part)
+        nodes += [Recompute(kept)] if last or part is not groups[-1] else kept
+    return (*nodes, Keep(layers + 1))
+
+
+def timed(step: Callable[[], torch.Tensor], clock: Callable[[], float]) -> float:
+    began_s = clock()
+    step().backward()
+    return clock() - began_s
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: of this process, on a machine that is busy"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    base = Transformer(Config(options.layers, options.width, 4, options.context))
+    tokens = torch.randint(0, 256, (options.batch, options.context))
+    inputs = (tokens, tokens.roll(-1, 1))
+    plain = copy.deepcopy(base)
+    fitted = fit(copy.deepcopy(base), inputs, 1 << 40, repeats=options.rounds)
+    chain = fitted.chain
+    plain_bytes = fitted.plan.certificate.peak_bytes
+    choices = {
+        (group, last): simulate(chain, tree_of(options.layers, group, last)).peak_bytes
+        for group in range(1, options.layers + 1)
+        if options.layers % group == 0
+        for last in (True, False)
+        if group < options.layers or last
+    }
+    contenders: dict[str, Callable[[], torch.Tensor]] = {"plain": lambda: plain(*inputs)}
+    for group, last in choices:
+        forward = with_torch(copy.deepcopy(base), group, last)  # a model each, as ours have: caches are as cold for all
+        contenders[f"torch {group} {last}"] = lambda forward=forward: forward(*inputs)
+    peaks = sorted({peak for peak in choices.values() if peak < plain_bytes})
+    plans = {}
+    for peak in peaks:
+        ours = fit(copy.deepcopy(base), inputs, peak, repeats=options.rounds)
+        plans[peak] = ours
+        contenders[f"ours {peak}"] = lambda ours=ours: ours(*inputs)
+
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(options.rounds + 1):
+        for name, step in contenders.items():
+            elapsed_s = timed(step, CLOCKS[options.clock])
+            if turn:  # the first warms up
+                seconds[name].append(elapsed_s)
+    median_s = {name: statistics.median(all_s) for name, all_s in seconds.items()}
+
+    rows = []
+    print(f"plain: {format_bytes(plain_bytes)}, {median_s['plain'] * 1e3:.1f} ms a step")
+    print(f"{'peak':>10} {'torch':>22} {'ms':>8} {'ours ms':>8} {'ratio':>6}  ours held")
+    for peak in peaks:
+        group, last = min(
+            (choice for choice, needed in choices.items() if needed <= peak),
+            key=lambda c: median_s[f"torch {c[0]} {c[1]}"],
+        )
+        torch_s, ours_s = median_s[f"torch {group} {last}"], median_s[f"ours {peak}"]
+        held = plans[peak].measured_peak_bytes
+        label = f"groups of {group}{'' if last else ', last kept'}"
+        print(
+            f"{format_bytes(peak):>10} {label:>22} {torch_s * 1e3:8.1f} {ours_s * 1e3:8.1f} {ours_s / torch_s:6.3f}  "
+            f"{format_bytes(held)}"
+        )
+        rows.append(
+            {
+                "peak_bytes": peak,
+                "torch": label,
+                "torch_s": torch_s,
+                "ours_s": ours_s,
+                "ratio": ours_s / torch_s,
+                "ours_peak_bytes": held,
+                "ours_within": held <= peak,
+            }
+        )
+    worst = max(row["ratio"] for row in rows)
+    print(f"ratio: worst {worst:.3f}, median {statistics.median(row['ratio'] for row in rows):.3f}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+    record = {
+        "machine": machine,
+        "config": dataclasses.asdict(base.config)
+        | {"batch": options.batch, "rounds": options.rounds, "clock": options.clock},
+        "plain_bytes": plain_bytes,
+        "plain_s": median_s["plain"],
+        "rows": rows,
+    }
+    (options.out / "step_time.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, options.out / "step_time.png")
+    return 0
+
+
+def draw(record: dict, path: Path) -> None:
+    """Step time against peak, of both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    shares = [row["peak_bytes"] / record["plain_bytes"] for row in record["rows"]]
+    for key, label, marker in (("torch_s", "torch.utils.checkpoint, best uniform", "s"), ("ours_s", "gpuckpt", "o")):
+        axis.plot(shares, [row[key] * 1e3 for row in record["rows"]], marker=marker, label=label)
+    axis.axhline(record["plain_s"] * 1e3, color="0.6", linestyle=":", label="plain run")
+    axis.set(
+        xlabel="peak of what is held, as a share of the plain run's",
+        ylabel="ms a step (median)",
+        title=record["machine"],
+    )
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
