@@ -123,12 +123,13 @@ def _target(instruction: Instruction) -> int | None:
 def _successors(code: list[Instruction]) -> list[list[int]]:
     """Indices that may run after each instruction."""
     index = {i.address: n for n, i in enumerate(code)}
-    # BSSY Bk, target: where threads meet again after the BSYNC Bk that belongs to it.
-    meeting: dict[str, list[int]] = {}
-    for i in code:
+    # BSSY Bk, target: where threads meet again after a BSYNC Bk. One register serves many: a BSYNC belongs to the last BSSY
+    # before it, and an edge to another one's target would lead into a loop from outside and hide it.
+    meeting: dict[str, list[tuple[int, int]]] = {}
+    for n, i in enumerate(code):
         target = _target(i)
-        if i.op == "BSSY" and target is not None:
-            meeting.setdefault(i.operands.split(",")[0].strip(), []).append(target)
+        if i.op == "BSSY" and target in index:
+            meeting.setdefault(i.operands.split(",")[0].strip(), []).append((n, index[target]))
     result: list[list[int]] = []
     for n, i in enumerate(code):
         after = [n + 1] if n + 1 < len(code) else []
@@ -142,7 +143,8 @@ def _successors(code: list[Instruction]) -> list[list[int]]:
         elif i.op == "EXIT":
             after = after if conditional else []
         elif i.op == "BSYNC":
-            after = after + [index[t] for t in meeting.get(i.operands.strip(), []) if t in index and index[t] > n]
+            open_ones = [to for start, to in meeting.get(i.operands.strip(), []) if start < n < to]
+            after = after + open_ones[-1:]
         result.append(after)
     return result
 

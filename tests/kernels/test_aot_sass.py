@@ -104,6 +104,27 @@ def test_the_same_wait_inside_a_loop_belongs_to_its_body():
     assert [(loop.address, loop.instructions, loop.tensor_core) for loop in report.loops] == [(0x10, 7, 1)]
 
 
+def test_a_meeting_point_register_that_serves_twice_hides_no_loop():
+    """B0 is used before the loop and inside of it; the BSYNC before the loop does not lead into its middle."""
+    report = sass.analyse(
+        listing(
+            "BSSY.RECONVERGENT B0, 0x40",
+            "@P1 BRA 0x30",
+            "MOV R1, R2",
+            "BSYNC.RECONVERGENT B0",  # 0x30
+            "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8]",  # 0x40
+            "BSSY.RECONVERGENT B0, 0x90",
+            "@P1 BRA 0x80",
+            "MOV R1, R2",
+            "BSYNC.RECONVERGENT B0",  # 0x80
+            "MOV R3, R2",  # 0x90
+            "@P0 BRA 0x40",
+            "EXIT",
+        )
+    )
+    assert [(loop.address, loop.instructions) for loop in report.loops] == [(0x40, 7)]
+
+
 def test_scheduling_notes_of_sm_120_are_not_operands():
     report = sass.analyse(
         listing("HMMA.16816.F32 R4, R8 &req={1} ?trans5", "@P0 BRA 0x0   &req={4}   ?WAIT15_END_GROUP", "EXIT")
