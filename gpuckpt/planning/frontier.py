@@ -33,7 +33,7 @@ class Frontier:
 
 
 def plan_frontier(chain: Chain, budgets: int | Sequence[int] = 24, **options: object) -> Frontier:
-    """Plan `chain` for `budgets` (that many between the two ends, evenly; or these, in bytes).
+    """Plan `chain` for `budgets` (that many between the two ends, each by the same factor larger; or these, in bytes).
 
     `options` go to `plan_chain`. `BudgetExceeded` when a budget given is too small.
     """
@@ -42,7 +42,9 @@ def plan_frontier(chain: Chain, budgets: int | Sequence[int] = 24, **options: ob
             raise ValueError(f"budgets is {budgets}; a frontier has at least its two ends")
         most = simulate(chain, keep_all(chain)).peak_bytes
         least = plan_chain(chain, most, **options).certificate.smallest_budget_bytes  # type: ignore[arg-type]
-        budgets = [least + (most - least) * x // (budgets - 1) for x in range(budgets)]
+        # Even steps of the ratio: time falls steeply at the small end, and the knee lies there.
+        ratio = most / max(least, 1)
+        budgets = [least, *(round(max(least, 1) * ratio ** (x / (budgets - 1))) for x in range(1, budgets - 1)), most]
     plans = tuple(plan_chain(chain, budget, **options) for budget in sorted(set(budgets)))  # type: ignore[arg-type]
     points = [(plan.certificate.peak_bytes, plan.certificate.step_s) for plan in plans]
     return Frontier(chain.name, plans, _knee(points))
