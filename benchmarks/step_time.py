@@ -5,7 +5,7 @@
 torch's best uniform choice under a budget: groups of equally many consecutive blocks, each group checkpointed (the last one
 or not), the fastest of those whose peak fits. The peak of a choice is what gpuckpt's ledger measures when the very same
 groups run under it, since torch's own checkpoint keeps what it recomputes where nothing can count it. For every such peak
-gpuckpt plans within just as many bytes. Steps of both (and of the plain run) take turns; medians are compared.
+gpuckpt plans within just as many bytes. Then steps of both, and of the plain run, take turns, and medians are compared.
 Writes step_time.json and step_time.png.
 """
 
@@ -71,6 +71,17 @@ def timed(step: Callable[[], torch.Tensor], clock: Callable[[], float]) -> float
     return clock() - began_s
 
 
+def medians(steps: dict, rounds: int, clock: Callable[[], float]) -> dict:
+    """Median seconds of each step; they take turns, and the first turn warms up."""
+    seconds: dict = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            elapsed_s = timed(step, clock)
+            if turn:
+                seconds[name].append(elapsed_s)
+    return {name: statistics.median(all_s) for name, all_s in seconds.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=12)
@@ -98,39 +109,28 @@ def main() -> int:
         for last in (True, False)
         if group < options.layers or last
     }
-    contenders: dict[str, Callable[[], torch.Tensor]] = {"plain": lambda: plain(*inputs)}
+    clock = CLOCKS[options.clock]
+    torch_steps: dict[tuple[int, bool], Step] = {}
     for group, last in choices:
-        forward = with_torch(copy.deepcopy(base), group, last)  # a model each, as ours have: caches are as cold for all
-        contenders[f"torch {group} {last}"] = lambda forward=forward: forward(*inputs)
-    peaks = sorted({peak for peak in choices.values() if peak < plain_bytes})
-    plans = {}
-    for peak in peaks:
-        ours = fit(copy.deepcopy(base), inputs, peak, repeats=options.rounds)
-        plans[peak] = ours
-        contenders[f"ours {peak}"] = lambda ours=ours: ours(*inputs)
-
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(options.rounds + 1):
-        for name, step in contenders.items():
-            elapsed_s = timed(step, CLOCKS[options.clock])
-            if turn:  # the first warms up
-                seconds[name].append(elapsed_s)
-    median_s = {name: statistics.median(all_s) for name, all_s in seconds.items()}
+        forward = with_torch(copy.deepcopy(base), group, last)
+        torch_steps[group, last] = lambda forward=forward: forward(*inputs)
+    first_s = medians(torch_steps, 3, clock)
 
     rows = []
-    print(f"plain: {format_bytes(plain_bytes)}, {median_s['plain'] * 1e3:.1f} ms a step")
+    plain_s = []
     print(f"{'peak':>10} {'torch':>22} {'ms':>8} {'ours ms':>8} {'ratio':>6}  ours held")
-    for peak in peaks:
-        group, last = min(
-            (choice for choice, needed in choices.items() if needed <= peak),
-            key=lambda c: median_s[f"torch {c[0]} {c[1]}"],
-        )
-        torch_s, ours_s = median_s[f"torch {group} {last}"], median_s[f"ours {peak}"]
-        held = plans[peak].measured_peak_bytes
+    for peak in sorted({peak for peak in choices.values() if peak < plain_bytes}):
+        group, last = min((choice for choice, needed in choices.items() if needed <= peak), key=first_s.__getitem__)
+        ours = fit(copy.deepcopy(base), inputs, peak, repeats=options.rounds)
+        rivals = {"torch": torch_steps[group, last], "ours": lambda: ours(*inputs), "plain": lambda: plain(*inputs)}  # noqa: B023
+        median_s = medians(rivals, options.rounds, clock)
+        torch_s, ours_s, held = median_s["torch"], median_s["ours"], ours.measured_peak_bytes
+        plain_s.append(median_s["plain"])
         label = f"groups of {group}{'' if last else ', last kept'}"
         print(
             f"{format_bytes(peak):>10} {label:>22} {torch_s * 1e3:8.1f} {ours_s * 1e3:8.1f} {ours_s / torch_s:6.3f}  "
-            f"{format_bytes(held)}"
+            f"{format_bytes(held)}",
+            flush=True,
         )
         rows.append(
             {
@@ -143,6 +143,7 @@ def main() -> int:
                 "ours_within": held <= peak,
             }
         )
+    print(f"plain: {format_bytes(plain_bytes)}, {statistics.median(plain_s) * 1e3:.1f} ms a step")
     worst = max(row["ratio"] for row in rows)
     print(f"ratio: worst {worst:.3f}, median {statistics.median(row['ratio'] for row in rows):.3f}")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +155,7 @@ def main() -> int:
         "config": dataclasses.asdict(base.config)
         | {"batch": options.batch, "rounds": options.rounds, "clock": options.clock},
         "plain_bytes": plain_bytes,
-        "plain_s": median_s["plain"],
+        "plain_s": statistics.median(plain_s),
         "rows": rows,
     }
     (options.out / "step_time.json").write_text(json.dumps(record, indent=1) + "\n")
