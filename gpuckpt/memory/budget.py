@@ -212,6 +212,17 @@ class CheckpointBudget:
 
         return Arena(self, slab, what)
 
+    def prefetch(self, nbytes: int, like: Any = None) -> None:
+        """Bring one piece of `nbytes` into the pool's cache, before the first step of a plan whose peak that is.
+
+        CuPy's pool cuts later requests from cached pieces and merges them again. What a plan holds ends in the reverse order of
+        its beginning, so that in one piece as large as its peak no gaps arise, where pieces fetched one by one could refuse a
+        certified plan. Host pools never cut a block and need nothing. `like`: an array on whose stream the step will run.
+        Raises `BudgetExceeded` where the piece does not fit beside what is held now.
+        """
+        if self.hold == "pool" and self.device != "cpu" and nbytes:
+            self.take(nbytes, "planned step", like)
+
     def retake(self, small: Any, charge: Charge) -> Any:
         """A block for the compressed form `small`, which takes over `charge` from the larger block that it replaces."""
         self.ledger.shrink(charge, self.footprint(small.nbytes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gpuckpt.errors import CheckpointError, InvalidChain, PromiseBroken
+from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain, PromiseBroken
 from gpuckpt.memory import CheckpointBudget
 from gpuckpt.planning import Chain, Plan, plan_chain
 from gpuckpt.pytorch.frame import Verify
@@ -141,7 +142,10 @@ class Fitted:
                 f"stage {measured.random[0]!r} of {type(self.model).__name__} draws random numbers and would draw others when it "
                 "is recomputed; fit with preserve_rng_state=True"
             )
-        return Planned(measured, plan_chain(measured.chain, self.budget.max_bytes, strategy=self._strategy))
+        plan = plan_chain(measured.chain, self.budget.max_bytes, strategy=self._strategy)
+        with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
+            self.budget.prefetch(plan.certificate.layout_bytes, next(iter(self._parameters), None))
+        return Planned(measured, plan)
 
     def _wrap(self, modules: list[nn.Module]) -> None:
         for module in dict.fromkeys(modules):

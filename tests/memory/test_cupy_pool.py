@@ -77,6 +77,40 @@ def test_8_1_8_is_refused_by_the_name_of_fragmentation(hostcuda, budget):
     budget.save(array(hostcuda, 8 * UNIT))  # with nothing in between there is no fragment
 
 
+def test_a_prefetched_piece_has_no_gaps_for_a_planned_step(hostcuda, budget):
+    budget.prefetch(9 * UNIT)
+    assert (budget.used_bytes, budget._pool.cached_bytes) == (0, 9 * UNIT)
+    budget.save(array(hostcuda, 8 * UNIT)).free()
+    held = [budget.save(array(hostcuda, UNIT))]
+    held.append(budget.save(array(hostcuda, 8 * UNIT)))  # piece by piece this is refused, see above
+    assert budget.used_bytes == 9 * UNIT
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nested_lifetimes_fit_into_their_peak(hostcuda, seed):
+    random = np.random.default_rng(seed)
+    held_units, peak_units, sequence, stack = 0, 0, [], []
+    for _ in range(120):
+        if stack and random.random() < 0.5:
+            held_units -= stack.pop()
+            sequence.append(0)
+        else:
+            units = int(random.integers(1, 9))
+            stack.append(units)
+            sequence.append(units)
+            held_units += units
+            peak_units = max(peak_units, held_units)
+    budget = CheckpointBudget(peak_units * UNIT, device="cuda:0", hold="pool")
+    budget.prefetch(peak_units * UNIT)
+    held = []
+    for units in sequence:
+        if units:
+            held.append(budget.save(array(hostcuda, units * UNIT)))
+        else:
+            held.pop().free()
+    assert budget.peak_bytes == peak_units * UNIT
+
+
 def test_the_devices_own_limit_is_told_apart(hostcuda, budget):
     source = array(hostcuda, 8 * UNIT)
     hostcuda.cupy.get_default_memory_pool().free_all_blocks()
