@@ -56,10 +56,14 @@ _HOME = {
         "vjp_checkpoint",
     ),
 }
-_MODULES = {"functional": "gpuckpt.pytorch.functional", "nn": "gpuckpt.pytorch.nn"}
+_MODULES = {
+    "functional": "gpuckpt.pytorch.functional",
+    "nn": "gpuckpt.pytorch.nn",
+    "tune": "gpuckpt.kernels.tune",
+}
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
-__all__ = ["__version__", "functional", "nn", *sorted(_NAMES)]
+__all__ = ["__version__", *sorted(_MODULES), *sorted(_NAMES)]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors, which do not run __getattr__
     from gpuckpt.errors import (
@@ -79,6 +83,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
         RecomputeMismatch,
         SavedTensorModified,
     )
+    from gpuckpt.kernels import tune
     from gpuckpt.memory import CheckpointBudget, MemoryUsageTracker, format_bytes, parse_bytes
     from gpuckpt.planning import Certificate, Chain, Keep, Plan, Recompute, Stage, plan_chain, simulate
     from gpuckpt.pytorch import functional, nn
