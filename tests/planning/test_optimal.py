@@ -228,4 +228,5 @@ def test_compiled_tables_equal_the_plain_ones(objective: str, chain_of) -> None:
 
 def test_a_thousand_equal_blocks_are_few_rows() -> None:
     chain = periodic_chain(random.Random(0), 1, 1, 1000, 1)
-    assert make_pieces(build_problem(chain)).rows < 2100
+    # One row a length for each kind of start: the head, the first block, and all others; half a million if all differed.
+    assert make_pieces(build_problem(chain)).rows <= 3 * len(chain)
