@@ -20,3 +20,13 @@ loader.install()
 
 from faults import fail_request  # noqa: E402, F401
 from hostcuda.fixture import _hostcuda_runtime, hostcuda  # noqa: E402, F401
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what the tests of the cap counted: operations, faults injected, violations."""
+    passed = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    lines = [line for report in passed for line in report.capstdout.splitlines() if line.endswith("violations")]
+    if lines:
+        terminalreporter.section("the cap")
+        for line in sorted(lines):
+            terminalreporter.write_line(line)
