@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import signal
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -155,8 +158,9 @@ def train(options: Options, console: Console) -> tuple[Report, Fitted]:
     )
     run = _Run(model, options.learning_rate)
     try:
-        _loop(options, console, batches, run, plain, fitted, report)
-    except KeyboardInterrupt:
+        with _interrupts() as interrupted:
+            _loop(options, console, batches, run, plain, fitted, report, interrupted)
+    except KeyboardInterrupt:  # the second one, in the middle of a step
         report.interrupted = True
     report.uncapped = [row._asdict() for row in uncapped(budget.device, model=model, optimizer=run.optimizer)]
     compared = min(len(run.losses), len(plain.losses))
@@ -174,6 +178,7 @@ def _loop(
     plain: _Run,
     fitted: Fitted,
     report: Report,
+    interrupted: Callable[[], bool],
 ) -> None:
     budget = fitted.budget
     tokens = options.batch * options.config.context
@@ -187,6 +192,9 @@ def _loop(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=options.steps, loss=0.0, rate=0.0, held="")
         for number in range(options.steps):
+            if interrupted():
+                report.interrupted = True
+                break
             batch = batches[number]
             if number < options.plain_steps:
                 if number == 0:  # what the plain run holds, by the same books
@@ -206,6 +214,27 @@ def _loop(
                 rate=tokens / run.seconds[-1],
                 held=f"{format_bytes(budget.peak_bytes)} of {format_bytes(budget.max_bytes)}",
             )
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Tells whether Ctrl-C was pressed: the first time the step is finished, the second time it is left.
+
+    A KeyboardInterrupt that Python happens to raise inside a finalizer is printed and lost, and a step runs many of them.
+    """
+    asked = False
+
+    def ask(signum: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _versions() -> dict[str, str]:

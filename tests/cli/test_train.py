@@ -107,8 +107,11 @@ def test_interrupted_it_leaves_a_valid_report(tmp_path):
         process.stdout.readline()  # measured and planned
         time.sleep(3)
         process.send_signal(signal.SIGINT)
-        output = process.stdout.read()
-        assert process.wait(timeout=120) == 130, output
+        try:
+            output, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        assert process.returncode == 130, output
     report = json.loads((out / "report.json").read_text())
     assert report["interrupted"] is True
     assert 0 < len(report["losses"]) < 100000
