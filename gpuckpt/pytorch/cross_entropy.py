@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.linear import autocast_input, check_weight
 from gpuckpt.pytorch.loss_chunks import (
     LossOptions,
     backward_chunks,
@@ -29,6 +28,7 @@ from gpuckpt.pytorch.loss_chunks import (
     loss_dtype,
     transient_bytes,
 )
+from gpuckpt.pytorch.operands import autocast_input, check_weight, rows_of
 
 __all__ = ["REDUCTIONS", "chunk_rows_for", "linear_cross_entropy", "transient_bytes"]
 
@@ -172,7 +172,7 @@ def linear_cross_entropy(
     if chunk_rows is not None and (chunk_rows < 1 or scratch_bytes is not None):
         raise ValueError(f"chunk_rows={chunk_rows}, scratch_bytes={scratch_bytes}: give one of them, at least 1")
     x = autocast_input(x)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = rows_of(x)
     loss = linear_cross_entropy_fwd(
         rows,
         weight,
