@@ -24,7 +24,7 @@ from gpuckpt.cli.text import Batches, read_text
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.memory import CheckpointBudget, format_bytes, parse_bytes
 from gpuckpt.memory.uncapped import uncapped
-from gpuckpt.planning import plan_chain
+from gpuckpt.planning import Chain, plan_chain
 from gpuckpt.pytorch.fit import Fitted, fit
 from gpuckpt.pytorch.measure import measure
 from gpuckpt.report.ledger import draw_ledger, one_step
@@ -133,18 +133,16 @@ def train(options: Options, console: Console) -> tuple[Report, Fitted]:
 
     torch.manual_seed(options.seed)
     model = Transformer(config).to(device)
-    unit_bytes = CheckpointBudget(0, device=device).unit_bytes
-    chain = measure(model, *batches[0], unit_bytes=unit_bytes)
-    keep_all = plan_chain(chain, sum(chain.footprints), strategy="none")
-    if cap_bytes is None:
-        cap_bytes = int(DEFAULT_SHARE * keep_all.certificate.peak_bytes)
+    if cap_bytes is None:  # only then is the model measured before fit measures it
+        unit_bytes = CheckpointBudget(0, device=device).unit_bytes
+        cap_bytes = int(DEFAULT_SHARE * _plain_peak_bytes(measure(model, *batches[0], unit_bytes=unit_bytes)))
     plain = _Run(copy.deepcopy(model), options.learning_rate)
     budget = CheckpointBudget(cap_bytes, device=device, log_events=1 << 17)
     fitted = fit(model, batches[0], budget)
-    certificate = fitted.plan.certificate
+    chain, certificate = fitted.chain, fitted.plan.certificate
     console.print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} bytes of text, {len(chain)} stages; "
-        f"the plain run holds {format_bytes(keep_all.certificate.peak_bytes)}, the cap is {format_bytes(cap_bytes)}"
+        f"the plain run holds {format_bytes(_plain_peak_bytes(chain))}, the cap is {format_bytes(cap_bytes)}"
     )
     report = Report(
         cap_bytes,
@@ -168,6 +166,11 @@ def train(options: Options, console: Console) -> tuple[Report, Fitted]:
     report.step_s, report.plain_step_s = run.median_s(options.plain_steps), plain.median_s()
     report.losses_equal = run.losses[:compared] == plain.losses[:compared] if compared else None
     return report, fitted
+
+
+def _plain_peak_bytes(chain: Chain) -> int:
+    """What a run without recompute holds at its peak."""
+    return plan_chain(chain, sum(chain.footprints), strategy="none").certificate.peak_bytes
 
 
 def _loop(
