@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.pytorch.activations import activate_, differentiate, finish, keep_
-from gpuckpt.pytorch.backend import load_kernels, use_triton
 from gpuckpt.pytorch.operands import cast
 from gpuckpt.pytorch.rows import affine_into
 from gpuckpt.pytorch.weight_grads import BiasGrad, WeightGrad, sum_rows

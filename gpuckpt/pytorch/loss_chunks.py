@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.pytorch.backend import load_kernels, use_triton
 from gpuckpt.pytorch.linear import cast
 
 __all__ = [

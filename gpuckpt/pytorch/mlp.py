@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.activations import check_activation, differentiate, finish, keep_
-from gpuckpt.pytorch.backend import load_kernels, use_triton
 from gpuckpt.pytorch.norm import Norm, again, normalise
 from gpuckpt.pytorch.operands import (
     autocast_input,

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.backend import load_kernels, use_triton
 from gpuckpt.pytorch.operands import cast, no_double_backward
 
 __all__ = ["Norm", "normalise"]

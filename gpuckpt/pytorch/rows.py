@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.pytorch.activations import activate_, differentiate, keep_
-from gpuckpt.pytorch.backend import load_kernels, use_triton
 from gpuckpt.pytorch.dropout import Mask
 from gpuckpt.pytorch.operands import cast
 from gpuckpt.pytorch.weight_grads import sum_rows

@@ -11,12 +11,12 @@ Shapes: x (M, K), weight (N, K), bias (N), y and dy (M, N). Either way z = x W^T
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import array_api_compat as compat
 
+from gpuckpt.backend import backend_named
 from gpuckpt.memory.arrays import library_of
 from gpuckpt.memory.dlpack import exchange
 from gpuckpt.segments.arrays import Array
@@ -29,9 +29,7 @@ _KERNEL_DTYPES = ("float32", "float16", "bfloat16")
 
 def runs_fused(x: Array) -> bool:
     """Whether a layer's arithmetic on `x` runs on the Triton kernels. Raises `ValueError` for an unknown GPUCKPT_BACKEND."""
-    choice = os.environ.get("GPUCKPT_BACKEND", "")
-    if choice not in ("", "triton", "torch"):
-        raise ValueError(f"GPUCKPT_BACKEND={choice!r}: expected triton or torch, or unset to choose by device")
+    choice = backend_named()
     library = library_of(x)
     if library == "numpy" or choice == "torch" or str(x.dtype).removeprefix("torch.") not in _KERNEL_DTYPES:
         return False

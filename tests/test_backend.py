@@ -10,8 +10,8 @@ import pytest
 import torch
 import triton
 
+from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import BackendUnavailable
-from gpuckpt.pytorch.backend import load_kernels, use_triton
 
 
 def test_the_device_decides(monkeypatch):

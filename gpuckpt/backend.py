@@ -1,0 +1,67 @@
+"""Which back end runs an operation: Triton's kernels or plain array code.
+
+By default the device decides: Triton on CUDA, plain code elsewhere and for float64, which no kernel takes.
+`GPUCKPT_BACKEND=triton|torch` overrides it for the whole process; `triton` on CPU tensors runs the real kernels in Triton's
+interpreter, which is slow and exact and meant for tests. The variable is read at every call, so a test may set it, but Triton
+itself decides at its import whether it interprets, and torch imports it when the first operation runs: where `triton` is
+asked for and there is no GPU, the choice is made here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from gpuckpt.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BACKENDS", "backend_named", "load_kernels", "use_triton"]
+
+BACKENDS = ("triton", "torch")
+
+
+def backend_named() -> str | None:
+    """What `GPUCKPT_BACKEND` asks for, None where it is not set. Raises `ValueError` for a back end that is none."""
+    choice = os.environ.get("GPUCKPT_BACKEND", "")
+    if choice and choice not in BACKENDS:
+        raise ValueError(
+            f"GPUCKPT_BACKEND={choice!r}: expected one of {', '.join(BACKENDS)}, or unset to choose by device"
+        )
+    return choice or None
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether operations on `tensor` run on the Triton kernels. Raises `ValueError` for an unknown `GPUCKPT_BACKEND`."""
+    choice = backend_named()
+    return tensor.is_cuda and tensor.element_size() <= 4 if choice is None else choice == "triton"
+
+
+def load_kernels(tensor: torch.Tensor) -> None:
+    """Make sure that the Triton kernels can run on `tensor`; call before importing from `gpuckpt.kernels`.
+
+    Raises `BackendUnavailable` without Triton, or on a CPU tensor where Triton was imported without its interpreter.
+    """
+    try:
+        import triton
+    except ImportError as error:
+        raise BackendUnavailable(
+            "the Triton kernels need the package `triton` (Linux): pip install triton, or set GPUCKPT_BACKEND=torch"
+        ) from error
+    # Triton's own functions show what it chose at its import; its knob would show the variable as it is now.
+    if not tensor.is_cuda and isinstance(triton.language.cdiv, triton.JITFunction):
+        raise BackendUnavailable(
+            "GPUCKPT_BACKEND=triton on a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
+        )
+
+
+def _choose_interpreter() -> None:
+    if os.environ.get("GPUCKPT_BACKEND") == "triton" and "TRITON_INTERPRET" not in os.environ:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ["TRITON_INTERPRET"] = "1"
+
+
+_choose_interpreter()
