@@ -36,11 +36,12 @@ class Problem:
         input_bytes: (n,); what a frame that starts here adds for its input.
         extras_bytes: bytes of all extras together; uses_extras: (n,), stages whose frames hold them.
         forward_s: (n,); recomputable: (n,).
-        option_need: (2, n, v); bytes alive beyond held while a kept stage runs forward; back_need: (n,), in its backward.
+        option_need: (2, n, v); bytes alive beyond held while a kept stage runs forward, and those that come back from the host
+            for its backward; back_need: (n,), in its backward otherwise.
         first_need, run_need: (n,); the same for a stage that runs forward in a frame, as its first stage and further on.
         gradient_bytes: (n,); gradient of the stage's output, alive while a frame that ends with it recomputes.
         exact: the arrays charge every byte once.
-    All the needs and gradients are zero when the plan has to fit held bytes only.
+    All the needs and gradients are zero when the plan has to fit held bytes only, but for what comes back from the host.
     """
 
     option_bytes: Ints
@@ -81,6 +82,12 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
     option_extras = np.zeros((n, v), bool)
     option_need = np.zeros((2, n, v), np.int64)
     input_bytes, uses_extras = np.zeros(n, np.int64), np.zeros(n, bool)
+    back_need, first_need, run_need, gradient_bytes = (np.zeros(n, np.int64) for _ in range(4))
+    if objective == "total":
+        workspace = np.array([stage.workspace_bytes for stage in stages], np.int64)
+        gradient_bytes = np.array([stage.output_bytes for stage in stages], np.int64)
+        back_need = workspace + gradient_bytes
+        back_need[1:] += gradient_bytes[:-1]
     inputs = [frozenset(stage.inputs) for stage in stages] + [frozenset[int]()]
     for i, stage in enumerate(stages):
         input_bytes[i] = charge(inputs[i])
@@ -94,17 +101,16 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
             option_covers[0, i, o] = saves >= following - extras
             option_covers[1, i, o] = saves | inputs[i] >= following - extras
             option_extras[i, o] = not saves.isdisjoint(extras)
-            if objective == "total":
-                option_need[0, i, o] = stage.workspace_bytes + chain.running_bytes(i, saves)
-                option_need[1, i, o] = stage.workspace_bytes + chain.running_bytes(i, saves | inputs[i])
+            spilled = frozenset(option.spilled) - saves
+            for c in (0, 1):
+                option_need[c, i, o] = chain.charge(tuple(spilled - (inputs[i] - extras if c else frozenset())))
+                if objective == "total":
+                    held = saves | spilled | (inputs[i] if c else frozenset())
+                    running_bytes = stage.workspace_bytes + chain.running_bytes(i, held)
+                    option_need[c, i, o] += max(running_bytes, int(back_need[i]) if spilled else 0)
         uses_extras[i] |= bool(option_extras[i].any()) or not inputs[i].isdisjoint(extras)
 
-    back_need, first_need, run_need, gradient_bytes = (np.zeros(n, np.int64) for _ in range(4))
     if objective == "total":
-        workspace = np.array([stage.workspace_bytes for stage in stages], np.int64)
-        gradient_bytes = np.array([stage.output_bytes for stage in stages], np.int64)
-        back_need = workspace + gradient_bytes
-        back_need[1:] += gradient_bytes[:-1]
         run_need = workspace + np.array([chain.running_bytes(i) for i in range(n)], np.int64)
         first_need = workspace + np.array([chain.running_bytes(i, inputs[i]) for i in range(n)], np.int64)
 
@@ -123,8 +129,13 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
         first_need=first_need,
         run_need=run_need,
         gradient_bytes=gradient_bytes,
-        exact=_charges_once(chain, inputs, extras),
+        # What comes back from the host is charged beside a gradient in flight, as if both belonged to one moment.
+        exact=_charges_once(chain, inputs, extras) and not (objective == "total" and _spills(chain)),
     )
+
+
+def _spills(chain: Chain) -> bool:
+    return any(variant.spilled for stage in chain.stages for variant in stage.variants)
 
 
 def _charges_once(chain: Chain, inputs: list[frozenset[int]], extras: frozenset[int]) -> bool:
@@ -147,7 +158,10 @@ def _charges_once(chain: Chain, inputs: list[frozenset[int]], extras: frozenset[
             following = inputs[i + 1] - extras
             if not (saves >= following or saves.isdisjoint(following)):
                 return False
-            for x in saves - extras:
+            spilled = frozenset(option.spilled)
+            if not spilled.isdisjoint(extras):
+                return False
+            for x in (saves | spilled) - extras:
                 boundary = boundary_of.get(x)
                 if boundary is None:
                     if owner_of.setdefault(x, i) != i:

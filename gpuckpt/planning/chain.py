@@ -34,13 +34,15 @@ class Variant:
     """Another way to keep a stage: spilled to the host, compressed, fused.
 
     `saves`: storage ids held in the budget under this option; `forward_s`, `backward_s`: seconds of the stage's forward and
-    backward under it, transfers and (de)compression included.
+    backward under it, transfers and (de)compression included. `spilled`: ids that go to host memory in its forward and come
+    back, into the budget, for its backward; one that others hold in the budget already is held on there instead.
     """
 
     name: str
     saves: tuple[int, ...]
     forward_s: float
     backward_s: float
+    spilled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Chain:
     def _fingerprint(self) -> str:
         record = [CHAIN_FORMAT, self.unit_bytes, self.storages]
         for s in self.stages:
-            variants = [(v.name, v.saves) for v in s.variants]
+            variants = [(v.name, v.saves, v.spilled) for v in s.variants]
             record.append([s.name, s.saves, s.inputs, s.extras, s.output, s.output_bytes, s.recomputable, variants])
         return hashlib.sha256(json.dumps(record, separators=(",", ":")).encode()).hexdigest()[:32]
 
@@ -209,7 +211,8 @@ def _stage_from(fields: Mapping[str, Any]) -> Stage:
     for key in ("saves", "inputs", "extras", "output"):
         known[key] = tuple(known.get(key, ()))
     known["variants"] = tuple(
-        Variant(v["name"], tuple(v["saves"]), v["forward_s"], v["backward_s"]) for v in known.get("variants", ())
+        Variant(v["name"], tuple(v["saves"]), v["forward_s"], v["backward_s"], tuple(v.get("spilled", ())))
+        for v in known.get("variants", ())
     )
     return Stage(**known)
 
@@ -252,3 +255,4 @@ def _check_stage(stage: Stage, what: str, n_storages: int) -> None:
         _check_seconds(variant.forward_s, f"{what}: variant {variant.name!r}: forward_s")
         _check_seconds(variant.backward_s, f"{what}: variant {variant.name!r}: backward_s")
         _check_ids(variant.saves, n_storages, f"{what}: variant {variant.name!r}: saves")
+        _check_ids(variant.spilled, n_storages, f"{what}: variant {variant.name!r}: spilled")

@@ -4,12 +4,13 @@
 `with_compression` add options to every stage of a chain, for the solver to choose from. Transfers and conversions are taken to
 overlap nothing unless `overlap` says so: a plan may turn out faster than promised, not slower.
 
-What it does not do: hold a table of devices (`gpuckpt.kernels.roofline` has one), or put the copy that comes back in backward
-under the cap: spilled bytes that return are counted in neither held nor total bytes.
+What it does not do: hold a table of devices (`gpuckpt.kernels.roofline` has one), or put an unpacked copy under the cap: what
+packing expands to in backward is counted in neither held nor total bytes. Spilled bytes are, when they come back.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -37,17 +38,28 @@ def roofline_s(
     return max(flops / flops_per_s, moved_bytes / bytes_per_s) / efficiency
 
 
-def with_spill(chain: Chain, bytes_per_s: float, *, overlap: float = 0.0, name: str = "spill") -> Chain:
+def with_spill(
+    chain: Chain, bytes_per_s: float, *, latency_s: float = 0.0, overlap: float = 0.0, name: str = "spill"
+) -> Chain:
     """The chain with an option for each recomputable stage to keep what it saves in host memory.
 
-    `bytes_per_s`: of the link, one way; `overlap`: the fraction of each transfer hidden behind other work, 0 to 1.
+    Extras that a stage saves stay: other stages hold them anyway. `bytes_per_s`: of the link, one way; `latency_s`: seconds
+    each storage takes besides, one way; `overlap`: the fraction of each transfer hidden behind other work, 0 to 1.
     """
     _check(bytes_per_s, overlap)
+    if not 0 <= latency_s < math.inf:
+        raise ValueError(f"latency_s is {latency_s!r}; expected finite seconds of at least 0")
 
-    def spilled(stage: Stage, saved_bytes: int) -> tuple[tuple[int, ...], float, int]:
-        return (), (1.0 - overlap) * saved_bytes / bytes_per_s, 0
+    def spilled(stage: Stage) -> Variant | None:
+        here = tuple(i for i in stage.saves if i in stage.extras)
+        away = tuple(dict.fromkeys(i for i in stage.saves if i not in stage.extras))
+        moved_bytes = sum(chain.storages[i] for i in away)
+        if not moved_bytes:
+            return None
+        seconds = (1.0 - overlap) * (moved_bytes / bytes_per_s + len(away) * latency_s)
+        return Variant(name, here, stage.forward_s + seconds, stage.backward_s + seconds, away)
 
-    return _with_option(chain, name, spilled)
+    return replace(chain, stages=_with_option(chain, spilled))
 
 
 def with_compression(chain: Chain, ratio: float, bytes_per_s: float, *, name: str = "packed") -> Chain:
@@ -58,29 +70,27 @@ def with_compression(chain: Chain, ratio: float, bytes_per_s: float, *, name: st
     _check(bytes_per_s, 0.0)
     if ratio < 1:
         raise ValueError(f"ratio is {ratio!r}; expected at least 1")
-
-    def packed(stage: Stage, saved_bytes: int) -> tuple[tuple[int, ...], float, int]:
-        return (-1,), saved_bytes / bytes_per_s, -int(-saved_bytes // ratio)
-
-    return _with_option(chain, name, packed)
-
-
-def _with_option(chain: Chain, name: str, option: Callable[[Stage, int], tuple[tuple[int, ...], float, int]]) -> Chain:
-    """`option(stage, saved bytes)` gives the ids saved instead, seconds each way, and the size of id -1, a new storage."""
     storages = list(chain.storages)
+
+    def packed(stage: Stage) -> Variant | None:
+        saved_bytes = sum(chain.storages[i] for i in set(stage.saves))
+        if not saved_bytes:
+            return None
+        seconds = saved_bytes / bytes_per_s
+        storages.append(-int(-saved_bytes // ratio))
+        return Variant(name, (len(storages) - 1,), stage.forward_s + seconds, stage.backward_s + seconds)
+
+    stages = _with_option(chain, packed)
+    return replace(chain, stages=stages, storages=tuple(storages))
+
+
+def _with_option(chain: Chain, option: Callable[[Stage], Variant | None]) -> tuple[Stage, ...]:
+    """The stages, each recomputable one with what `option` makes for it, if anything."""
     stages = []
     for stage in chain.stages:
-        saved_bytes = sum(chain.storages[i] for i in set(stage.saves))
-        if not stage.recomputable or not saved_bytes:
-            stages.append(stage)
-            continue
-        ids, seconds, new_bytes = option(stage, saved_bytes)
-        if -1 in ids:
-            ids = tuple(len(storages) if i == -1 else i for i in ids)
-            storages.append(new_bytes)
-        variant = Variant(name, ids, stage.forward_s + seconds, stage.backward_s + seconds)
-        stages.append(replace(stage, variants=(*stage.variants, variant)))
-    return replace(chain, stages=tuple(stages), storages=tuple(storages))
+        variant = option(stage) if stage.recomputable else None
+        stages.append(stage if variant is None else replace(stage, variants=(*stage.variants, variant)))
+    return tuple(stages)
 
 
 def _check(bytes_per_s: float, overlap: float) -> None:

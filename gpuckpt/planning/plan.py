@@ -189,6 +189,7 @@ class Certificate:
         layout_bytes: size of one slab that holds the step at offsets known beforehand.
         gap: how far `step_s` may be above the optimum, as a fraction of it: 0.0 is proven optimal, None is not computed.
         slot_bytes: the granule the solver planned in; 0 for a strategy that needs none.
+        host_peak_bytes: the most bytes spilled to the host at one time.
     """
 
     peak_bytes: int
@@ -200,6 +201,7 @@ class Certificate:
     layout_bytes: int
     gap: float | None = None
     slot_bytes: int = 0
+    host_peak_bytes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,6 +294,7 @@ _PLAN_FIELDS: dict[str, type] = {
 
 def _certificate_from(record: dict[str, Any]) -> Certificate:
     known = {field.name for field in fields(Certificate)}
+    record = {"host_peak_bytes": 0, **record}  # plans made before there was spilling have none
     if set(record) != known:
         odd = sorted(set(record) ^ known)
         raise InvalidPlan(f"the plan file's certificate lacks or does not know {', '.join(odd)}")

@@ -12,6 +12,7 @@ import numpy as np
 
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning import strategies
+from gpuckpt.planning._host import plan_within_host
 from gpuckpt.planning._least import least_tree
 from gpuckpt.planning._problem import Problem, build_problem
 from gpuckpt.planning.chain import Chain
@@ -60,6 +61,7 @@ def plan_chain(
     objective: str = "held",
     slots: int = 500,
     engine: str = "auto",
+    host_bytes: int | None = None,
 ) -> Plan:
     """The fastest plan `strategy` has for `chain` within `budget_bytes`.
 
@@ -70,6 +72,8 @@ def plan_chain(
         objective: "held" (what a budget's ledger holds) or "total" (all bytes alive) has to fit.
         slots: memory resolution of the solver where the chain's sizes share no unit that makes it exact.
         engine: of the solver: "numpy", "numba", or "auto".
+        host_bytes: what options that spill may hold on the host at one time; None: as much as they like. The certificate's
+            smallest budget is that without this bound.
 
     Raises:
         BudgetExceeded: nothing fits; `need` is the smallest budget that would do.
@@ -83,6 +87,14 @@ def plan_chain(
         raise ValueError(f"strategy is {strategy!r}; expected 'optimal' or one of {', '.join(STRATEGIES)}")
     if slots < 1:
         raise ValueError(f"slots is {slots!r}; expected at least 1")
+    if host_bytes is not None:
+        if not isinstance(host_bytes, Integral) or isinstance(host_bytes, bool) or host_bytes < 0:
+            raise ValueError(f"host_bytes is {host_bytes!r}; expected an int of at least 0, or None")
+        return plan_within_host(
+            chain,
+            int(host_bytes),
+            lambda each: plan_chain(each, budget_bytes, strategy, objective=objective, slots=slots, engine=engine),
+        )
     budget_bytes = int(budget_bytes)
     search = _Search(chain, budget_bytes, objective, slots, engine)
     if strategy == "optimal":
@@ -139,6 +151,7 @@ def _plan(
         layout_bytes=simulation.peak_bytes,
         gap=gap,
         slot_bytes=slot_bytes,
+        host_peak_bytes=simulation.host_peak_bytes,
     )
     return Plan(tree, certificate, chain.fingerprint(), budget_bytes, strategy, objective)
 

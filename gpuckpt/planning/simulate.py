@@ -6,6 +6,8 @@ The rules, which the runtime follows to the byte:
   that *ends* a sub-plan is then not run, since the recompute stops after the last thing that is held.
 - When the backward of a stage is done its saves are let go; when that of all stages of a frame is, the frame's input.
 - A storage is charged once however many hold it, and let go with its last holder.
+- What an option spills goes to the host in the forward, but for storages that somebody holds already, which are held on. Before
+  the backward of that stage it comes back and is charged again; its copy on the host goes with the backward's end.
 
 Held bytes therefore only rise in forward and recompute and only fall in backward. `total` adds, by the step: the stage's
 input and output while it runs, its workspace, and the gradients that come and go.
@@ -19,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from gpuckpt.planning.chain import KEEP, Chain
+from gpuckpt.planning.chain import KEEP, Chain, Variant
 from gpuckpt.planning.plan import Node, Step, check_tree
 
 __all__ = ["Simulation", "simulate"]
@@ -35,6 +37,7 @@ class Simulation:
         forward_counts: how often each stage's forward runs in one training step.
         recompute_s: seconds of forward run again in backward; step_s: seconds of everything.
         total_peak_bytes, total_peak_step: the same as the peak, for all bytes alive (see the module).
+        host_peak_bytes: the most bytes spilled to the host at one time.
     """
 
     peak_bytes: int
@@ -45,6 +48,7 @@ class Simulation:
     step_s: float
     total_peak_bytes: int
     total_peak_step: str
+    host_peak_bytes: int
 
 
 def simulate(chain: Chain, tree: Iterable[Node]) -> Simulation:
@@ -61,6 +65,7 @@ def simulate(chain: Chain, tree: Iterable[Node]) -> Simulation:
         run.step_s,
         run.total_peak_bytes,
         run.total_peak_step,
+        run.host.peak_bytes,
     )
 
 
@@ -78,6 +83,8 @@ class _Run:
         self.total_peak_bytes = 0
         self.total_peak_step = "start"
         self.trace: list[tuple[str, int]] = []
+        self.host = _Host(chain.storages)
+        self.spilled: dict[int, _Spilled] = {}  # by stage
         self.count_changes = [0] * (len(chain) + 1)
         self.recompute_s = 0.0
         self.step_s = 0.0
@@ -118,9 +125,12 @@ class _Run:
             stage = self.chain.stages[step.first]
             if step.variant is not None:
                 option = stage.option(step.variant)
+                away = self._spill(step.first, option) if option.spilled else ()
                 self._hold(option.saves)
                 self._spend(step.first, step.last, option.forward_s, frame)
+                self._hold(away)  # all of it may still be there when the last of it goes
                 self._alive(f"{label} {stage.name}", gradient_bytes + self._transient_bytes(step.first))
+                self._release(away)
                 self._record(f"{label} {stage.name}" + ("" if step.variant == KEEP else f" ({step.variant})"))
                 continue
             self._hold(self.chain.frame_holds(step.first, step.last))
@@ -137,10 +147,28 @@ class _Run:
         stage = self.chain.stages[step.first]
         option = stage.option(step.variant or KEEP)
         self.step_s += option.backward_s
+        spilled = self.spilled.pop(step.first, None)
+        if spilled is not None:
+            self._hold(spilled.away)
+            self._record(f"bring back {stage.name}")
         gradients_bytes = stage.output_bytes + (self.chain.stages[step.first - 1].output_bytes if step.first else 0)
         self._alive(f"backward {stage.name}", gradients_bytes + stage.workspace_bytes)
         self._release(option.saves)
+        if spilled is not None:
+            self._release(spilled.away)
+            self._release(spilled.here)
+            self.host.release(spilled.away)
         self._record(f"backward {stage.name}")
+
+    def _spill(self, stage: int, option: Variant) -> tuple[int, ...]:
+        """Send to the host what `option` spills and nobody holds; the ids of that. What is held already is held on."""
+        ids = set(option.spilled).difference(option.saves)
+        here = tuple(i for i in ids if self.holders[i])
+        away = tuple(i for i in ids if not self.holders[i])
+        self.spilled[stage] = _Spilled(here, away)
+        self._hold(here)
+        self.host.hold(away)
+        return away
 
     def _spend(self, first: int, last: int, seconds: float, frame: Step | None) -> None:
         self.step_s += seconds
@@ -177,6 +205,35 @@ class _Run:
     def _span(self, step: Step) -> str:
         first, last = self.chain.stages[step.first].name, self.chain.stages[step.last].name
         return first if step.first == step.last else f"{first}..{last}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Spilled:
+    """Of what a stage spills: the ids that were held here already, and those that went to the host."""
+
+    here: tuple[int, ...]
+    away: tuple[int, ...]
+
+
+class _Host:
+    """Bytes on the host, where a storage takes no more than its size."""
+
+    def __init__(self, storages: tuple[int, ...]) -> None:
+        self.storages = storages
+        self.holders: dict[int, int] = {}
+        self.held_bytes = self.peak_bytes = 0
+
+    def hold(self, ids: tuple[int, ...]) -> None:
+        for i in ids:
+            holders = self.holders.get(i, 0)
+            self.held_bytes += 0 if holders else self.storages[i]
+            self.holders[i] = holders + 1
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+    def release(self, ids: tuple[int, ...]) -> None:
+        for i in ids:
+            self.holders[i] -= 1
+            self.held_bytes -= 0 if self.holders[i] else self.storages[i]
 
 
 class _Held:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,7 +11,9 @@ import pytest
 from gpuckpt.planning import Chain, Keep, Recompute, Stage, Variant
 
 
-def make_chain(rng: random.Random, n: int, options: float = 0.3, most: int = 9, fixed: float = 0.1) -> Chain:
+def make_chain(
+    rng: random.Random, n: int, options: float = 0.3, most: int = 9, fixed: float = 0.1, spills: float = 0.5
+) -> Chain:
     """A chain whose storages are a stage's own, shared across one boundary, or one set of extras; small whole costs."""
     sizes: list[int] = []
 
@@ -36,7 +38,11 @@ def make_chain(rng: random.Random, n: int, options: float = 0.3, most: int = 9, 
         variants = []
         while rng.random() < options and len(variants) < 2:
             forward, backward = max(0, forward_s + rng.randint(-1, 4)), backward_s + rng.randint(0, 3)
-            variants.append(Variant(f"v{len(variants)}", saves(), forward, backward))
+            kept, spilled = saves(), ()
+            if rng.random() < spills:  # some of it, or all; extras stay
+                spilled = tuple(x for x in kept if x not in extras and rng.random() < 0.8)
+                kept = tuple(x for x in kept if x not in spilled)
+            variants.append(Variant(f"v{len(variants)}", kept, forward, backward, spilled))
         stages.append(
             Stage(
                 f"s{i}",
@@ -74,7 +80,7 @@ def make_wild_chain(rng: random.Random, n: int) -> Chain:
             rng.randint(0, 2000),
             rng.randint(0, 2000),
             rng.random() < 0.9,
-            (Variant("v", some(3), rng.random(), rng.random()),) if rng.random() < 0.3 else (),
+            (Variant("v", some(3), rng.random(), rng.random(), some(3)),) if rng.random() < 0.3 else (),
         )
         for i in range(n)
     )
@@ -122,6 +128,7 @@ class Played:
 
     peak_bytes: int = 0
     total_peak_bytes: int = 0
+    host_peak_bytes: int = 0
     seconds: float = 0.0
     again_s: float = 0.0
     counts: list[int] = field(default_factory=list)
@@ -133,6 +140,7 @@ def play(chain: Chain, tree: tuple) -> Played:
     seen = Played(counts=[0] * len(chain))
     holds: set[tuple[object, int]] = set()
     times = [0] * len(chain.storages)
+    on_host: set[tuple[object, int]] = set()
 
     def size(ids: set[int]) -> int:
         return sum(-(-chain.storages[x] // chain.unit_bytes) * chain.unit_bytes for x in ids)
@@ -160,12 +168,13 @@ def play(chain: Chain, tree: tuple) -> Played:
     def span(node: Keep | Recompute) -> list[int]:
         return [node.stage] if isinstance(node, Keep) else [x for child in node.children for x in span(child)]
 
-    def run_stage(i: int, seconds: float, gradient_bytes: int, again: bool) -> None:
+    def run_stage(i: int, seconds: float, gradient_bytes: int, again: bool, leaving: Iterable[int] = ()) -> None:
         seen.counts[i] += 1
         seen.seconds += seconds
         seen.again_s += seconds if again else 0.0
         stage = chain.stages[i]
-        touched, loose_bytes = set(stage.inputs) | set(stage.output), 0 if stage.output else stage.output_bytes
+        touched = {*stage.inputs, *stage.output, *leaving}
+        loose_bytes = 0 if stage.output else stage.output_bytes
         if i > 0:
             touched |= set(chain.stages[i - 1].output)
             if not stage.inputs and not chain.stages[i - 1].output:
@@ -181,8 +190,14 @@ def play(chain: Chain, tree: tuple) -> Played:
         for node in nodes:
             if isinstance(node, Keep):
                 option = chain.stages[node.stage].option(node.variant)
-                hold(node, option.saves)
-                run_stage(node.stage, option.forward_s, gradient_bytes, again)
+                # What is spilled and already here stays; the rest is on the host from the stage's end on.
+                stays = [x for x in option.spilled if x in held()]
+                leaves = [x for x in option.spilled if x not in stays and x not in option.saves]
+                hold(node, (*option.saves, *stays))
+                run_stage(node.stage, option.forward_s, gradient_bytes, again, set(leaves))
+                on_host.update((node, x) for x in leaves)
+                there = {x for _, x in on_host}
+                seen.host_peak_bytes = max(seen.host_peak_bytes, sum(chain.storages[x] for x in there))
             else:
                 hold(id(node), frame_ids(node))
                 if not (again and node is nodes[-1]):
@@ -195,8 +210,11 @@ def play(chain: Chain, tree: tuple) -> Played:
                 stage, option = chain.stages[node.stage], chain.stages[node.stage].option(node.variant)
                 seen.seconds += option.backward_s
                 gradients = stage.output_bytes + (chain.stages[node.stage - 1].output_bytes if node.stage else 0)
+                back = [x for owner, x in on_host if owner is node]
+                hold(node, tuple(back))
                 alive(set(), gradients + stage.workspace_bytes)
-                let_go(node, option.saves)
+                let_go(node, tuple(x for owner, x in holds if owner is node))
+                on_host.difference_update([(node, x) for x in back])
             else:
                 forward(node.children, True, chain.stages[span(node)[-1]].output_bytes)
                 backward(node.children)
@@ -205,6 +223,7 @@ def play(chain: Chain, tree: tuple) -> Played:
     forward(tree, False, 0)
     backward(tree)
     assert not holds
+    assert not on_host
     return seen
 
 

@@ -22,6 +22,7 @@ def test_agrees_with_a_runtime_on_random_trees(chain_of, tree_of, played) -> Non
         assert got.step_s == pytest.approx(expected.seconds), (seed, tree)
         assert got.recompute_s == pytest.approx(expected.again_s), (seed, tree)
         assert got.total_peak_bytes == expected.total_peak_bytes, (seed, tree)
+        assert got.host_peak_bytes == expected.host_peak_bytes, (seed, tree)
         assert got.trace[-1][1] == 0
         assert max(held for _, held in got.trace) == got.peak_bytes
 
@@ -33,6 +34,7 @@ def test_agrees_where_storages_are_shared_in_any_way(wild_chain_of, tree_of, pla
         tree = tree_of(rng, chain)
         expected, got = played(chain, tree), simulate(chain, tree)
         assert got.peak_bytes == expected.peak_bytes, (seed, tree)
+        assert got.host_peak_bytes == expected.host_peak_bytes, (seed, tree)
         # Total bytes count what runs inside a frame as if nobody held it: never less than what is alive.
         assert got.total_peak_bytes >= expected.total_peak_bytes, (seed, tree)
 
@@ -63,6 +65,33 @@ def test_known_figures() -> None:
         "a frame that ends a sub-plan does not run in the sub-plan's recompute"
     )
     assert framed.trace[:3] == (("forward input of s0..s1", 4), ("forward s2", 18), ("forward s3", 32))
+
+
+def test_known_figures_of_spilling() -> None:
+    # Stage i saves its input (id i, 4 bytes) and 10 bytes of its own (id 4 + i); spilled, it sends both to the host.
+    stages = (
+        Stage(f"s{i}", 1, 2, (i, 4 + i), (i,), variants=(Variant("spill", (), 3, 5, (i, 4 + i)),)) for i in range(4)
+    )
+    chain = Chain(tuple(stages), (4, 4, 4, 4, 10, 10, 10, 10))
+    spill = [Keep(i, "spill") for i in range(4)]
+    mixed = simulate(chain, (spill[0], Keep(1), spill[2], Keep(3)))
+    assert (mixed.peak_bytes, mixed.host_peak_bytes) == (28, 28)
+    assert mixed.trace == (
+        ("forward s0 (spill)", 0),
+        ("forward s1", 14),
+        ("forward s2 (spill)", 14),
+        ("forward s3", 28),
+        ("backward s3", 14),
+        ("bring back s2", 28),
+        ("backward s2", 14),
+        ("backward s1", 0),
+        ("bring back s0", 14),
+        ("backward s0", 0),
+    )
+    assert (mixed.step_s, mixed.recompute_s) == (2 * (3 + 5) + 2 * (1 + 2), 0)
+    # A frame holds the input of s1 anyway: only the other 10 bytes go.
+    framed = simulate(chain, (Keep(0), Recompute((spill[1], Keep(2))), Keep(3)))
+    assert (framed.peak_bytes, framed.host_peak_bytes) == (14 + 4 + 14, 10)
 
 
 def test_the_unit_is_charged() -> None:
