@@ -81,7 +81,7 @@ class CheckpointBudget:
         self.moving = (
             threading.RLock() if {"spill", "compress"} & {p for p in self.over_cap if isinstance(p, str)} else None
         )
-        self._allocator = allocator
+        self.allocator = allocator
         self._pool: Any = None
         self._pool_lock = threading.RLock()
         # A refusal by the ledger is final and nothing has to be done around a request: the short way through.
@@ -361,10 +361,10 @@ class CheckpointBudget:
     def _make_pool(self) -> Any:
         with self._pool_lock:
             if self._pool is None and self.device == "cpu":
-                self._pool = HostPool(self.max_bytes, allocate=self._allocator)
+                self._pool = HostPool(self.max_bytes, allocate=self.allocator)
             elif self._pool is None:
                 from gpuckpt.memory.cupy_pool import CupyPool
 
-                self._pool = CupyPool(self.max_bytes, int(self.device.removeprefix("cuda:")), allocator=self._allocator)
+                self._pool = CupyPool(self.max_bytes, int(self.device.removeprefix("cuda:")), allocator=self.allocator)
             self._plain = False
             return self._pool

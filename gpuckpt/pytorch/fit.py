@@ -10,20 +10,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain, PromiseBroken
+from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain
 from gpuckpt.memory import CheckpointBudget
-from gpuckpt.planning import Chain, Plan, plan_chain
+from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
 from gpuckpt.pytorch.frame import Verify
 from gpuckpt.pytorch.kinds import WallClock
 from gpuckpt.pytorch.measure import Measured, run_measured
+from gpuckpt.pytorch.promise import Promise
 from gpuckpt.pytorch.saved_tensors import mark_resident
+from gpuckpt.pytorch.spill import SPILL, Link, host_budget_of, measure_link
 from gpuckpt.pytorch.stages import set_call, tensors_in
 from gpuckpt.pytorch.walk import Walk
 
@@ -59,8 +61,7 @@ class _Step:
 class Fitted:
     """A model that runs under a plan. Made by `fit`; calling it is calling the model.
 
-    Attributes: `model`, `budget`; of the latest call's input shape `plan` and `chain`; `measured_peak_bytes`, the most bytes
-    that the budget has held for the latest step, and `promised_peak_bytes`, what the plan said of it.
+    Attributes: `model`, `budget`, `host_budget` (None: nothing is spilled); of the latest call's input shape `plan` and `chain`.
     """
 
     def __init__(
@@ -71,11 +72,15 @@ class Fitted:
         preserve_rng_state: bool,
         verify: Verify | None,
         repeats: int,
+        host_budget: CheckpointBudget | None = None,
     ) -> None:
         self.model = model
         self.budget = budget
-        self.measured_peak_bytes = 0
-        self.promised_peak_bytes = 0
+        self.host_budget = host_budget
+        hint = "the model did not save what it saved when it was measured; does it depend on its data, or does someone else use "
+        self._held = Promise(f"{hint}this budget?")
+        self._spilled = Promise(f"{hint}the host budget?")
+        self._link: Link | None = None
         self._strategy = strategy
         self._preserve_rng_state = preserve_rng_state
         self._verify = verify
@@ -83,7 +88,6 @@ class Fitted:
         self._planned: dict[Any, Planned] = {}
         self._latest: Planned | None = None
         self._began = False  # whether there has been a step
-        self._others_bytes = 0  # held by others when the latest step began
         self._retained = False  # a graph was kept for a second backward, and its bytes with it
         self._local = threading.local()
         self._undo: dict[nn.Module, Callable[[], None]] = {}
@@ -99,6 +103,26 @@ class Fitted:
         if self._latest is None:
             raise CheckpointError("nothing is planned yet: call plan_for(*inputs), or the model")
         return self._latest
+
+    @property
+    def measured_peak_bytes(self) -> int:
+        """The most bytes that the budget has held for the latest step."""
+        return self._held.measured_bytes
+
+    @property
+    def promised_peak_bytes(self) -> int:
+        """What the plan said of it."""
+        return self._held.promised_bytes
+
+    @property
+    def measured_host_peak_bytes(self) -> int:
+        """The most bytes that the host budget has held for the latest step; 0 without one."""
+        return self._spilled.measured_bytes
+
+    @property
+    def promised_host_peak_bytes(self) -> int:
+        """What the plan said of it."""
+        return self._spilled.promised_bytes
 
     @property
     def plan(self) -> Plan:
@@ -131,7 +155,9 @@ class Fitted:
         # The report room lies above this one; only this method reaches up to it.
         from gpuckpt.report.plan_report import explain
 
-        return explain(self.chain, self.plan, self.measured_peak_bytes if self._began else None)
+        if not self._began:
+            return explain(self.chain, self.plan)
+        return explain(self.chain, self.plan, self.measured_peak_bytes, self.measured_host_peak_bytes)
 
     def _make_plan(self, args: tuple, kwargs: dict[str, Any]) -> Planned:
         unit_bytes = self.budget.unit_bytes
@@ -142,7 +168,14 @@ class Fitted:
                 f"stage {measured.random[0]!r} of {type(self.model).__name__} draws random numbers and would draw others when it "
                 "is recomputed; fit with preserve_rng_state=True"
             )
-        plan = plan_chain(measured.chain, self.budget.max_bytes, strategy=self._strategy)
+        if self.host_budget is not None:
+            if self._link is None:
+                device = next((tensor.device for tensor in self._parameters), torch.device(self.budget.device))
+                self._link = measure_link(device, self.host_budget, WallClock())
+            spilling = with_spill(measured.chain, self._link.bytes_per_s, latency_s=self._link.latency_s, name=SPILL)
+            measured = replace(measured, chain=spilling)
+        host_bytes = None if self.host_budget is None else self.host_budget.max_bytes
+        plan = plan_chain(measured.chain, self.budget.max_bytes, strategy=self._strategy, host_bytes=host_bytes)
         with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
             self.budget.prefetch(plan.certificate.layout_bytes, next(iter(self._parameters), None))
         return Planned(measured, plan)
@@ -171,28 +204,24 @@ class Fitted:
         backwards) may hold the sum of what they promised. A backward with `retain_graph=True` holds longer than planned, so
         then nothing is promised but the cap. Only meaningful while nobody else's share of the budget changes.
         """
-        if not self._began:
-            return
-        self.measured_peak_bytes = self.budget.peak_bytes - self._others_bytes
-        promised, measured = self.promised_peak_bytes, self.measured_peak_bytes
-        if measured > promised and not self._retained:
-            self.budget.reset_peak()
-            raise PromiseBroken(
-                promised,
-                measured,
-                "the model did not save what it saved when it was measured; does it depend on its data, or does someone else "
-                "use this budget?",
-            )
+        if self._began:
+            for promise, budget in self._promises():
+                promise.check(budget, binding=not self._retained)
+
+    def _promises(self) -> list[tuple[Promise, CheckpointBudget]]:
+        spilled = [] if self.host_budget is None else [(self._spilled, self.host_budget)]
+        return [(self._held, self.budget), *spilled]
 
     def _begin(self, planned: Planned) -> None:
-        """A step begins: from here on the budget's peak is its own, unless an earlier one is still going on."""
+        """A step begins: from here on the budgets' peaks are its own, unless an earlier one is still going on."""
         self.check_promise()
-        used_bytes = self.budget.used_bytes
-        if not self._began or used_bytes <= self._others_bytes:
-            self.budget.reset_peak()
-            self._others_bytes, self.promised_peak_bytes, self._retained = used_bytes, 0, False
+        if not self._began or all(promise.idle(budget) for promise, budget in self._promises()):
+            for promise, budget in self._promises():
+                promise.begin(budget)
+            self._retained = False
         self._began = True
-        self.promised_peak_bytes += planned.plan.certificate.peak_bytes
+        self._held.promised_bytes += planned.plan.certificate.peak_bytes
+        self._spilled.promised_bytes += planned.plan.certificate.host_peak_bytes
 
     def _watch(self, out: Any) -> None:
         """See to it that the promise is checked when the backward from `out` ends."""
@@ -210,7 +239,8 @@ class Fitted:
             return model._call_impl(*args, **kwargs)
         planned = self.plan_for(*args, **kwargs)
         self._begin(planned)
-        step = _Step(planned, Walk(planned.plan.tree, self.budget, self._verify, self._preserve_rng_state))
+        walk = Walk(planned.plan.tree, self.budget, self._verify, self._preserve_rng_state, host=self.host_budget)
+        step = _Step(planned, walk)
         self._local.step = step
         try:
             with self.budget:
@@ -271,6 +301,7 @@ def fit(
     preserve_rng_state: bool = True,
     verify: Verify | None = None,
     repeats: int = 3,
+    host_budget: CheckpointBudget | int | str | None = None,
 ) -> Fitted:
     """Make `model` run under a plan that keeps what autograd saves within `budget`.
 
@@ -284,10 +315,14 @@ def fit(
         preserve_rng_state: recompute with the same random numbers.
         verify: check every recompute; see `gpuckpt.checkpoint`.
         repeats: timed runs of each stage while measuring.
+        host_budget: what stages save may also spill to host memory and come back for their backward, where that is faster than
+            recomputing them: a size, or a `CheckpointBudget` on the host with hold="pool". The strategy "optimal" weighs it,
+            with transfers timed on this device; the others never spill.
 
     Raises:
         BudgetExceeded: no plan fits; the error names the smallest budget that would do. The model is untouched.
         InvalidChain: the model has no chain of stages.
+        ValueError: a host budget that is not on the host, or is `budget` itself.
     """
     args, kwargs = (
         ((), example_inputs)
@@ -297,6 +332,7 @@ def fit(
     if not isinstance(budget, CheckpointBudget):
         device = next((parameter.device for parameter in model.parameters()), None)
         budget = CheckpointBudget(budget, device=device, hold=hold)  # type: ignore[arg-type]
-    fitted = Fitted(model, budget, strategy, preserve_rng_state, verify, repeats)
+    host = None if host_budget is None else host_budget_of(host_budget, budget)
+    fitted = Fitted(model, budget, strategy, preserve_rng_state, verify, repeats, host)
     fitted.plan_for(*args, **kwargs)
     return fitted

@@ -20,15 +20,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from gpuckpt.errors import BudgetExceeded, RecomputeMismatch
 from gpuckpt.memory import CheckpointBudget
 from gpuckpt.pytorch.holdings import Held, Holding, modified
-from gpuckpt.pytorch.saved_tensors import enter, holder_of, is_resident
+from gpuckpt.pytorch.saved_tensors import enter, holder_of, holds_instead, instead, is_resident
 from gpuckpt.pytorch.stale import drop_stale_nodes_after
+
+if TYPE_CHECKING:
+    from gpuckpt.pytorch.spill import Spilled
 
 __all__ = ["Environment", "Frame", "Verify"]
 
@@ -124,7 +127,7 @@ class _Slot:
         self.frame = frame
         self.index = index
         self.seen = seen
-        self.held: Held | None = None
+        self.held: Held | Spilled | None = None
 
     def evict(self, how: str) -> int:
         """Drop what a recompute can bring again; see `gpuckpt.memory.over_cap.Evictable`."""
@@ -202,7 +205,7 @@ class Frame:
                 _check(slot, tensor, self._verify)
             if slot.held is None:
                 try:
-                    slot.held = hold(tensor)
+                    slot.held = (holds_instead() or hold)(tensor)
                 except BudgetExceeded:
                     if not evicting or wanted.held is None:
                         raise
@@ -216,7 +219,7 @@ class Frame:
         tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
         outer, self._wanted = self._wanted, wanted
         try:
-            with torch.enable_grad(), enter(self._budget, pack, _unpack):
+            with torch.enable_grad(), instead(None), enter(self._budget, pack, _unpack):
                 self._replay(tensors)
             raise RecomputeMismatch(
                 f"checkpointed work saved {len(self._slots)} tensors in forward and {count} when it was run again; it must do "

@@ -119,6 +119,15 @@ class Holding:
         self.flat, self.block = form.write(flat, block).detach(), block
         return self.flat
 
+    def move_in(self, budget: CheckpointBudget, flat: torch.Tensor, device: torch.device, pooled: bool) -> torch.Tensor:
+        """Hold a copy of `flat`, bytes that lie elsewhere: in the pool, or charged where torch puts it."""
+        if pooled:
+            return self.copy_in(budget, flat)
+        charge = budget.charge(budget.footprint(self.nbytes), "saved tensor brought back")
+        moved = flat.to(device, copy=True)
+        self.charge = charge
+        return moved
+
 
 class MovableHolding(Holding):
     """A holding whose bytes `holder`'s budget can spill or compress. Moves happen under `budget.moving`."""
@@ -162,12 +171,7 @@ class MovableHolding(Holding):
             if self._dtype is not None:
                 full = away.to(held.geometry.device).to(self._dtype)
                 return held.geometry.of(full.view(torch.uint8))
-            if budget.hold == "account":
-                charge = budget.charge(budget.footprint(self.nbytes), "saved tensor brought back")
-                flat = away.to(held.geometry.device, copy=True)
-                self.charge = charge
-            else:
-                flat = self.copy_in(budget, away)
+            flat = self.move_in(budget, away, held.geometry.device, budget.hold == "pool")
             self.away = None
             for other in self._lookers():
                 other.tensor = other.geometry.of(flat)

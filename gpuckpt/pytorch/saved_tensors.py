@@ -32,7 +32,18 @@ from gpuckpt.memory import CheckpointBudget
 from gpuckpt.pytorch.holdings import Geometry, Held, Holding, MovableHolding, flat_bytes, modified
 from gpuckpt.pytorch.stale import drop_stale_nodes
 
-__all__ = ["Held", "Holder", "current_budget", "enter", "holder_of", "is_resident", "mark_resident", "modified"]
+__all__ = [
+    "Held",
+    "Holder",
+    "current_budget",
+    "enter",
+    "holder_of",
+    "holds_instead",
+    "instead",
+    "is_resident",
+    "mark_resident",
+    "modified",
+]
 
 Parameter = torch.nn.Parameter
 
@@ -95,6 +106,45 @@ class Holder:
             node = "" if tensor.grad_fn is None else f" that {tensor.grad_fn.name()} is the backward of"
             error.hint = f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}{node} cannot be saved: {error.hint}"
             raise
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the storage of a strided `tensor` is held already, so that holding it costs nothing."""
+        budget = None if self._budget is None else self._budget()
+        if budget is None:
+            return False
+        storage = tensor.untyped_storage()
+        with self._lock:
+            if self._find(storage._cdata) is not None:
+                return True
+            copied = tensor.device == self._copies_on and type(tensor) is torch.Tensor
+            return copied and (
+                self._find((storage._cdata, tensor._version)) is not None or budget.owns(storage.data_ptr())
+            )
+
+    def hold_copy(self, tensor: torch.Tensor) -> Held:
+        """Hold a copy of a strided `tensor` of any device in the budget's pool. Raises `BudgetExceeded`."""
+        budget = None if self._budget is None else self._budget()
+        assert budget is not None, "whoever asks for a copy has a budget"
+        return self._hold_copy(budget, tensor)
+
+    def bring(self, there: Held, device: torch.device, brought: dict[int, tuple[torch.Tensor, Holding]]) -> Held:
+        """Hold on `device` what `there` holds a copy of elsewhere. `brought`: what is back already, by the copy's holding, so
+        that tensors that shared a storage share one again. Raises `BudgetExceeded`."""
+        budget = None if self._budget is None else self._budget()
+        assert budget is not None
+        assert isinstance(there.holding, Holding)
+        assert there.tensor is not None
+        with self._lock:
+            known = brought.get(id(there.holding))
+            if known is None:
+                source = there.holding.flat
+                assert source is not None, "a copy lies in a pool"
+                holding = self._new(budget, there.holding.nbytes)
+                flat = holding.move_in(budget, source, device, self._copies_on == device)
+                self.remember(flat.untyped_storage()._cdata, holding)
+                known = brought[id(there.holding)] = flat, holding
+            flat, holding = known
+            return self._held(Geometry(there.tensor).of(flat), holding)
 
     def remember(self, key: Any, holding: Holding) -> None:
         """`holding` holds the storage, or the copy, that `key` names."""
@@ -198,6 +248,27 @@ def current_budget() -> CheckpointBudget | None:
     stack = getattr(_current, "stack", None)
     context = stack[-1]() if stack else None
     return None if context is None else context.budget
+
+
+class instead:
+    """Within the context a replay that this thread runs holds tensors by `hold`; None: as it always does."""
+
+    __slots__ = ("_before", "_hold")
+
+    def __init__(self, hold: Callable[[torch.Tensor], Any] | None) -> None:
+        self._hold = hold
+
+    def __enter__(self) -> None:
+        self._before = holds_instead()
+        _current.instead = self._hold
+
+    def __exit__(self, *error: object) -> None:
+        _current.instead = self._before
+
+
+def holds_instead() -> Callable[[torch.Tensor], Any] | None:
+    """What the innermost `instead` of this thread was given."""
+    return getattr(_current, "instead", None)
 
 
 class enter:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from gpuckpt.errors import InvalidPlan
 from gpuckpt.memory import CheckpointBudget
-from gpuckpt.planning import Node, Recompute
+from gpuckpt.planning import KEEP, Node, Recompute
 from gpuckpt.pytorch.frame import Environment, Frame, Verify
+from gpuckpt.pytorch.spill import SPILL, Spill
 from gpuckpt.pytorch.stages import statistics_frozen, tensors_in
 
 __all__ = ["Walk"]
@@ -70,12 +72,13 @@ class _Open:
             int, tuple[weakref.ref[torch.Tensor], int]
         ] = {}  # by id: what is kept already, and its number
         self._count = 0
-        program, budget, verify, preserve = self.program, walk.budget, walk.verify, walk.preserve_rng_state
+        program, verify, preserve = self.program, walk.verify, walk.preserve_rng_state
+        budget, host = walk.budget, walk.host
         children, first = node.children, _first(node)
 
         def replay(kept: list[torch.Tensor]) -> None:
             arrivals = [call.rewritten(_Kept, lambda leaf: kept[leaf.index]) for call in program]
-            inner = Walk(children, budget, verify, preserve, first, arrivals)
+            inner = Walk(children, budget, verify, preserve, first, arrivals, host)
             for call in arrivals:
                 leaves = call.rewritten(_Link, lambda leaf: inner.previous[leaf.index]).leaves
                 args, kwargs = pytree.tree_unflatten(leaves, call.spec)
@@ -106,6 +109,7 @@ class Walk:
     `budget` holds what frames recompute. `previous`: the tensors that the latest stage returned. `ahead`: in a replay, the
     calls that will come. Frames then save all that their stages will be given as soon as they open, so that a replay that
     ends with a frame stops there (early stop) and does not run the frame's stages for the sake of the last one's arguments.
+    `host`: holds what stages save that are kept under the option "spill".
     """
 
     def __init__(
@@ -116,8 +120,10 @@ class Walk:
         preserve_rng_state: bool = True,
         first: int = 0,
         ahead: Sequence[_Arrival] | None = None,
+        host: CheckpointBudget | None = None,
     ) -> None:
         self.budget = budget
+        self.host = host
         self.verify = verify
         self.preserve_rng_state = preserve_rng_state
         self.previous: list[torch.Tensor] = []
@@ -125,12 +131,22 @@ class Walk:
         self._first = first
         self._ahead = ahead
         self._opens: dict[int, list[Recompute]] = {}
-        self._collect(nodes)
+        self._spilled: set[int] = set()
+        self._collect(tuple(nodes))
         self._open: list[_Open] = []
 
-    def _collect(self, nodes: Iterable[Node]) -> None:
-        """Which frames begin at which stage, outermost first. Plans nest deeply: no recursion."""
-        waiting = list(nodes)[::-1]
+    def _collect(self, nodes: tuple[Node, ...]) -> None:
+        """Which frames begin at which stage, outermost first, and which stages are spilled here; those within a frame are when
+        it replays them. Plans nest deeply: no recursion."""
+        for node in nodes:
+            if not isinstance(node, Recompute) and node.variant != KEEP:
+                if node.variant != SPILL or self.host is None or self.budget is None:
+                    raise InvalidPlan(
+                        f"the plan keeps stage {node.stage} under the option {node.variant!r}; what can be run is {KEEP!r}, "
+                        f"and {SPILL!r} with a host_budget"
+                    )
+                self._spilled.add(node.stage)
+        waiting = list(nodes[::-1])
         while waiting:
             node = waiting.pop()
             if isinstance(node, Recompute):
@@ -146,12 +162,22 @@ class Walk:
                 call = _Arrival(module, leaves, spec, Environment(tensors_in(leaves), self.preserve_rng_state))
                 self._announce(call, opening, hooks)
                 del leaves, call
+            if self.position in self._spilled:
+                hooks.enter_context(self._spill(args, kwargs))
             out = module._call_impl(*args, **kwargs)
         while self._open and self._open[-1].last == self.position:
             self._open.pop()
         self.previous = tensors_in(out)
         self.position += 1
         return out
+
+    def _spill(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[object]:
+        """The context in which a stage's saved tensors go to the host, but for arguments that it shares with others."""
+        assert self.budget is not None
+        assert self.host is not None
+        linked = set(map(id, self.previous))
+        shared = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) not in linked]
+        return Spill(self.budget, self.host, shared).run(replayed=self._ahead is not None)
 
     def _announce(self, call: _Arrival, opening: list[_Open], hooks: ExitStack) -> None:
         """Tell the open frames and those that open now of a call, and enter their hooks, outermost first."""

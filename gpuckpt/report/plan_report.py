@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from gpuckpt.memory import format_bytes
-from gpuckpt.planning.chain import KEEP, Chain, Stage
+from gpuckpt.planning.chain import KEEP, Chain, Stage, Variant
 from gpuckpt.planning.plan import Plan, check_tree
 from gpuckpt.planning.simulate import simulate
 
@@ -21,10 +21,11 @@ class StageReport:
     """One stage under a plan.
 
     Attributes:
-        fate: "kept", "recomputed", or the name of the option it is kept under ("spill", ...).
+        fate: "kept", "recomputed", "spilled" (to the host and back), or the name of another option it is kept under.
         runs: how often its forward runs in a step.
         saves_bytes: what autograd saves in it, and so what keeping it holds (shared storages counted in each stage).
-        recompute_ms: time of its forward beyond the first.
+        recompute_ms: time of its forward beyond the first; spill_ms: of its transfers, there and back.
+        host_bytes: what it spills at the most; storages that others hold already stay.
     """
 
     number: int
@@ -35,12 +36,14 @@ class StageReport:
     forward_ms: float
     backward_ms: float
     recompute_ms: float
+    spill_ms: float
+    host_bytes: int
     why: str
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """All stages under a plan, and the plan's figures. `measured_peak_bytes`: of the latest step, None before the first."""
+    """All stages under a plan, and the plan's figures. Measured peaks are those of the latest step, None before the first."""
 
     model: str
     stages: tuple[StageReport, ...]
@@ -53,13 +56,16 @@ class PlanReport:
     step_ms: float
     recompute_ms: float
     gap: float | None
+    spill_ms: float = 0.0
+    promised_host_peak_bytes: int = 0
+    measured_host_peak_bytes: int | None = None
 
     def to_json(self) -> str:
         """The report as JSON text."""
         return json.dumps(asdict(self), indent=1)
 
     def __str__(self) -> str:
-        rows = [("stage", "what", "runs", "saves", "forward", "backward", "recompute", "why")]
+        rows = [("stage", "what", "runs", "saves", "forward", "backward", "again", "why")]
         for stage in self.stages:
             rows.append(
                 (
@@ -69,7 +75,7 @@ class PlanReport:
                     format_bytes(stage.saves_bytes),
                     _ms(stage.forward_ms),
                     _ms(stage.backward_ms),
-                    _ms(stage.recompute_ms) if stage.runs > 1 else "-",
+                    _ms(stage.recompute_ms + stage.spill_ms) if stage.runs > 1 or stage.spill_ms else "-",
                     stage.why,
                 )
             )
@@ -86,19 +92,27 @@ class PlanReport:
 
     def summary(self) -> list[str]:
         """The plan's figures in a few lines."""
-        measured = "nothing yet" if self.measured_peak_bytes is None else f"{self.measured_peak_bytes} B"
+        measured, there = (
+            "nothing yet" if peak_bytes is None else f"{peak_bytes} B"
+            for peak_bytes in (self.measured_peak_bytes, self.measured_host_peak_bytes)
+        )
         gap = {None: "not computed", 0.0: "proven optimal"}.get(
             self.gap, f"at most {100 * (self.gap or 0):.2f}% from optimal"
         )
         promised = f"peak promised {self.promised_peak_bytes} B, measured {measured}, budget {self.budget_bytes} B"
+        host = [f"on the host: peak promised {self.promised_host_peak_bytes} B, measured {there}"]
+        transfers = f" and transfers {_ms(self.spill_ms)}" if self.promised_host_peak_bytes else ""
         return [
             f"{promised}, reached at: {self.peak_step}",
             f"keeping all holds {format_bytes(self.keep_all_bytes)}; the smallest budget is {self.smallest_budget_bytes} B",
-            f"a step takes {_ms(self.step_ms)}, of which recompute {_ms(self.recompute_ms)}; {gap}",
+            *(host if self.promised_host_peak_bytes else []),
+            f"a step takes {_ms(self.step_ms)}, of which recompute {_ms(self.recompute_ms)}{transfers}; {gap}",
         ]
 
 
-def explain(chain: Chain, plan: Plan, measured_peak_bytes: int | None = None) -> PlanReport:
+def explain(
+    chain: Chain, plan: Plan, measured_peak_bytes: int | None = None, measured_host_peak_bytes: int | None = None
+) -> PlanReport:
     """The report of `plan` for `chain`. Raises `InvalidPlan` where the plan is not for the chain."""
     plan.check(chain)
     simulation = simulate(chain, plan.tree)
@@ -110,8 +124,11 @@ def explain(chain: Chain, plan: Plan, measured_peak_bytes: int | None = None) ->
         runs, variant = simulation.forward_counts[number], steps[number].variant or KEEP
         option = stage.option(variant)
         recomputed = steps[number].depth > 0
-        fate = variant if variant != KEEP else "recomputed" if recomputed else "kept"
+        fate = "spilled" if option.spilled else variant
+        if variant == KEEP:
+            fate = "recomputed" if recomputed else "kept"
         recompute_s = (runs - 1) * stage.forward_s
+        spill_s = option.forward_s + option.backward_s - stage.forward_s - stage.backward_s if option.spilled else 0.0
         stages.append(
             StageReport(
                 number,
@@ -122,7 +139,9 @@ def explain(chain: Chain, plan: Plan, measured_peak_bytes: int | None = None) ->
                 1e3 * option.forward_s,
                 1e3 * option.backward_s,
                 1e3 * recompute_s,
-                _why(chain, stage, fate, recompute_s, fits),
+                1e3 * spill_s,
+                sum(chain.storages[number] for number in option.spilled),
+                _why(chain, stage, option, fate, recompute_s, fits),
             )
         )
     certificate = plan.certificate
@@ -138,18 +157,24 @@ def explain(chain: Chain, plan: Plan, measured_peak_bytes: int | None = None) ->
         1e3 * certificate.step_s,
         1e3 * certificate.recompute_s,
         certificate.gap,
+        sum(stage.spill_ms for stage in stages),
+        certificate.host_peak_bytes,
+        measured_host_peak_bytes,
     )
 
 
-def _why(chain: Chain, stage: Stage, fate: str, recompute_s: float, fits: bool) -> str:
+def _why(chain: Chain, stage: Stage, option: Variant, fate: str, recompute_s: float, fits: bool) -> str:
     saves = format_bytes(chain.charge(stage.saves))
     if not stage.recomputable:
         return "cannot run twice: it lies outside the blocks, or changes its input or a buffer"
     if fate == "recomputed":
         return f"{saves} not held till its backward, for {_ms(1e3 * recompute_s)} more"
     if fate != "kept":
-        option = stage.option(fate)
         extra_s = option.forward_s + option.backward_s - stage.forward_s - stage.backward_s
+        if option.spilled:
+            moved = format_bytes(sum(chain.storages[number] for number in option.spilled))
+            other = f"running it again would take {_ms(1e3 * stage.forward_s)}"
+            return f"{moved} to the host and back for {_ms(1e3 * extra_s)} more; {other}"
         return f"{saves} held as {fate!r}, {format_bytes(chain.charge(option.saves))} of it here, for {_ms(1e3 * extra_s)} more"
     if fits:
         return "everything fits in the budget"

@@ -15,6 +15,7 @@ import gpuckpt
 from gpuckpt import BudgetExceeded, CheckpointBudget
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.memory.host_pool import aligned_buffer
+from gpuckpt.pytorch.spill import Link
 
 both = pytest.mark.parametrize("hold", HOLDS)
 
@@ -182,6 +183,20 @@ def test_every_request_of_a_planned_step_fails_once(hold):
     requests = fail_every_request(faults, lambda: step(model), budget, check_every=5)
     assert requests > 12 * 10
     print(f"{requests} faults injected in a planned step under {hold}, 0 violations")
+
+
+@both
+def test_every_request_of_a_step_that_spills_as_planned_fails_once(hold, monkeypatch):
+    monkeypatch.setattr("gpuckpt.pytorch.fit.measure_link", lambda *_: Link(1e12, 0.0))
+    model, faults = transformer(), Faults()
+    host = faulty("1GiB", faults, hold="pool")
+    budget = faulty(int(0.5 * plain_peak(model)), faults, hold=hold)
+    fitted = gpuckpt.fit(model, tokens(), budget, repeats=1, host_budget=host)
+    assert [stage.fate for stage in fitted.report().stages].count("spilled") > 3
+    requests = fail_every_request(faults, lambda: step(model), budget, host, check_every=20)
+    assert host.peak_bytes == fitted.plan.certificate.host_peak_bytes
+    assert requests > 12 * 10
+    print(f"{requests} faults injected in a step that spills as planned under {hold}, 0 violations")
 
 
 @both

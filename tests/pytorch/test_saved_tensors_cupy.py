@@ -19,6 +19,7 @@ import gpuckpt
 from gpuckpt import BudgetExceeded, CheckpointBudget
 from gpuckpt.memory import cupy_form
 from gpuckpt.pytorch.saved_tensors import holder_of
+from gpuckpt.pytorch.spill import Link
 
 
 class _Exporter:
@@ -142,4 +143,25 @@ def test_spilled_to_the_host_and_back(new_budget):
     budget = new_budget(units(roomy.peak_bytes // 3), over_cap=["spill"], spill_to=host)
     assert gradients(model, lambda: held(budget)) == plain
     assert host.peak_bytes > 0
+    assert (budget.used_bytes, host.used_bytes) == (0, 0)
+
+
+def test_a_plan_that_spills_from_cupys_pool_to_the_host(new_budget, monkeypatch):
+    monkeypatch.setattr("gpuckpt.pytorch.fit.measure_link", lambda *_: Link(1e12, 0.0))
+    model, x = torch.nn.Sequential(*blocks(8)), batch(32)
+    plain = gradients(model, lambda: model(x).square().sum())
+    budget = new_budget("4MiB")
+    roomy = gpuckpt.fit(model, x, budget, strategy="none")
+    peak_bytes = roomy.plan.certificate.peak_bytes
+    roomy.unfit()
+    budget, host = new_budget(units(peak_bytes // 3)), CheckpointBudget("4MiB", device="cpu", hold="pool")
+    fitted = gpuckpt.fit(model, x, budget, host_budget=host)
+    assert gradients(model, lambda: model(x).square().sum()) == plain
+    certificate = fitted.plan.certificate
+    assert certificate.peak_bytes % 512 == 0
+    assert (fitted.measured_peak_bytes, fitted.measured_host_peak_bytes) == (
+        certificate.peak_bytes,
+        certificate.host_peak_bytes,
+    )
+    assert certificate.host_peak_bytes > peak_bytes // 3
     assert (budget.used_bytes, host.used_bytes) == (0, 0)
