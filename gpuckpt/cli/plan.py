@@ -76,7 +76,11 @@ def plan(
     total: Annotated[
         bool, typer.Option("--total", help="the budget is for all bytes alive, not those held alone")
     ] = False,
-    spill: Annotated[str | None, typer.Option(help=f"may spill over a link: {', '.join(LINK_BYTES_PER_S)}")] = None,
+    spill: Annotated[
+        str | None,
+        typer.Option(help=f"stages may spill what they save to the host over a link: {', '.join(LINK_BYTES_PER_S)}"),
+    ] = None,
+    host_budget: Annotated[str | None, typer.Option(help="with --spill: bytes for it on the host [no bound]")] = None,
     layers: Annotated[int, typer.Option(help="transformer blocks")] = 32,
     width: Annotated[int, typer.Option(help="model width")] = 4096,
     heads: Annotated[int, typer.Option(help="attention heads")] = 32,
@@ -108,17 +112,20 @@ def plan(
         if spill not in LINK_BYTES_PER_S:
             raise ValueError(f"--spill {spill!r}: expected one of {', '.join(LINK_BYTES_PER_S)}")
         chain = with_spill(chain, LINK_BYTES_PER_S[spill])
+    elif host_budget is not None:
+        raise ValueError("--host-budget bounds what --spill moves to the host; name a link as well")
     objective = "total" if total else "held"
+    host_bytes = None if host_budget is None else parse_bytes(host_budget)
     if budget is None and points < 2:
         raise ValueError("--points must be at least 2 where no --budget is given: the plan is then the frontier's knee")
     budget_bytes = None if budget is None else parse_bytes(budget)
     if budget_bytes is not None:
         # Before the frontier, which takes longer: a budget that is too small ends at once.
-        chosen = plan_chain(chain, budget_bytes, strategy, objective=objective)
+        chosen = plan_chain(chain, budget_bytes, strategy, objective=objective, host_bytes=host_bytes)
     frontier = None
     if points >= 2:
         try:
-            frontier = plan_frontier(chain, points, strategy=strategy, objective=objective)
+            frontier = plan_frontier(chain, points, strategy=strategy, objective=objective, host_bytes=host_bytes)
         except BudgetExceeded as error:
             console.print(f"no frontier with {strategy!r}: {error}", highlight=False)
     if budget_bytes is None:

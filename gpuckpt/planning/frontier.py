@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning.chain import Chain
 from gpuckpt.planning.plan import Plan
 from gpuckpt.planning.planner import plan_chain
@@ -42,6 +43,11 @@ def plan_frontier(chain: Chain, budgets: int | Sequence[int] = 24, **options: ob
             raise ValueError(f"budgets is {budgets}; a frontier has at least its two ends")
         most = simulate(chain, keep_all(chain)).peak_bytes
         least = plan_chain(chain, most, **options).certificate.smallest_budget_bytes  # type: ignore[arg-type]
+        if options.get("host_bytes") is not None:
+            try:
+                plan_chain(chain, least, **options)  # type: ignore[arg-type]
+            except BudgetExceeded as error:  # with little room on the host that smallest budget may be out of reach
+                least = error.need
         # Even steps of the ratio: time falls steeply at the small end, and the knee lies there.
         ratio = most / max(least, 1)
         budgets = [least, *(round(max(least, 1) * ratio ** (x / (budgets - 1))) for x in range(1, budgets - 1)), most]

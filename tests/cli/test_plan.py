@@ -63,6 +63,22 @@ def test_spilling_over_a_link_is_an_option(tmp_path: Path) -> None:
     assert json.loads(text)["model"] == "Transformer"
 
 
+def test_a_host_budget_bounds_what_is_spilled(tmp_path: Path) -> None:
+    budget = json.loads(run(*SIZES, "--json", out=tmp_path))["smallest_budget_bytes"]
+    wanted = (*SIZES, "--spill", "nvlink-c2c", "--budget", budget, "--json")
+    free = json.loads(run(*wanted, out=tmp_path))
+    assert free["promised_host_peak_bytes"] > 0
+    assert free["spill_ms"] > 0
+    assert {"spilled"} <= {stage["fate"] for stage in free["stages"]}
+    bound = free["promised_host_peak_bytes"] - 1
+    bounded = json.loads(run(*wanted, "--host-budget", bound, out=tmp_path / "bounded"))
+    assert bounded["promised_host_peak_bytes"] <= bound
+    assert bounded["step_ms"] > free["step_ms"]
+    assert (tmp_path / "bounded" / "frontier.svg").exists()
+    none = json.loads(run(*wanted, "--host-budget", 0, out=tmp_path / "none"))
+    assert none["promised_host_peak_bytes"] == none["spill_ms"] == 0
+
+
 def test_a_device_is_found_however_it_is_written(tmp_path: Path) -> None:
     run(*SIZES, "--device", "a100-80gb", "--points", 0, "--budget", "1GiB", out=tmp_path)
 
@@ -75,6 +91,7 @@ def test_a_device_is_found_however_it_is_written(tmp_path: Path) -> None:
         (["--batch", "0"], ValueError, "--batch is 0"),
         (["--heads", "3"], ValueError, "not divisible"),
         (["--spill", "string"], ValueError, "--spill 'string'"),
+        (["--host-budget", "1GiB"], ValueError, "--host-budget bounds what --spill moves"),
         (["--points", "0"], ValueError, "--points must be at least 2"),
         (["--budget", "1KiB"], BudgetExceeded, "need"),
         (["--strategy", "luck"], ValueError, "luck"),
