@@ -20,8 +20,15 @@ __all__ = ["Grid", "Pieces", "common_unit", "make_grid", "make_pieces"]
 Ints = NDArray[np.int64]
 
 _LONGEST_PERIOD = 16
-# Starts and ends of a tile: 8 by 8 rows reuse what they read 8 times over, and 24 rows of 128 slots stay in a core's first cache.
-_BLOCK = 8
+
+
+def _block_size(n: int) -> int:
+    """Starts, and ends, in a tile: what a tile reads of shorter pieces it uses that many times over.
+
+    Long chains read from memory what shorter ones find in a cache, and can afford larger tiles; what a tile needs of its own
+    pieces it sums one piece at a time.
+    """
+    return min(64, max(8, n // 128))
 
 
 def common_unit(problem: Problem) -> int:
@@ -148,19 +155,20 @@ def _blocks(run_end: Ints, start: int, end: int, period: int) -> list[tuple[int,
     """Blocks of stages that frames can cover, as (first, last): within one run, within the body or without, and aligned to its
     period, so that a piece moved back to the body's start spans no more blocks than before.
     """
+    usual = _block_size(len(run_end))
     blocks: list[tuple[int, int]] = []
     i = 0
     while i < len(run_end):
         if run_end[i] < i:
             i += 1
             continue
-        size = _BLOCK
+        size = usual
         last = int(run_end[i])
         if i < start:
             last = min(last, start - 1)
         elif i <= end:
             last = min(last, end)
-            size = period * -(-_BLOCK // period)
+            size = period * -(-usual // period)
         blocks.append((i, min(last, i + size - 1)))
         i = blocks[-1][1] + 1
     return blocks

@@ -212,16 +212,17 @@ def test_equal_blocks_share_rows_and_nothing_changes(seed: int, monkeypatch) -> 
     assert np.array_equal(shared.seconds_by_slots, alone.seconds_by_slots)
 
 
-@pytest.mark.parametrize("objective", ["held", "total"])
-def test_compiled_tables_equal_the_plain_ones(objective: str, chain_of) -> None:
-    for seed, n in enumerate((1, 2, 9, 23, 40)):
+@pytest.mark.parametrize(("objective", "slots", "block"), [("held", 300, 8), ("total", 300, 8), ("total", 1100, 21)])
+def test_compiled_tables_equal_the_plain_ones(objective: str, slots: int, block: int, chain_of, monkeypatch) -> None:
+    monkeypatch.setattr("gpuckpt.planning._grid._block_size", lambda n: block)
+    for seed, n in enumerate((1, 2, 9, 23, 50)):
         chain = chain_of(random.Random(seed), n, fixed=0.03)
-        chains = [chain, periodic_chain(random.Random(seed), 2, 1 + seed, 9, 2)]
+        chains = [chain, periodic_chain(random.Random(seed), 2, 1 + seed, 12, 2)]
         for each in chains:
             problem = build_problem(each, objective)
             most = simulate(each, tuple(Keep(i) for i in range(len(each)))).total_peak_bytes
-            plain = solve(each, problem, most, engine="numpy", slots=300)
-            compiled = solve(each, problem, most, engine="numba", slots=300)
+            plain = solve(each, problem, most, engine="numpy", slots=slots)
+            compiled = solve(each, problem, most, engine="numba", slots=slots)
             assert np.allclose(plain.tables.pieces, compiled.tables.pieces, rtol=1e-5)
             assert np.allclose(plain.seconds_by_slots, compiled.seconds_by_slots, rtol=1e-5)
 
