@@ -174,7 +174,7 @@ def _request(spec: KernelSpec, use_cache: bool) -> dict[str, Any]:
         "signature": dict(spec.signature),
         "constexprs": {k: _encode(v) for k, v in spec.constexprs.items()},
         "attrs": [[list(path), value] for path, value in spec.attrs.items()],
-        "options": {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.meta.get("options", {})},
+        "options": {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options},
         "cache": str(cache_dir()),
         "use_cache": use_cache,
     }

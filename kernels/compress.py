@@ -21,17 +21,16 @@ A forward and a recompute that load codes directly are in `compressed_linear`. N
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor, float32, uint8
 
 from .launch import check_out, check_shape, dtype_name, on_device
 from .numerics import INTERPRETED, narrow, widen
-from .registry import KernelSpec, make_spec
+from .registry import STORED, KernelSpec, block_meta, make_spec
+from .tiles import BlockTile
 
-__all__ = ["FORMATS", "GROUP", "BlockTile", "check_codes", "compress", "decode", "decompress", "scales_shape", "specs"]
+__all__ = ["FORMATS", "GROUP", "check_codes", "compress", "decode", "decompress", "scales_shape", "specs"]
 
 GROUP = 128
 """Elements of a row that share a scale."""
@@ -40,21 +39,7 @@ FORMATS = {"int8": 127.0, "e4m3": 448.0, "e5m2": 57344.0}
 """Format -> largest value a code stands for."""
 
 
-@dataclass(frozen=True)
-class BlockTile:
-    """rows: of a program's block, which is one scale group wide."""
-
-    rows: int = 32
-    num_warps: int = 4
-    num_stages: int = 1
-
-    @property
-    def label(self) -> str:
-        """Short name, e.g. "32x128w4"."""
-        return f"{self.rows}x{GROUP}w{self.num_warps}"
-
-
-_TILE = BlockTile()
+_TILE = BlockTile(32, GROUP, 4)
 
 
 @triton.jit
@@ -232,6 +217,7 @@ def compress(
             ROWS=_TILE.rows,
             INTERPRET=INTERPRETED,
             num_warps=_TILE.num_warps,
+            num_stages=_TILE.num_stages,
         )
 
 
@@ -258,12 +244,13 @@ def decompress(codes: Tensor, scales: Tensor, out: Tensor, *, format: str = "e4m
             ROWS=_TILE.rows,
             INTERPRET=INTERPRETED,
             num_warps=_TILE.num_warps,
+            num_stages=_TILE.num_stages,
         )
 
 
 def specs(arch: int) -> list[KernelSpec]:
     """Both directions in every format and dtype, nearest and stochastic, on contiguous 16-byte aligned matrices."""
-    meta = {"activation": None, "gemm_loops": 0, "tensor_cores": False, "tma": False, "pipelined": False}
+    block = f"{_TILE.rows}x{GROUP}"
     sizes = dict.fromkeys(("M", "K", "stride_xm", "stride_cm", "stride_sm"), "i32")
     pointers = {"p_x": "T", "p_codes": "*u8", "p_scales": "*fp32"}
     inner = dict.fromkeys(("stride_xk", "stride_ck", "stride_sg"), 1)
@@ -283,7 +270,7 @@ def specs(arch: int) -> list[KernelSpec]:
                         types={**sizes, **pointers, "seed": "i64", "first_row": "i64"},
                         constexprs={**fixed, "FORMAT": format, "LARGEST": largest, "STOCHASTIC": stochastic},
                         divisible=divisible,
-                        meta=meta,
+                        meta=block_meta({f"{block}xi8": 1, f"{_TILE.rows}xf32": 1}),
                     )
                 )
             found.append(
@@ -296,7 +283,7 @@ def specs(arch: int) -> list[KernelSpec]:
                     types={**sizes, **pointers},
                     constexprs={**fixed, "FORMAT": format},
                     divisible=divisible,
-                    meta=meta,
+                    meta=block_meta({f"{block}x{STORED[dtype]}": 1}),
                 )
             )
     return found

@@ -16,15 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compress import FORMATS, GROUP, check_codes, decode
+from .compress import GROUP, check_codes, decode
 from .epilogue import emit_backward, emit_forward
 from .gemm import tile_of
-from .launch import arch_of, check_activation, check_out, check_shape, check_tile, dtype_name, on_device, strides
-from .numerics import INTERPRETED, narrow, operand
-from .registry import KernelSpec, make_spec
-from .tiles import TileConfig, candidates, choose, epilogue_piece
+from .launch import (
+    arch_of,
+    check_activation,
+    check_out,
+    check_shape,
+    check_sums,
+    check_tile,
+    dtype_name,
+    gemm_options,
+    on_device,
+    regular,
+    strides,
+)
+from .numerics import narrow, operand
+from .tiles import TileConfig, candidates, choose
 
-__all__ = ["compressed_linear_fwd", "compressed_linear_recompute_bwd", "db_partials_shape", "specs"]
+__all__ = ["compressed_linear_fwd", "compressed_linear_recompute_bwd", "compressed_tiles", "db_partials_shape"]
 
 
 @triton.jit
@@ -182,7 +193,7 @@ def db_partials_shape(codes: Tensor, weight: Tensor, tile: TileConfig | None = N
     return -(-codes.shape[0] // _tile(codes, weight, tile).bm), weight.shape[0]
 
 
-def _tiles(dtype: str, arch: int) -> list[TileConfig]:
+def compressed_tiles(dtype: str, arch: int) -> list[TileConfig]:
     """A large and a small one of `linear`'s. Not those of 256 columns: what decodes does not fit beside their accumulators."""
     narrow_enough = [t for t in candidates("linear", dtype, arch) if t.bn <= 128]
     return [narrow_enough[0], narrow_enough[-1]]
@@ -194,9 +205,10 @@ def _tile(codes: Tensor, weight: Tensor, tile: TileConfig | None) -> TileConfig:
     if dtype == "fp32":
         raise TypeError("a compressed input is multiplied in 16 bits; weight is float32: cast it, or decompress first")
     if tile is None:
-        tile = choose("linear", M, N, K, dtype, arch)
-        if arch:
-            large, small = _tiles(dtype, arch)
+        is_regular = regular(codes, weight)
+        tile = choose("linear", M, N, K, dtype, arch, regular=is_regular)
+        if arch and is_regular:
+            large, small = compressed_tiles(dtype, arch)
             tile = large if tile.bm * tile.bn >= large.bm * large.bn else small
     check_tile("linear", tile, dtype, arch)
     if GROUP % tile.bk:
@@ -211,21 +223,6 @@ def _check(codes: Tensor, scales: Tensor, weight: Tensor, format: str, activatio
     M, K = check_codes(codes, scales, format, weight)
     check_shape({"weight": (weight, (weight.shape[0], K))}, codes)
     return M, weight.shape[0], K
-
-
-def _tile_options(tile: TileConfig, K: int, format: str, activation: str) -> dict[str, object]:
-    return {
-        "FORMAT": format,
-        "GROUP": GROUP,
-        "ACT": activation,
-        "BM": tile.bm,
-        "BN": tile.bn,
-        "BK": tile.bk,
-        "PIECE": epilogue_piece(tile),
-        "GROUP_M": tile.group_m,
-        "EVEN_K": K % tile.bk == 0,
-        "INTERPRET": INTERPRETED,
-    }
 
 
 def compressed_linear_fwd(
@@ -265,9 +262,9 @@ def compressed_linear_fwd(
             *weight.stride(),
             *strides(bias, 1),
             *out.stride(),
-            **_tile_options(tile, K, format, activation),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            FORMAT=format,
+            GROUP=GROUP,
+            **gemm_options("linear", tile, K, activation),
         )
 
 
@@ -296,8 +293,7 @@ def compressed_linear_recompute_bwd(
         {"bias": (bias, (N,)), "dy": (dy, (M, N)), "dz": (dz, (M, N)), "h": (h, (M, N)), "db_partials": partials}, codes
     )
     check_out(dz=dz, h=h, db_partials=db_partials)
-    if db_partials is not None and dtype_name(db_partials) != "fp32":
-        raise TypeError(f"db_partials must be float32; got {db_partials.dtype}")
+    check_sums(db_partials=db_partials)
     if M == 0 or N == 0:
         return
     with on_device(weight):
@@ -321,46 +317,7 @@ def compressed_linear_recompute_bwd(
             *dz.stride(),
             *strides(h, 2),
             *strides(db_partials, 2),
-            **_tile_options(tile, K, format, activation),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            FORMAT=format,
+            GROUP=GROUP,
+            **gemm_options("linear", tile, K, activation),
         )
-
-
-def specs(arch: int) -> list[KernelSpec]:
-    """Both kernels in every format at every 16-bit tile of `arch`, on contiguous 16-byte aligned matrices with bias."""
-    return [
-        _spec(fn, format, dtype, arch, tile)
-        for dtype in ("bf16", "fp16")
-        for tile in _tiles(dtype, arch)
-        for format in (FORMATS if dtype == "bf16" else ("e4m3",))
-        for fn in (compressed_linear_fwd_kernel, compressed_linear_recompute_bwd_kernel)
-    ]
-
-
-def _spec(fn: object, format: str, dtype: str, arch: int, tile: TileConfig) -> KernelSpec:
-    names = fn.arg_names  # type: ignore[attr-defined]
-    inner = {
-        n: 1 for n in names if n in ("stride_ck", "stride_wk", "stride_b", "stride_yn", "stride_dyn", "stride_dzn")
-    }
-    inner |= {n: 1 for n in names if n in ("stride_hn", "stride_dbn", "stride_sg")}
-    constexprs = {**_tile_options(tile, 0, format, "gelu_tanh"), **inner, "INTERPRET": False}
-    special = {"p_codes": "*u8", "p_scales": "*fp32", "p_db": "*fp32"}
-    types = {n: special.get(n, "T" if n.startswith("p_") else "i32") for n in names if n not in constexprs}
-    return make_spec(
-        fn,
-        variant=f"gelu_tanh,{format}",
-        dtype=dtype,
-        arch=arch,
-        tile=tile,
-        types=types,
-        constexprs=constexprs,
-        divisible=tuple(n for n in types if n != "M" and n != "stride_sm"),
-        meta={
-            "activation": "gelu_tanh",
-            "gemm_loops": 1,
-            "tensor_cores": True,
-            "tma": False,
-            "pipelined": True,
-        },
-    )

@@ -18,8 +18,6 @@ Not here: class weights, probabilities as targets, allocation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor, int64
@@ -27,31 +25,18 @@ from torch import Tensor, int64
 from .activations import activate
 from .launch import check_out, check_shape, dtype_name, on_device
 from .numerics import INTERPRETED, narrow, widen
-from .registry import KernelSpec, make_spec
+from .registry import STORED, KernelSpec, block_meta, make_spec
+from .tiles import BlockTile
 
-__all__ = ["RowTile", "choose_rows", "cross_entropy_bwd", "cross_entropy_fwd", "specs"]
-
-
-@dataclass(frozen=True)
-class RowTile:
-    """block: elements of a row taken at a time."""
-
-    block: int
-    num_warps: int
-    num_stages: int = 1
-
-    @property
-    def label(self) -> str:
-        """Short name, e.g. "1x4096w8"."""
-        return f"1x{self.block}w{self.num_warps}"
+__all__ = ["choose_rows", "cross_entropy_bwd", "cross_entropy_fwd", "specs"]
 
 
-_TILES = (RowTile(4096, 8), RowTile(1024, 4))
+_TILES = (BlockTile(1, 4096, 8), BlockTile(1, 1024, 4))
 
 
-def choose_rows(V: int) -> RowTile:
+def choose_rows(V: int) -> BlockTile:
     """The block for rows of V elements: wide ones where a row fills several of them."""
-    return _TILES[0] if 4 * _TILES[1].block < V else _TILES[1]
+    return _TILES[0] if 4 * _TILES[1].columns < V else _TILES[1]
 
 
 @triton.jit
@@ -182,7 +167,7 @@ def cross_entropy_fwd(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    tile: RowTile | None = None,
+    tile: BlockTile | None = None,
 ) -> None:
     """loss[i] = the loss of row i, in fp32. Writes every element of `loss`, and nothing else.
 
@@ -216,7 +201,7 @@ def cross_entropy_bwd(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    tile: RowTile | None = None,
+    tile: BlockTile | None = None,
 ) -> None:
     """Overwrites the logits with dloss[i] * d loss[i] / d logits[i, :].
 
@@ -261,7 +246,7 @@ def _check(logits: Tensor, target: Tensor, label_smoothing: float, softcap: floa
 
 
 def _options(
-    tile: RowTile, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None
+    tile: BlockTile, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None
 ) -> dict[str, object]:
     return {
         "ignore_index": ignore_index,
@@ -271,7 +256,7 @@ def _options(
         "softcap": float(softcap) if softcap is not None else 0.0,
         "SOFTCAP": softcap is not None,
         "SMOOTH": label_smoothing != 0.0,
-        "BLOCK": tile.block,
+        "BLOCK": tile.columns,
         "INTERPRET": INTERPRETED,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
@@ -288,7 +273,7 @@ def specs(arch: int) -> list[KernelSpec]:
                 constexprs = {
                     "SOFTCAP": options,
                     "SMOOTH": options,
-                    "BLOCK": tile.block,
+                    "BLOCK": tile.columns,
                     "INTERPRET": False,
                     "stride_t": 1,
                 }
@@ -300,8 +285,7 @@ def specs(arch: int) -> list[KernelSpec]:
                     "ignore_index": "i32",
                     **scalars,
                 }
-                meta = {"activation": None, "gemm_loops": 0, "tensor_cores": False, "tma": False, "pipelined": False}
-                common = {"variant": variant, "dtype": dtype, "arch": arch, "tile": tile, "meta": meta}
+                common = {"variant": variant, "dtype": dtype, "arch": arch, "tile": tile}
                 divisible = ("p_logits", "p_target", "V", "stride_m")
                 found.append(
                     make_spec(
@@ -309,6 +293,7 @@ def specs(arch: int) -> list[KernelSpec]:
                         types={**types, "p_loss": "*fp32"},
                         constexprs=constexprs,
                         divisible=(*divisible, "p_loss"),
+                        meta=block_meta({"f32": 1}),
                         **common,
                     )
                 )
@@ -318,6 +303,8 @@ def specs(arch: int) -> list[KernelSpec]:
                         types={**types, "p_dloss": "*fp32"},
                         constexprs={**constexprs, "stride_d": 1},
                         divisible=(*divisible, "p_dloss"),
+                        # Zeros for an ignored row, or its gradient.
+                        meta=block_meta({f"{tile.columns}x{STORED[dtype]}": 2}),
                         **common,
                     )
                 )

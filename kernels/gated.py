@@ -26,15 +26,18 @@ from .launch import (
     check_activation,
     check_out,
     check_shape,
+    check_sums,
     check_tile,
     descriptor,
     dtype_name,
+    gemm_options,
     on_device,
+    regular,
     strides,
     use_descriptors,
 )
-from .numerics import INTERPRETED, narrow, widen
-from .tiles import TileConfig, choose, epilogue_piece
+from .numerics import narrow, widen
+from .tiles import TileConfig, choose
 
 __all__ = ["db_partials_shape", "gated_fwd", "gated_recompute_bwd"]
 
@@ -170,10 +173,10 @@ def gated_recompute_bwd_kernel(
     )  # fmt: skip
 
 
-def _tile(kind: str, x: Tensor, wg: Tensor, tile: TileConfig | None) -> TileConfig:
-    (M, K), N = x.shape, wg.shape[0]
+def _tile(kind: str, x: Tensor, *weights: Tensor, tile: TileConfig | None) -> TileConfig:
+    (M, K), N = x.shape, weights[0].shape[0]
     dtype, arch = dtype_name(x), arch_of(x)
-    tile = tile or choose(kind, M, N, K, dtype, arch)
+    tile = tile or choose(kind, M, N, K, dtype, arch, regular=regular(x, *weights))
     check_tile(kind, tile, dtype, arch)
     return tile
 
@@ -192,9 +195,9 @@ def _check(
     return M, N, K
 
 
-def db_partials_shape(x: Tensor, wg: Tensor, tile: TileConfig | None = None) -> tuple[int, int]:
+def db_partials_shape(x: Tensor, wg: Tensor, wu: Tensor, wd: Tensor, tile: TileConfig | None = None) -> tuple[int, int]:
     """Shape of each of the fp32 buffers that `gated_recompute_bwd` wants for db_g and db_u: (ceil(M / bm), N)."""
-    return -(-x.shape[0] // _tile("gated_bwd", x, wg, tile).bm), wg.shape[0]
+    return -(-x.shape[0] // _tile("gated_bwd", x, wg, wu, wd, tile=tile).bm), wg.shape[0]
 
 
 def gated_fwd(
@@ -221,10 +224,10 @@ def gated_fwd(
     M, N, K = _check(x, wg, bg, wu, bu, activation)
     check_shape({"h": (h, (M, N))}, x)
     check_out(h=h)
-    tile = _tile("gated_fwd", x, wg, tile)
+    tile = _tile("gated_fwd", x, wg, wu, tile=tile)
     if M == 0 or N == 0:
         return
-    tma = use_descriptors(tma, arch_of(x), x, wg, wu)
+    tma = use_descriptors(tma, arch_of(x), regular(x, wg, wu), x, wg, wu)
     with on_device(x):
         gated_fwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
             descriptor(x, tile.bm, tile.bk) if tma else x,
@@ -243,18 +246,9 @@ def gated_fwd(
             *strides(bu, 1),
             *h.stride(),
             float(gate_multiplier),
-            ACT=activation,
-            BM=tile.bm,
-            BN=tile.bn,
-            BK=tile.bk,
-            PIECE=epilogue_piece(tile, "gated_fwd"),
-            GROUP_M=tile.group_m,
-            EVEN_K=K % tile.bk == 0,
             TMA=tma,
             WARP_SPECIALIZE=warp_specialize,
-            INTERPRET=INTERPRETED,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **gemm_options("gated_fwd", tile, K, activation),
         )
 
 
@@ -292,8 +286,8 @@ def gated_recompute_bwd(
     if dy.dtype != x.dtype or wd.dtype != x.dtype:
         raise TypeError(f"x is {x.dtype}, dy {dy.dtype} and wd {wd.dtype}; cast them to one dtype")
     D = dy.shape[1]
-    tile = _tile("gated_bwd", x, wg, tile)
-    partials = db_partials_shape(x, wg, tile)
+    tile = _tile("gated_bwd", x, wg, wu, wd, tile=tile)
+    partials = db_partials_shape(x, wg, wu, wd, tile)
     check_shape(
         {
             "dy": (dy, (M, D)),
@@ -307,12 +301,10 @@ def gated_recompute_bwd(
         x,
     )
     check_out(h=h, dz_g=dz_g, dz_u=dz_u, dbg_partials=dbg_partials, dbu_partials=dbu_partials)
-    for db in (dbg_partials, dbu_partials):
-        if db is not None and dtype_name(db) != "fp32":
-            raise TypeError(f"partials must be float32; got {db.dtype}")
+    check_sums(dbg_partials=dbg_partials, dbu_partials=dbu_partials)
     if M == 0 or N == 0:
         return
-    tma = use_descriptors(tma, arch_of(x), x, wg, wu, dy, wd)
+    tma = use_descriptors(tma, arch_of(x), regular(x, wg, wu, wd), x, wg, wu, dy, wd)
     with on_device(x):
         gated_recompute_bwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
             descriptor(x, tile.bm, tile.bk) if tma else x,
@@ -344,17 +336,8 @@ def gated_recompute_bwd(
             *strides(dbg_partials, 2),
             *strides(dbu_partials, 2),
             float(gate_multiplier),
-            ACT=activation,
-            BM=tile.bm,
-            BN=tile.bn,
-            BK=tile.bk,
-            PIECE=epilogue_piece(tile, "gated_bwd"),
-            GROUP_M=tile.group_m,
-            EVEN_K=K % tile.bk == 0,
             EVEN_D=D % tile.bk == 0,
             TMA=tma,
             WARP_SPECIALIZE=warp_specialize,
-            INTERPRET=INTERPRETED,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **gemm_options("gated_bwd", tile, K, activation),
         )

@@ -8,26 +8,31 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import ACTIVATIONS
 from .numerics import INTERPRETED
-from .tiles import TileConfig, nearest_arch, why_invalid
+from .tiles import TileConfig, epilogue_piece, nearest_arch, why_invalid
 
 __all__ = [
     "arch_of",
     "check_activation",
     "check_out",
     "check_shape",
+    "check_sums",
     "check_tile",
     "describable",
     "descriptor",
     "dtype_name",
+    "gemm_options",
     "multiprocessors",
     "on_device",
+    "regular",
     "strides",
     "use_descriptors",
 ]
@@ -91,6 +96,13 @@ def check_out(**outputs: Tensor | None) -> None:
             reach += (size - 1) * stride if size > 1 else 0
 
 
+def check_sums(**sums: Tensor | None) -> None:
+    """Sums, where wanted, are written in fp32, whatever the matrices are."""
+    for name, t in sums.items():
+        if t is not None and dtype_name(t) != "fp32":
+            raise TypeError(f"{name} must be float32; got {t.dtype}")
+
+
 def check_tile(kind: str, tile: TileConfig, dtype: str, arch: int) -> None:
     reason = why_invalid(kind, tile, dtype, arch)
     if reason is not None:
@@ -114,13 +126,30 @@ def describable(*tensors: Tensor) -> bool:
     )
 
 
-def use_descriptors(asked: bool | None, arch: int, *tensors: Tensor) -> bool:
-    """Whether to load through descriptors: on sm_90 and sm_100 where all tensors allow it, or as asked.
+def regular(x: Tensor, *weights: Tensor) -> bool:
+    """Whether a GEMM's operands are what the large tiles are made for: contiguous rows that start at multiples of 16 elements and
+    of 16 bytes, sizes that are multiples of 16, of x (M, K) but for M. Otherwise every element has an address of its own, which
+    takes more registers than a large tile leaves: see `tiles.loose_tile`."""
+    sizes = (x.shape[1], *(n for w in weights for n in w.shape))
+    return all(n % 16 == 0 for n in sizes) and all(
+        t.stride(1) == 1 and t.stride(0) % 16 == 0 and _address(t) % 16 == 0 for t in (x, *weights)
+    )
+
+
+def _address(t: Tensor) -> int:
+    """Where t begins; for a tensor without memory, where it would begin in an aligned one."""
+    if isinstance(t, FakeTensor) or t.is_meta:
+        return t.storage_offset() * t.element_size()
+    return t.data_ptr()
+
+
+def use_descriptors(asked: bool | None, arch: int, is_regular: bool, *tensors: Tensor) -> bool:
+    """Whether to load through descriptors: on sm_90 and sm_100 for regular operands, where all tensors allow it, or as asked.
 
     Raises ValueError where they are asked for and a tensor does not allow it.
     """
     if asked is None:
-        return arch in (90, 100) and describable(*tensors)
+        return arch in (90, 100) and is_regular and describable(*tensors)
     if asked and not describable(*tensors):
         raise ValueError(
             "tensor descriptors need 16-bit matrices with contiguous rows, 16-byte aligned and at least one element"
@@ -141,3 +170,21 @@ def multiprocessors(t: Tensor) -> int:
 def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
     """Strides for a kernel's arguments, zeros for an absent tensor."""
     return t.stride() if t is not None else (0,) * dims
+
+
+def gemm_options(kind: str, tile: TileConfig, K: int, activation: str, *, dropout: bool = False) -> dict[str, Any]:
+    """What every GEMM kernel is compiled with for a tile, a reduction over K and an activation: its constants, then Triton's
+    options. kind: a key of `tiles.KINDS`. What is audited takes them from here too, so that it is what is launched."""
+    return {
+        "ACT": activation,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "PIECE": epilogue_piece(tile, kind, dropout),
+        "GROUP_M": tile.group_m,
+        "EVEN_K": K % tile.bk == 0,
+        "INTERPRET": INTERPRETED,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "maxnreg": tile.max_registers,
+    }

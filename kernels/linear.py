@@ -31,16 +31,18 @@ from .launch import (
     check_activation,
     check_out,
     check_shape,
+    check_sums,
     check_tile,
     descriptor,
     dtype_name,
+    gemm_options,
     multiprocessors,
     on_device,
+    regular,
     strides,
     use_descriptors,
 )
-from .numerics import INTERPRETED
-from .tiles import TileConfig, choose, epilogue_piece
+from .tiles import TileConfig, choose
 
 __all__ = ["db_partials_shape", "linear_fwd", "linear_recompute_bwd"]
 
@@ -217,7 +219,7 @@ def _tile(x: Tensor, weight: Tensor, tile: TileConfig | None, dropout: Dropout |
     (M, K), N = x.shape, weight.shape[0]
     dtype, arch = dtype_name(x), arch_of(x)
     kind = "linear" if dropout is None else "linear_dropout"
-    tile = tile or choose(kind, M, N, K, dtype, arch)
+    tile = tile or choose(kind, M, N, K, dtype, arch, regular=regular(x, weight))
     check_tile(kind, tile, dtype, arch)
     return tile
 
@@ -268,7 +270,7 @@ def linear_fwd(
     tile = _tile(x, weight, tile, dropout)
     if M == 0 or N == 0:
         return
-    tma = use_descriptors(tma, arch_of(x), x, weight)
+    tma = use_descriptors(tma, arch_of(x), regular(x, weight), x, weight)
     tiles = triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn)
     with on_device(x):
         linear_fwd_kernel[(min(tiles, multiprocessors(x)) if tma else tiles,)](
@@ -286,20 +288,11 @@ def linear_fwd(
             *strides(residual, 2),
             *out.stride(),
             *(dropout or NO_DROPOUT).kernel_args(),
-            ACT=activation,
             DROPOUT=dropout is not None,
-            BM=tile.bm,
-            BN=tile.bn,
-            BK=tile.bk,
-            PIECE=epilogue_piece(tile, dropout=dropout is not None),
-            GROUP_M=tile.group_m,
-            EVEN_K=K % tile.bk == 0,
             TMA=tma,
             PERSISTENT=tma,
             WARP_SPECIALIZE=warp_specialize,
-            INTERPRET=INTERPRETED,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **gemm_options("linear", tile, K, activation, dropout=dropout is not None),
         )
 
 
@@ -334,11 +327,10 @@ def linear_recompute_bwd(
         {"bias": (bias, (N,)), "dy": (dy, (M, N)), "dz": (dz, (M, N)), "h": (h, (M, N)), "db_partials": partials}, x
     )
     check_out(dz=dz, h=h, db_partials=db_partials)
-    if db_partials is not None and dtype_name(db_partials) != "fp32":
-        raise TypeError(f"db_partials must be float32; got {db_partials.dtype}")
+    check_sums(db_partials=db_partials)
     if M == 0 or N == 0:
         return
-    tma = use_descriptors(tma, arch_of(x), x, weight)
+    tma = use_descriptors(tma, arch_of(x), regular(x, weight), x, weight)
     with on_device(x):
         linear_recompute_bwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
             descriptor(x, tile.bm, tile.bk) if tma else x,
@@ -359,18 +351,9 @@ def linear_recompute_bwd(
             *strides(h, 2),
             *strides(db_partials, 2),
             *(dropout or NO_DROPOUT).kernel_args(),
-            ACT=activation,
             RECOMPUTE=needs_z(activation) or h is not None,
             DROPOUT=dropout is not None,
-            BM=tile.bm,
-            BN=tile.bn,
-            BK=tile.bk,
-            PIECE=epilogue_piece(tile, dropout=dropout is not None),
-            GROUP_M=tile.group_m,
-            EVEN_K=K % tile.bk == 0,
             TMA=tma,
             WARP_SPECIALIZE=warp_specialize,
-            INTERPRET=INTERPRETED,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **gemm_options("linear", tile, K, activation, dropout=dropout is not None),
         )

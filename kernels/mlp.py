@@ -28,17 +28,19 @@ from .launch import (
     check_activation,
     check_out,
     check_shape,
+    check_sums,
     check_tile,
     descriptor,
     dtype_name,
+    gemm_options,
     on_device,
+    regular,
     strides,
     use_descriptors,
 )
 from .linear import db_partials_shape as plain_db_partials_shape
 from .linear import linear_recompute_bwd
-from .numerics import INTERPRETED
-from .tiles import TileConfig, backward_form, choose, epilogue_piece
+from .tiles import TileConfig, backward_form, choose
 
 __all__ = ["db_partials_shape", "mlp_dual_bwd", "mlp_recompute_bwd"]
 
@@ -120,10 +122,10 @@ def _form(x: Tensor, w1: Tensor, w2: Tensor, form: str | None) -> str:
     return form or backward_form(w1.shape[0], x.shape[1], w2.shape[0], dtype_name(x), arch_of(x))
 
 
-def _dual_tile(x: Tensor, w1: Tensor, tile: TileConfig | None) -> TileConfig:
+def _dual_tile(x: Tensor, w1: Tensor, w2: Tensor, tile: TileConfig | None) -> TileConfig:
     (M, K), N = x.shape, w1.shape[0]
     dtype, arch = dtype_name(x), arch_of(x)
-    tile = tile or choose("dual", M, N, K, dtype, arch)
+    tile = tile or choose("dual", M, N, K, dtype, arch, regular=regular(x, w1, w2))
     check_tile("dual", tile, dtype, arch)
     return tile
 
@@ -140,7 +142,7 @@ def db_partials_shape(
     """Shape of the fp32 buffer that `mlp_recompute_bwd` with the same arguments wants for db1."""
     if _form(x, w1, w2, form) == "plain":
         return plain_db_partials_shape(x, w1, tile, dropout)
-    return -(-x.shape[0] // _dual_tile(x, w1, tile).bm), w1.shape[0]
+    return -(-x.shape[0] // _dual_tile(x, w1, w2, tile).bm), w1.shape[0]
 
 
 def mlp_recompute_bwd(
@@ -222,14 +224,13 @@ def mlp_dual_bwd(
     """The dual form of `mlp_recompute_bwd`, whose arguments these are. tma, warp_specialize: as in `linear_fwd`."""
     _check(x, w1, b1, dy, w2, h, dz, activation)
     (M, K), N, D = x.shape, w1.shape[0], dy.shape[1]
-    tile = _dual_tile(x, w1, tile)
+    tile = _dual_tile(x, w1, w2, tile)
     check_shape({"db_partials": (db_partials, (-(-M // tile.bm), N))}, x)
     check_out(db_partials=db_partials)
-    if db_partials is not None and dtype_name(db_partials) != "fp32":
-        raise TypeError(f"db_partials must be float32; got {db_partials.dtype}")
+    check_sums(db_partials=db_partials)
     if M == 0 or N == 0:
         return
-    tma = use_descriptors(tma, arch_of(x), x, w1, dy, w2)
+    tma = use_descriptors(tma, arch_of(x), regular(x, w1, w2), x, w1, dy, w2)
     with on_device(x):
         mlp_dual_bwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
             descriptor(x, tile.bm, tile.bk) if tma else x,
@@ -253,18 +254,9 @@ def mlp_dual_bwd(
             *dz.stride(),
             *strides(db_partials, 2),
             *(dropout or NO_DROPOUT).kernel_args(),
-            ACT=activation,
             DROPOUT=dropout is not None,
-            BM=tile.bm,
-            BN=tile.bn,
-            BK=tile.bk,
-            PIECE=epilogue_piece(tile, "dual", dropout is not None),
-            GROUP_M=tile.group_m,
-            EVEN_K=K % tile.bk == 0,
             EVEN_D=D % tile.bk == 0,
             TMA=tma,
             WARP_SPECIALIZE=warp_specialize,
-            INTERPRET=INTERPRETED,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **gemm_options("dual", tile, K, activation, dropout=dropout is not None),
         )

@@ -17,20 +17,24 @@ Not here: allocation, autograd, adding up the partials.
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arch_of, check_out, check_shape, dtype_name, on_device, strides
+from .launch import arch_of, check_out, check_shape, check_sums, dtype_name, on_device, strides
 from .numerics import INTERPRETED, narrow, widen
-from .registry import KernelSpec, make_spec
-from .tiles import TileConfig
+from .registry import STORED, KernelSpec, block_meta, make_spec
+from .tiles import BlockTile
 
 __all__ = ["norm_bwd", "norm_fwd", "norm_partials_shape", "specs"]
 
 _ROWS = 32
 _COLUMNS = 128
 _WIDEST_BLOCK = 1024
+_WARPS = 4
 _KINDS = ("rms", "layer")
 
 
@@ -237,7 +241,7 @@ def norm_fwd(
             LAYER=kind == "layer",
             BLOCK=_block(K),
             INTERPRET=INTERPRETED,
-            num_warps=4,
+            num_warps=_WARPS,
             num_stages=1,
         )
 
@@ -274,9 +278,7 @@ def norm_bwd(
         x,
     )
     check_out(dx=dx, stats=stats, dw_partials=dw_partials, db_partials=db_partials)
-    for name, t in (("stats", stats), ("dw_partials", dw_partials), ("db_partials", db_partials)):
-        if t is not None and dtype_name(t) != "fp32":
-            raise TypeError(f"{name} must be float32; got {t.dtype}")
+    check_sums(stats=stats, dw_partials=dw_partials, db_partials=db_partials)
     wants_sums = dw_partials is not None or db_partials is not None
     if wants_sums and dx.data_ptr() == dxn.data_ptr() and dx.numel():
         raise ValueError("dx and dxn share memory, but dw or db still needs dxn: give dx a buffer of its own")
@@ -299,7 +301,7 @@ def norm_bwd(
             LAYER=kind == "layer",
             BLOCK=_block(K),
             INTERPRET=INTERPRETED,
-            num_warps=4,
+            num_warps=_WARPS,
             num_stages=1,
         )
         if wants_sums:
@@ -319,44 +321,43 @@ def norm_bwd(
                 ROWS=_ROWS,
                 COLUMNS=_COLUMNS,
                 INTERPRET=INTERPRETED,
-                num_warps=4,
+                num_warps=_WARPS,
                 num_stages=1,
             )
 
 
 def specs(arch: int) -> list[KernelSpec]:
-    """The three kernels for wide rows of LayerNorm, in each dtype, as called on contiguous tensors with weight and bias."""
-    tile = TileConfig(_ROWS, _COLUMNS, 16, 4, 1)
+    """The kernels for wide rows, in each dtype, as called on contiguous, 16-byte aligned tensors: LayerNorm with weight and bias,
+    RMSNorm with a weight. Narrower rows take the same code in smaller blocks."""
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
-        for fn in (norm_fwd_kernel, norm_bwd_rows_kernel, norm_bwd_columns_kernel):
-            names = list(fn.arg_names)
-            flags = {"LAYER": True, "BLOCK": _WIDEST_BLOCK, "ROWS": _ROWS, "COLUMNS": _COLUMNS, "INTERPRET": False}
-            inner = (
-                "stride_xk",
-                "stride_w",
-                "stride_b",
-                "stride_yk",
-                "stride_dyk",
-                "stride_dxk",
-                "stride_dwk",
-                "stride_dbk",
-            )
-            constexprs = {**flags, **dict.fromkeys((*inner, "stride_sm"), 1)}
-            constexprs = {n: v for n, v in constexprs.items() if n in names}
-            sums = {"p_stats": "*fp32", "p_dw": "*fp32", "p_db": "*fp32", "eps": "fp32"}
-            types = {n: sums.get(n, "T" if n.startswith("p_") else "i32") for n in names if n not in constexprs}
-            found.append(
-                make_spec(
-                    fn,
-                    variant="layer",
-                    dtype=dtype,
-                    arch=arch,
-                    tile=tile,
-                    types=types,
-                    constexprs=constexprs,
-                    divisible=tuple(n for n in types if n not in ("eps", "M", "stride_s")),
-                    meta={"activation": None, "gemm_loops": 0, "tensor_cores": False, "tma": False, "pipelined": False},
-                )
-            )
+        row = Counter({f"{_WIDEST_BLOCK}x{STORED[dtype]}": 1})
+        for kind in _KINDS:
+            found.append(_spec(norm_fwd_kernel, kind, dtype, arch, row))
+            found.append(_spec(norm_bwd_rows_kernel, kind, dtype, arch, row + Counter({"f32": 2})))
+        # The sums over rows do not know which norm it is; LayerNorm wants both of them.
+        found.append(_spec(norm_bwd_columns_kernel, "layer", dtype, arch, {f"{_COLUMNS}xf32": 2}))
     return found
+
+
+def _spec(fn: Any, kind: str, dtype: str, arch: int, stores: dict[str, int]) -> KernelSpec:
+    constants: dict[str, Any] = {"LAYER": kind == "layer", "BLOCK": _WIDEST_BLOCK, "INTERPRET": False}
+    constants |= {"ROWS": _ROWS, "COLUMNS": _COLUMNS}
+    constants |= {f"stride_{n}": 1 for n in ("xk", "w", "b", "yk", "dyk", "dxk", "sm", "dwk", "dbk")}
+    if kind == "rms":
+        constants["p_b"] = None
+        del constants["stride_b"]
+    constants = {n: v for n, v in constants.items() if n in fn.arg_names}
+    special = {"p_stats": "*fp32", "p_dw": "*fp32", "p_db": "*fp32", "eps": "fp32"}
+    types = {n: special.get(n, "T" if n.startswith("p_") else "i32") for n in fn.arg_names if n not in constants}
+    return make_spec(
+        fn,
+        variant=kind,
+        dtype=dtype,
+        arch=arch,
+        tile=BlockTile(*((_ROWS, _COLUMNS) if "ROWS" in constants else (1, _WIDEST_BLOCK)), _WARPS),
+        types=types,
+        constexprs=constants,
+        divisible=tuple(n for n in types if n not in ("eps", "M", "stride_s")),
+        meta=block_meta(stores),
+    )

@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ARCHS", "KERNEL_MODULES", "KernelSpec", "make_spec", "shipped"]
+__all__ = ["ARCHS", "KERNEL_MODULES", "STORED", "KernelSpec", "block_meta", "make_spec", "shipped"]
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that kernels are shipped for, as ints: 80 is sm_80."""
 
-KERNEL_MODULES: tuple[str, ...] = ("specs", "cross_entropy", "compress", "compressed_linear")
+KERNEL_MODULES: tuple[str, ...] = ("specs", "cross_entropy", "compress", "norm")
 """Modules of this package that state specs."""
+
+STORED = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+"""What Triton's IR calls an element of each dtype."""
 
 _POINTER_TYPES = {
     "fp32": "*fp32",
@@ -36,11 +39,12 @@ class KernelSpec:
     constexprs: argument name -> value.
     attrs: {(argument index,): [["tt.divisibility", 16]]}; without it nothing is pipelined.
     dtype: "fp32" | "fp16" | "bf16", the type of the matrices. arch: 80, 86, 89, 90, 100 or 120.
-    tile: the `TileConfig` used.
+    tile: the `TileConfig` or `BlockTile` used. options: of the compiler, beyond num_warps and num_stages.
     meta: what to check in the compiled code. Keys:
         kernel: the function's name without type and tile; activation: its name or None;
         gemm_loops: K loops with a `tl.dot` in them; tensor_cores: whether each must use them;
-        tma: whether loads go through tensor descriptors; pipelined: whether loads must be asynchronous (LDGSTS/UTMALDG).
+        tma: whether loads go through tensor descriptors; pipelined: whether loads must be asynchronous (LDGSTS/UTMALDG);
+        stores: for kernels without a GEMM, everything that a program writes ("128xbf16" -> how many stores).
     """
 
     name: str
@@ -53,6 +57,7 @@ class KernelSpec:
     dtype: str
     arch: int
     tile: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -83,6 +88,7 @@ def make_spec(
         n: "constexpr" if n in constexprs else (_POINTER_TYPES[dtype] if types[n] == "T" else types[n]) for n in names
     }
     kernel = str(fn.__name__).lstrip("_").removesuffix("_kernel")
+    most = getattr(tile, "max_registers", None)
     return KernelSpec(
         name=f"{kernel}[{variant},{dtype},{tile.label}]",
         fn=fn,
@@ -94,8 +100,21 @@ def make_spec(
         dtype=dtype,
         arch=arch,
         tile=tile,
+        options={} if most is None else {"maxnreg": most},
         meta={"kernel": kernel, **meta},
     )
+
+
+def block_meta(stores: Mapping[str, int]) -> dict[str, Any]:
+    """The meta of a kernel without a GEMM, which streams through memory once and writes `stores`."""
+    return {
+        "activation": None,
+        "gemm_loops": 0,
+        "tensor_cores": False,
+        "tma": False,
+        "pipelined": False,
+        "stores": dict(stores),
+    }
 
 
 def shipped(arch: int) -> list[KernelSpec]:

@@ -210,6 +210,12 @@ def work_of(kernel: str, shape: Shape, dtype: str) -> Work:
             return Work(8 * s.M * s.N, s.M * s.N * b, s.M * s.N * b)
         case "cross_entropy_fwd":
             return Work(4 * s.M * s.N, s.M * s.N * b, s.M * 4)
+        case "norm_fwd":
+            return Work(6 * s.M * s.K, s.M * s.K * b, s.M * s.K * b)
+        case "norm_bwd_rows":  # x and the gradient in; dx, mean and rstd out
+            return Work(12 * s.M * s.K, 2 * s.M * s.K * b, s.M * s.K * b + 8 * s.M)
+        case "norm_bwd_columns":  # x and the gradient in; a row of sums for dw and for db from each 32 rows
+            return Work(5 * s.M * s.K, 2 * s.M * s.K * b, 2 * -(-s.M // 32) * s.K * 4)
         case "compress":
             return Work(3 * s.M * s.K, s.M * s.K * b, s.M * s.K + s.M * s.K // 32)
         case "decompress":

@@ -10,6 +10,7 @@ code contains: where there is one, every block that nothing else reaches counts 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class Instruction:
     opcode: str
     operands: str
 
-    @property
+    @functools.cached_property  # asked for a dozen times, of ten thousand instructions
     def op(self) -> str:
         return self.opcode.split(".", 1)[0]
 

@@ -1,83 +1,179 @@
-"""The GEMM kernels as they ship: every tile, dtype and way of loading, for the ahead-of-time compiler.
+"""The GEMM kernels as they ship, for the ahead-of-time compiler: what a launch can be, and what of it is compiled.
 
-A spec is compiled as the kernel is called on contiguous, 16-byte aligned matrices with a bias: inner strides are the constant
-1, outer ones multiples of 16. Types follow from the arguments' names, so a new argument needs no entry here.
+tile, dtype, loading    Every combination that the launchers choose by themselves: on sm_90 and sm_100 16-bit operands come
+                        through descriptors. Pointers there are for who asks for them (`tma=False`): bf16 with one activation.
+layout                  Operands are regular (`launch.regular`: inner strides are the constant 1, outer ones and sizes multiples
+                        of 16), or nothing is known about them and the small loose tile is taken: both are compiled. Where
+                        pointers are used, so is a K that is no multiple of the preferred tile's step; descriptors mask it.
+optional operands       Bias, residual, h and the sums for db are all given. A launch without one is the same code less its
+                        loads, stores and addresses.
+activation              A kernel's registers depend on it, and not only upwards: ptxas may hold a light kernel to a round number
+                        of registers for one more block on a multiprocessor, and spill. So on sm_80, sm_90 and sm_100, whose code
+                        differs, the preferred bf16 tile is compiled with every activation, the other bf16 and fp32 ones with
+                        the lightest (identity) and with those that needed most registers (gelu_tanh, silu and, forward,
+                        gelu). fp16, which differs from bf16 in conversions alone, is compiled with the two extremes, and so
+                        is dropout, whose random numbers need more registers than any activation.
+sm_86, sm_89, sm_120    run sm_80's tiles through the same code generator: the extremes only, fp16 with the preferred tile.
+
+Not compiled: outputs and gradients whose layout is irregular beside regular operands (they are allocated contiguous; such a dy
+cost up to 12 spills outside of the K loop), strides past 2^31, and outputs of another dtype than the operands.
+
+Constants and options are those of the launchers (`launch.gemm_options`); a test compares whole launches with what is compiled.
+Types follow from the arguments' names, so a new argument needs no entry here.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from .activations import ACTIVATIONS
+from .compress import FORMATS, GROUP
+from .compressed_linear import compressed_linear_fwd_kernel, compressed_linear_recompute_bwd_kernel, compressed_tiles
 from .gated import gated_fwd_kernel, gated_recompute_bwd_kernel
+from .launch import gemm_options
 from .linear import linear_fwd_kernel, linear_recompute_bwd_kernel
 from .mlp import mlp_dual_bwd_kernel
 from .registry import KernelSpec, make_spec
-from .tiles import TileConfig, candidates, epilogue_piece
+from .tiles import KINDS, TileConfig, candidates, loose_tile
 
-__all__ = ["specs"]
+__all__ = ["compressed_specs", "dual_specs", "gated_specs", "linear_specs", "specs", "uses_tma"]
 
-_DTYPES = ("bf16", "fp16", "fp32")
-_SCALARS = {"seed": "i64", "offset": "i64", "first_row": "i64", "threshold": "i64"}
+_TYPES = {
+    **dict.fromkeys(("seed", "offset", "first_row", "threshold"), "i64"),
+    **dict.fromkeys(("scale", "multiplier"), "fp32"),
+    **dict.fromkeys(("p_db", "p_dbg", "p_dbu", "p_scales"), "*fp32"),
+    "p_codes": "*u8",
+}
+
+
+_WHOLE = (80, 90, 100)
+_EXTREMES = ("gelu_tanh", "identity")
+_HEAVY = (*_EXTREMES, "silu", "gelu")
 
 
 def specs(arch: int) -> list[KernelSpec]:
-    """Every kernel of `linear`, `mlp` and `gated` at every tile and dtype of `arch`."""
+    """Every GEMM kernel for `arch`, the preferred configuration of each first."""
     found = []
-    for dtype in _DTYPES:
-        for tma in (True, False) if arch in (90, 100) and dtype != "fp32" else (False,):
-            for tile in candidates("linear", dtype, arch):
-                found += linear_specs(dtype, arch, tile, "gelu_tanh", tma=tma)
-            for tile in candidates("dual", dtype, arch):
-                found += dual_specs(dtype, arch, tile, "gelu_tanh", tma=tma)
-            for kind in ("gated_fwd", "gated_bwd"):
-                for tile in candidates(kind, dtype, arch):
-                    for activation in ("silu", "gelu_tanh") if dtype == "bf16" else ("silu",):
-                        found += gated_specs(kind, dtype, arch, tile, activation, tma=tma)
-    # Random numbers compile for long; one dtype stands for both 16-bit ones.
-    for tma in (True, False) if arch in (90, 100) else (False,):
-        for tile in candidates("linear_dropout", "bf16", arch):
-            found += linear_specs("bf16", arch, tile, "gelu_tanh", tma=tma, dropout=True)
+    for dtype in ("bf16", "fp16", "fp32"):
+        for kind in KINDS:
+            own = candidates(kind, dtype, arch)
+            for tile in own:
+                for activation in _activations(kind, dtype, arch, tile is own[0]):
+                    found += _kind_specs(kind, dtype, arch, tile, activation, tma=uses_tma(dtype, arch))
+            if uses_tma(dtype, arch):
+                for tile in own if dtype == "bf16" else ():
+                    found += _kind_specs(kind, dtype, arch, tile, "gelu_tanh", tma=False)
+            elif kind != "linear_dropout" and (arch in _WHOLE or dtype != "fp16"):
+                found += _kind_specs(kind, dtype, arch, own[0], "gelu_tanh", even=False)
+            for activation in _EXTREMES if dtype == "bf16" else _EXTREMES[:1]:
+                found += _kind_specs(kind, dtype, arch, loose_tile(kind, dtype, arch), activation, loose=True)
+        if dtype != "fp32":
+            found += _all_compressed(dtype, arch)
+    return found
+
+
+def uses_tma(dtype: str, arch: int) -> bool:
+    """Whether regular operands come through descriptors."""
+    return arch in (90, 100) and dtype != "fp32"
+
+
+def _activations(kind: str, dtype: str, arch: int, preferred: bool) -> tuple[str, ...]:
+    if kind == "linear_dropout":
+        return _EXTREMES if dtype == "bf16" else _EXTREMES[:1] if arch in _WHOLE or preferred else ()
+    if arch in _WHOLE and dtype != "fp16":
+        return tuple(dict.fromkeys((*_HEAVY, *ACTIVATIONS))) if preferred and dtype == "bf16" else _HEAVY
+    return _EXTREMES if arch in _WHOLE or preferred or dtype == "bf16" else ()
+
+
+def _kind_specs(kind: str, dtype: str, arch: int, tile: TileConfig, activation: str, **form: bool) -> list[KernelSpec]:
+    if kind.startswith("gated"):
+        return gated_specs(kind, dtype, arch, tile, activation, **form)
+    if kind == "dual":
+        return dual_specs(dtype, arch, tile, activation, **form)
+    return linear_specs(dtype, arch, tile, activation, dropout=kind == "linear_dropout", **form)
+
+
+def _all_compressed(dtype: str, arch: int) -> list[KernelSpec]:
+    found = []
+    for tile in compressed_tiles(dtype, arch):
+        for format in FORMATS if dtype == "bf16" else ("e4m3",):
+            for activation in _HEAVY if arch in _WHOLE and (format, dtype) == ("e4m3", "bf16") else _EXTREMES[:1]:
+                found += compressed_specs(format, dtype, arch, tile, activation)
+    if arch in _WHOLE or dtype == "bf16":
+        found += compressed_specs("e4m3", dtype, arch, compressed_tiles(dtype, arch)[0], "gelu_tanh", even=False)
+    for format in FORMATS if dtype == "bf16" else ():
+        found += compressed_specs(format, dtype, arch, loose_tile("linear", dtype, arch), "gelu_tanh", loose=True)
     return found
 
 
 def linear_specs(
-    dtype: str, arch: int, tile: TileConfig, activation: str, *, tma: bool, dropout: bool = False, ws: bool = False
+    dtype: str,
+    arch: int,
+    tile: TileConfig,
+    activation: str,
+    *,
+    tma: bool = False,
+    dropout: bool = False,
+    ws: bool = False,
+    loose: bool = False,
+    even: bool = True,
 ) -> list[KernelSpec]:
     """Forward and recompute-backward of one linear layer."""
     blocks = {"p_x": (tile.bm, tile.bk), "p_w": (tile.bn, tile.bk)} if tma else {}
     inner = ("stride_xk", "stride_wk", "stride_b")
     shared = {"DROPOUT": dropout, "TMA": tma, "WARP_SPECIALIZE": ws}
+    forward = (*inner, "stride_rn", "stride_yn"), {**shared, "PERSISTENT": tma}
+    backward = (*inner, "stride_dyn", "stride_dzn", "stride_hn", "stride_dbn"), {**shared, "RECOMPUTE": True}
     return [
-        _spec(
-            linear_fwd_kernel,
-            "linear",
-            (*inner, "stride_rn", "stride_yn"),
-            {**shared, "PERSISTENT": tma},
-            dtype, arch, tile, activation, blocks, gemm_loops=1,
-        ),
+        _spec(linear_fwd_kernel, "linear", *forward, dtype, arch, tile, activation, blocks, loose=loose, even=even),
         _spec(
             linear_recompute_bwd_kernel,
             "linear",
-            (*inner, "stride_dyn", "stride_dzn", "stride_hn", "stride_dbn"),
-            {**shared, "RECOMPUTE": True},
-            dtype, arch, tile, activation, blocks, gemm_loops=1,
+            *backward,
+            dtype,
+            arch,
+            tile,
+            activation,
+            blocks,
+            loose=loose,
+            even=even,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def dual_specs(
-    dtype: str, arch: int, tile: TileConfig, activation: str, *, tma: bool, dropout: bool = False, ws: bool = False
+    dtype: str,
+    arch: int,
+    tile: TileConfig,
+    activation: str,
+    *,
+    tma: bool = False,
+    dropout: bool = False,
+    ws: bool = False,
+    loose: bool = False,
+    even: bool = True,
 ) -> list[KernelSpec]:
     """The dual-GEMM backward of an MLP."""
     square = (tile.bm, tile.bk)
     blocks = {"p_x": square, "p_w1": (tile.bn, tile.bk), "p_dy": square, "p_w2": (tile.bk, tile.bn)} if tma else {}
     inner = tuple(f"stride_{n}" for n in ("xk", "w1k", "b", "dyd", "w2n", "hn", "dzn", "dbn"))
     flags = {"DROPOUT": dropout, "TMA": tma, "WARP_SPECIALIZE": ws, "EVEN_D": True}
-    return [_spec(mlp_dual_bwd_kernel, "dual", inner, flags, dtype, arch, tile, activation, blocks, gemm_loops=2)]
+    return [
+        _spec(mlp_dual_bwd_kernel, "dual", inner, flags, dtype, arch, tile, activation, blocks, loose=loose, even=even)
+    ]
 
 
 def gated_specs(
-    kind: str, dtype: str, arch: int, tile: TileConfig, activation: str, *, tma: bool, ws: bool = False
+    kind: str,
+    dtype: str,
+    arch: int,
+    tile: TileConfig,
+    activation: str,
+    *,
+    tma: bool = False,
+    ws: bool = False,
+    loose: bool = False,
+    even: bool = True,
 ) -> list[KernelSpec]:
     """Forward (kind "gated_fwd") or recompute-backward ("gated_bwd") of a gated MLP."""
     rows, weights = (tile.bm, tile.bk), (tile.bn, tile.bk)
@@ -85,12 +181,45 @@ def gated_specs(
     inner = tuple(f"stride_{n}" for n in ("xk", "wgk", "wuk", "bg", "bu", "hn"))
     flags = {"TMA": tma, "WARP_SPECIALIZE": ws}
     if kind == "gated_fwd":
-        return [_spec(gated_fwd_kernel, kind, inner, flags, dtype, arch, tile, activation, blocks, gemm_loops=1)]
+        return [
+            _spec(gated_fwd_kernel, kind, inner, flags, dtype, arch, tile, activation, blocks, loose=loose, even=even)
+        ]
     if tma:
         blocks |= {"p_dy": rows, "p_wd": (tile.bk, tile.bn)}
     inner += tuple(f"stride_{n}" for n in ("dyd", "wdn", "dzgn", "dzun", "dbgn", "dbun"))
     flags |= {"EVEN_D": True}
-    return [_spec(gated_recompute_bwd_kernel, kind, inner, flags, dtype, arch, tile, activation, blocks, gemm_loops=2)]
+    return [
+        _spec(
+            gated_recompute_bwd_kernel,
+            kind,
+            inner,
+            flags,
+            dtype,
+            arch,
+            tile,
+            activation,
+            blocks,
+            loose=loose,
+            even=even,
+        )
+    ]
+
+
+def compressed_specs(
+    format: str, dtype: str, arch: int, tile: TileConfig, activation: str, *, loose: bool = False, even: bool = True
+) -> list[KernelSpec]:
+    """Forward and recompute-backward of a linear layer whose input is stored in `format`."""
+    flags = {"FORMAT": format, "GROUP": GROUP}
+    inner = ("stride_ck", "stride_sg", "stride_wk", "stride_b")
+    forward = (*inner, "stride_yn")
+    backward = (*inner, "stride_dyn", "stride_dzn", "stride_hn", "stride_dbn")
+    return [
+        _spec(fn, "linear", fixed, flags, dtype, arch, tile, activation, {}, loose=loose, even=even)
+        for fn, fixed in (
+            (compressed_linear_fwd_kernel, forward),
+            (compressed_linear_recompute_bwd_kernel, backward),
+        )
+    ]
 
 
 def _spec(
@@ -104,48 +233,46 @@ def _spec(
     activation: str,
     blocks: dict[str, tuple[int, int]],
     *,
-    gemm_loops: int,
+    loose: bool,
+    even: bool,
 ) -> KernelSpec:
-    """inner: strides that are 1. flags: constexprs beyond the tile's own. blocks: descriptors and their block shapes."""
-    names = list(fn.arg_names)
-    constexprs = {
-        "ACT": activation,
-        "BM": tile.bm,
-        "BN": tile.bn,
-        "BK": tile.bk,
-        "PIECE": epilogue_piece(tile, kind, flags.get("DROPOUT", False)),
-        "GROUP_M": tile.group_m,
-        "EVEN_K": True,
-        "INTERPRET": False,
-        **dict.fromkeys(inner, 1),
-        **flags,
-    }
+    """inner: strides that are 1. flags: constants beyond those of every GEMM kernel. blocks: descriptors and their block shapes.
+    loose: no stride is known, and nothing is a multiple of anything. even: K and D are multiples of the tile's step."""
+    options = gemm_options(kind, tile, 0, activation, dropout=flags.get("DROPOUT", False))
+    constexprs = {n: options[n] for n in fn.arg_names if n in options} | flags
+    constexprs["INTERPRET"] = False
+    if loose or not even:
+        constexprs |= {n: False for n in ("EVEN_K", "EVEN_D") if n in constexprs}
+    if not loose:
+        constexprs |= dict.fromkeys(inner, 1)
     types: dict[str, str] = {}
-    for n in names:
+    for n in fn.arg_names:
         if n in blocks:
             types[n] = f"tensordesc<{dtype}[{blocks[n][0]},{blocks[n][1]}]>"
-        elif n in constexprs:
-            continue
-        elif n.startswith("p_"):
-            types[n] = "*fp32" if n.startswith("p_db") else "T"
-        else:
-            types[n] = "fp32" if n in ("scale", "multiplier") else _SCALARS.get(n, "i32")
-    divisible = [n for n in types if n not in blocks and (n.startswith(("p_", "stride_")) or n in ("N", "K", "D"))]
-    variant = ",".join((activation, *(["tma"] if blocks else []), *(k.lower() for k in ("DROPOUT",) if flags.get(k))))
+        elif n not in constexprs:
+            types[n] = _TYPES.get(n, "T" if n.startswith("p_") else "i32")
+    # A row of scales is as long as there are groups, so its stride is a multiple of nothing.
+    aligned = [
+        n
+        for n in types
+        if n not in (*blocks, "stride_sm") and (n.startswith(("p_", "stride_")) or n in ("N", "K", "D"))
+    ]
+    marks = ("tma" if blocks else "", "dropout" if flags.get("DROPOUT") else "", flags.get("FORMAT", ""))
+    marks += ("ws" if flags.get("WARP_SPECIALIZE") else "", "loose" if loose else "" if even else "uneven")
     return make_spec(
         fn,
-        variant=variant,
+        variant=",".join((activation, *filter(None, marks))),
         dtype=dtype,
         arch=arch,
         tile=tile,
         types=types,
         constexprs=constexprs,
-        divisible=tuple(divisible),
+        divisible=() if loose else tuple(aligned),
         meta={
             "activation": activation,
-            "gemm_loops": gemm_loops,
+            "gemm_loops": 1 + ("p_dy" in fn.arg_names and "D" in fn.arg_names),
             "tensor_cores": dtype != "fp32",
             "tma": bool(blocks),
-            "pipelined": True,
+            "pipelined": not loose,
         },
     )

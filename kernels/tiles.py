@@ -19,6 +19,7 @@ __all__ = [
     "KINDS",
     "SHARED_MEMORY_BYTES",
     "SM_COUNT",
+    "BlockTile",
     "Kind",
     "TileConfig",
     "analytic_choice",
@@ -26,6 +27,7 @@ __all__ = [
     "candidates",
     "choose",
     "epilogue_piece",
+    "loose_tile",
     "nearest_arch",
     "shape_class",
     "use_tuned",
@@ -64,7 +66,8 @@ class TileConfig:
     """One tile of the output and how it is computed.
 
     bm, bn: rows and columns of the output tile; bk: step of the K loop; group_m: row tiles that run together, so that
-    they share weight tiles in L2; num_warps, num_stages: Triton's options.
+    they share weight tiles in L2; num_warps, num_stages: Triton's options; max_registers: its maxnreg, for a kernel that ptxas
+    would rather let spill than have fewer blocks on a multiprocessor.
     """
 
     bm: int
@@ -73,11 +76,28 @@ class TileConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    max_registers: int | None = None
 
     @property
     def label(self) -> str:
-        """Short name, e.g. "128x128x64w8s3"."""
-        return f"{self.bm}x{self.bn}x{self.bk}w{self.num_warps}s{self.num_stages}"
+        """Short name, e.g. "128x128x64w8s3", with "r255" where registers are capped."""
+        name = f"{self.bm}x{self.bn}x{self.bk}w{self.num_warps}s{self.num_stages}"
+        return name if self.max_registers is None else f"{name}r{self.max_registers}"
+
+
+@dataclass(frozen=True)
+class BlockTile:
+    """What a program of a kernel without a GEMM takes at a time: a block of rows x columns."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int = 1
+
+    @property
+    def label(self) -> str:
+        """Short name, e.g. "32x128w4"."""
+        return f"{self.rows}x{self.columns}w{self.num_warps}"
 
 
 _T = TileConfig
@@ -87,21 +107,27 @@ _T = TileConfig
 _WIDE = _T(128, 256, 64, 8, 3)
 _LARGE = {3: _T(128, 128, 64, 8, 3), 4: _T(128, 128, 64, 8, 4)}
 _TALL = _T(128, 64, 64, 8, 3)
+# With identity or relu ptxas 12.8 would stop at 128 registers, for a second block, and spill two.
+_TALL_WHOLE = _T(128, 64, 64, 8, 3, max_registers=255)
 _MEDIUM = {3: _T(128, 64, 64, 4, 3), 4: _T(128, 64, 64, 4, 4)}
 _SMALL = _T(64, 64, 64, 4, 3)
 # Three accumulators: with 4 warps 64 x 64 spills on sm_80, sm_100 and sm_120.
 _SMALL_8 = _T(64, 64, 64, 8, 3)
+# Where the address of every element is kept, nothing larger is free of spills; such loads are not asynchronous.
+_LOOSE = _T(64, 64, 64, 8, 2, max_registers=255)
+_LOOSE_LOW = _T(32, 64, 64, 8, 2, max_registers=255)
+_LOOSE_FP32 = _T(64, 64, 16, 8, 4, max_registers=224)
 _HOPPER = {
-    "linear": (_WIDE, _LARGE[4], _MEDIUM[4], _SMALL),
-    "linear_dropout": (_LARGE[4], _MEDIUM[4], _SMALL),
-    "dual": (_LARGE[4], _TALL, _SMALL),
-    "gated_fwd": (_LARGE[3], _TALL, _SMALL),
+    "linear": (_WIDE, _LARGE[4], _MEDIUM[4]),
+    "linear_dropout": (_LARGE[4], _MEDIUM[4]),
+    "dual": (_LARGE[4], _TALL),
+    "gated_fwd": (_LARGE[3], _TALL),
     "gated_bwd": (_TALL, _SMALL_8),
 }
 _AMPERE = {
-    "linear": (_LARGE[3], _MEDIUM[3], _SMALL),
-    "linear_dropout": (_LARGE[3], _MEDIUM[3], _SMALL),
-    "dual": (_TALL, _SMALL),
+    "linear": (_LARGE[3], _MEDIUM[3]),
+    "linear_dropout": (_LARGE[3], _MEDIUM[3]),
+    "dual": (_TALL_WHOLE, _SMALL),
     "gated_fwd": (_TALL, _SMALL),
     "gated_bwd": (_TALL, _SMALL_8),
 }
@@ -142,6 +168,8 @@ def why_invalid(kind: str, tile: TileConfig, dtype: str, arch: int) -> str | Non
         return f"num_warps={tile.num_warps} must be 1, 2, 4 or 8"
     if tile.num_stages < 1 or tile.group_m < 1:
         return f"num_stages={tile.num_stages} and group_m={tile.group_m} must be at least 1"
+    if tile.max_registers is not None and not 24 <= tile.max_registers <= 255:
+        return f"max_registers={tile.max_registers} must lie in [24, 255]"
     if arch == 0:
         return None
     stage_bytes = (tile.bm + KINDS[kind].weights_per_step * tile.bn) * tile.bk * ELEMENT_BYTES[dtype]
@@ -170,13 +198,24 @@ def candidates(kind: str, dtype: str, arch: int) -> tuple[TileConfig, ...]:
         raise ValueError(f"no tiles for kind={kind!r}, dtype={dtype!r}, arch={arch!r}") from None
 
 
-def choose(kind: str, M: int, N: int, K: int, dtype: str, arch: int) -> TileConfig:
-    """The tile for an (M, N) output reduced over K: a tuned one where `use_tuned` gave one, else the analytic choice.
+def choose(kind: str, M: int, N: int, K: int, dtype: str, arch: int, *, regular: bool = True) -> TileConfig:
+    """The tile for an (M, N) output reduced over K: `loose_tile` for operands that are not `regular`, else a tuned one where
+    `use_tuned` gave one, else the analytic choice.
 
     K does not enter that: the reduction order depends on bk alone, which all candidates of a dtype and architecture share.
     """
+    if arch and not regular:
+        return loose_tile(kind, dtype, arch)
     tuned = _tuned.get((kind, shape_class(M, N, K), dtype, arch))
     return tuned or analytic_choice(kind, M, N, K, dtype, arch)
+
+
+def loose_tile(kind: str, dtype: str, arch: int) -> TileConfig:
+    """The tile for operands that are not `launch.regular`: small, because each element's address is kept in registers."""
+    if dtype == "fp32":
+        # Uncapped, sm_90 spills in a light kernel, for a second block; capped, sm_100 and sm_120 do, which pair registers.
+        return candidates(kind, dtype, arch)[0] if arch in (100, 120) else _LOOSE_FP32
+    return _LOOSE_LOW if kind == "gated_bwd" and arch not in (90, 100) else _LOOSE
 
 
 def analytic_choice(kind: str, M: int, N: int, K: int, dtype: str, arch: int) -> TileConfig:

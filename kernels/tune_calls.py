@@ -75,7 +75,7 @@ def calls(
         return lambda tile: lambda: gated_fwd(x, w, b, wu, bu, first, activation=activation, tile=tile)
 
     def gated(tile: TileConfig) -> Launch:
-        dbg, dbu = (sums(number, gated_db_shape(x, w, tile)) for number in range(2))
+        dbg, dbu = (sums(number, gated_db_shape(x, w, wu, wd, tile)) for number in range(2))
         return lambda: gated_recompute_bwd(
             x, w, b, wu, bu, dy, wd, first, second, third, dbg, dbu, activation=activation, tile=tile
         )

@@ -89,7 +89,7 @@ def gated_mlp_scratch_bytes(
         if needed and bias is not None:
             parts.append(bias_scratch(bias, x.dtype, chunk, several))
     total += sum(part.held for part in parts) + max((part.passing for part in parts), default=0)
-    return total + (needs[2] + needs[4]) * partials_bytes(x, wg, chunk)
+    return total + (needs[2] + needs[4]) * partials_bytes(x, wg, wu, wd, chunk)
 
 
 def _buffers(x: Tensor, needs: Sequence[bool]) -> int:

@@ -48,14 +48,14 @@ def backward_buffers(x: Tensor, needs_h: bool) -> int:
     return 2 + needs_h if use_triton(x) else 3
 
 
-def partials_bytes(x: Tensor, wg: Tensor, chunk: int) -> int:
+def partials_bytes(x: Tensor, wg: Tensor, wu: Tensor, wd: Tensor, chunk: int) -> int:
     """What the backward kernel needs for one sum over rows; nothing where torch adds them up."""
     if not use_triton(x):
         return 0
     load_kernels(x)
     from gpuckpt.kernels import gated as kernel
 
-    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], cast(wg, x)))
+    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], *(cast(w, x) for w in (wg, wu, wd))))
 
 
 def hidden_of(buffers: Sequence[Tensor], x: Tensor, pair: Pair, form: Form) -> Tensor:
@@ -118,7 +118,7 @@ def _gradients_by_kernel(
 
     dz_g, dz_u = buffers[:2]
     h = None if dwd is None else buffers[2]
-    shape = kernel.db_partials_shape(x, pair.wg)
+    shape = kernel.db_partials_shape(x, pair.wg, pair.wu, wd)
     partials = [None if db is None else torch.empty(shape, dtype=torch.float32, device=x.device) for db in (db_g, db_u)]
     kernel.gated_recompute_bwd(
         x,

@@ -87,7 +87,7 @@ def gated_recompute_bwd(call: Call) -> Watch:
     h = call.output("h", (M, N), dtype) if call.flag() else None
     dz_g, dz_u = call.output("dz_g", (M, N), dtype), call.output("dz_u", (M, N), dtype)
     dbg, dbu = (
-        call.output(name, gated.db_partials_shape(x, wg, tile), torch.float32) if call.flag() else None
+        call.output(name, gated.db_partials_shape(x, wg, wu, wd, tile), torch.float32) if call.flag() else None
         for name in ("dbg_partials", "dbu_partials")
     )
     return call.run(
@@ -107,7 +107,7 @@ def _cross_entropy(call: Call) -> tuple[int, int, Tensor, dict[str, object]]:
         "label_smoothing": call.random.choice((0.0, 0.1)),
         "z_loss": call.random.choice((0.0, 1e-3)),
         "softcap": call.random.choice((None, 20.0)),
-        "tile": call.random.choice((call.module("cross_entropy").RowTile(16, 1), None)),
+        "tile": call.random.choice((call.module("tiles").BlockTile(1, 16, 1), None)),
     }
     return M, V, target, options
 

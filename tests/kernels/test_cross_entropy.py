@@ -6,6 +6,7 @@ import pytest
 import torch
 from gpuckpt.kernels import cross_entropy as ce
 from gpuckpt.kernels.reference_loss import cross_entropy_ref
+from gpuckpt.kernels.tiles import BlockTile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +52,8 @@ def check(logits, target, dloss, **options):
         ("gradient", grad, true_grad, own.grad),
     ):
         error = (got.double() - want).abs().max().item()
-        allowed = 2 * (theirs.double() - want).abs().max().item() + 1e-6
+        # A loss of 100 has fp32 neighbours 7.6e-6 apart, and torch's few rows can be lucky: one unit in the last place on top.
+        allowed = 2 * (theirs.double() - want).abs().max().item() + 1e-6 + 2**-23 * want.abs().max().item()
         assert error < allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} with {options}"
 
 
@@ -96,7 +98,7 @@ def test_any_shape_and_any_options(M, V, dtype, smoothing, z_loss, softcap, scal
 
 def test_both_tiles_give_the_same_result():
     logits, target, dloss = problem(3, 9000, torch.float32)
-    results = [run(logits, target, dloss, tile=tile) for tile in (ce.RowTile(4096, 8), ce.RowTile(1024, 4))]
+    results = [run(logits, target, dloss, tile=tile) for tile in (BlockTile(1, 4096, 8), BlockTile(1, 1024, 4))]
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-8)
 

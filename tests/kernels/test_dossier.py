@@ -85,6 +85,15 @@ def test_stack_without_spills_is_allowed_on_sm_80():
     assert dossiers.violations(spec, dataclasses.replace(sound(spec), stack_bytes=16)) == []
 
 
+def test_a_kernel_without_a_gemm_stores_what_it_states_and_nothing_else():
+    spec = pick(90, "norm_bwd_rows")
+    report = Report(name=spec.name, arch=90, registers=40, threads=128, stores={"1024xbf16": 1, "f32": 2})
+    assert dossiers.violations(spec, report) == []
+    for stores in ({"1024xbf16": 2, "f32": 2}, {"1024xbf16": 1}, {"1024xf32": 1, "f32": 2}):
+        found = dossiers.violations(spec, dataclasses.replace(report, stores=stores))
+        assert found == [f"stores {stores}, its results are {{'1024xbf16': 1, 'f32': 2}}"]
+
+
 def test_a_kernel_nobody_modelled_is_a_broken_bound():
     spec = pick(80, "linear_fwd")
     spec = dataclasses.replace(spec, meta={**spec.meta, "kernel": "novel"})
@@ -101,7 +110,16 @@ def test_every_shipped_kernel_has_a_roofline_model_and_is_represented():
 
 
 # What was compiled before is read from the user's cache; from nothing this takes about a minute of two cores.
-QUICK = {"mlp_dual_bwd", "gated_recompute_bwd", "linear_recompute_bwd", "cross_entropy_bwd", "compress"}
+QUICK = {
+    "mlp_dual_bwd",
+    "gated_recompute_bwd",
+    "linear_recompute_bwd",
+    "cross_entropy_bwd",
+    "compress",
+    "norm_fwd",
+    "norm_bwd_rows",
+    "norm_bwd_columns",
+}
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -36,6 +36,15 @@ def test_dual_and_gated_count_every_gemm():
     assert gated.write_bytes == 2 * 3 * 64 * 96
 
 
+def test_norms_by_hand():
+    shape = rl.Shape(M=100, N=1, K=48)
+    forward, rows, columns = (rl.work_of(f"norm_{k}", shape, "bf16") for k in ("fwd", "bwd_rows", "bwd_columns"))
+    assert (forward.read_bytes, forward.write_bytes) == (2 * 100 * 48, 2 * 100 * 48)
+    # x and the gradient in; dx and two statistics a row out; then both again, and a row of sums for dw and db each 32 rows.
+    assert (rows.read_bytes, rows.write_bytes) == (2 * 2 * 100 * 48, 2 * 100 * 48 + 2 * 4 * 100)
+    assert (columns.read_bytes, columns.write_bytes) == (2 * 2 * 100 * 48, 2 * 4 * 4 * 48)
+
+
 def test_recompute_buys_memory_not_speed_beyond_a_width():
     # Saving and loading z (bf16) costs 4 M N bytes, computing it again 2 M N K flops: on an H100 they meet at K = 590.
     h100 = rl.device("h100 sxm")

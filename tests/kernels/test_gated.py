@@ -48,7 +48,7 @@ def check(as_good_as_torch, args, activation, tile=SMALL, multiplier=1.0, kernel
     truth = gated_ref(*wide[:5], activation, multiplier)
     own = gated_ref(*dense(*args[:5]), activation, multiplier)
     as_good_as_torch(out, truth, own, f"{activation} forward")
-    dbg, dbu = (torch.full(kernels.db_partials_shape(x, wg, tile), math.nan) for _ in range(2))
+    dbg, dbu = (torch.full(kernels.db_partials_shape(x, wg, wu, wd, tile), math.nan) for _ in range(2))
     kernels.gated_recompute_bwd(x, wg, bg, wu, bu, dy, wd, h, dz_g, dz_u, dbg, dbu, **options)
     truths = gated_bwd_ref(*wide, activation, multiplier)
     owns = gated_bwd_ref(*dense(*args), activation, multiplier)

@@ -1,0 +1,270 @@
+"""What is compiled ahead of time is what is launched: every kernel, and of each the tiles, types, constants and options."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import pkgutil
+from pathlib import Path
+
+import gpuckpt.kernels
+import pytest
+import torch
+from gpuckpt.kernels import compress, compressed_linear, cross_entropy, gated, launch, linear, mlp, norm
+from gpuckpt.kernels import dossier as dossiers
+from gpuckpt.kernels.activations import ACTIVATIONS
+from gpuckpt.kernels.dropout import Dropout
+from gpuckpt.kernels.registry import ARCHS, shipped
+from gpuckpt.kernels.specs import dual_specs, gated_specs, linear_specs
+from gpuckpt.kernels.tiles import candidates
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+WHOLE = (80, 90, 100)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TYPES = {v: k for k, v in DTYPES.items()} | {torch.uint8: "u8", torch.int64: "i64"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+compiled = functools.cache(shipped)
+MODULES = (linear, mlp, gated, compressed_linear, norm, compress, cross_entropy)
+
+
+def launched_names():
+    """What any module of the package subscripts with a grid and calls."""
+    found = set()
+    for module in pkgutil.iter_modules(gpuckpt.kernels.__path__):
+        source = Path(importlib.import_module(f"gpuckpt.kernels.{module.name}").__file__).read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                found.add(ast.unparse(node.func.value))
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_that_is_launched_ships(arch):
+    names = launched_names()
+    assert len(names) >= 14
+    assert {s.fn.__name__ for s in compiled(arch)} == names
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """launches(arch): a list that fills with (function name, arguments) where kernels would be run on that architecture."""
+    kept: list[tuple[str, dict[str, object]]] = []
+
+    class Recorder:
+        def __init__(self, fn):
+            self.fn = fn
+
+        def __getitem__(self, _grid):
+            return lambda *args, **kwargs: kept.append(
+                (self.fn.__name__, dict(zip(self.fn.arg_names, args, strict=False)) | kwargs)
+            )
+
+    def on(arch):
+        kept.clear()
+        compiled(arch)  # before the kernels are hidden
+        monkeypatch.setattr(launch, "INTERPRETED", False)
+        for module in MODULES:
+            for name, value in list(vars(module).items()):
+                if name.endswith("_kernel") and not isinstance(value, Recorder):
+                    monkeypatch.setattr(module, name, Recorder(value))
+            for name, value in (("arch_of", lambda _: arch), ("INTERPRETED", False)):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, value)
+        return kept
+
+    return on
+
+
+def why_not(spec, arguments):
+    """In what a launch is more than what was compiled, or None: the compiler may know less of it, never more."""
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": None, **spec.options}
+    asked = {"num_stages": 3, "maxnreg": None} | {n: v for n, v in arguments.items() if n in OPTIONS}
+    if options != asked:
+        return f"options {asked}, compiled with {options}"
+    for place, (name, kind) in enumerate(spec.signature.items()):
+        value = arguments[name]
+        if name in ("EVEN_K", "EVEN_D") and (value or arguments.get("TMA")):
+            continue  # the same code without masks; and descriptors have none
+        if kind == "constexpr":
+            if value != spec.constexprs[name] or type(value) is not type(spec.constexprs[name]):
+                return f"{name}={value!r}, compiled for {spec.constexprs[name]!r}"
+            continue
+        if value is None or (name.startswith("stride_") and value in (0, 1)):
+            continue  # an absent operand, or a stride that the launch knows better
+        if isinstance(value, Tensor):
+            own = f"*{TYPES[value.dtype]}"
+        elif isinstance(value, TensorDescriptor):
+            own = f"tensordesc<{TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+        elif isinstance(value, float):
+            own = "fp32"
+        else:
+            own = "i32" if abs(value) < 1 << 31 else "i64"
+        if own != kind and (own, kind) != ("i32", "i64"):
+            return f"{name} is {own}, compiled for {kind}"
+        start = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
+        if (place,) in spec.attrs and start % 16:
+            return f"{name} is no multiple of 16 as it was compiled for"
+    return None
+
+
+def assert_compiled(arch, kept, count):
+    """Names of what each of `count` launches was compiled as."""
+    assert len(kept) == count
+    names = []
+    for name, arguments in kept:
+        reasons = {s.name: why_not(s, arguments) for s in compiled(arch) if s.fn.__name__ == name}
+        assert None in reasons.values(), "\n".join(f"{k}: {v}" for k, v in reasons.items())
+        names.append(next(k for k, v in reasons.items() if v is None))
+    return names
+
+
+def matrix(rows, columns, dtype, layout="dense"):
+    """A tensor without memory. "shifted": one element past an aligned address."""
+    if layout == "transposed":
+        return torch.empty(columns, rows, dtype=dtype, device="meta").t()
+    if layout == "shifted":
+        return torch.empty(rows * columns + 1, dtype=dtype, device="meta")[1:].view(rows, columns)
+    return torch.empty(rows, columns, dtype=dtype, device="meta")
+
+
+def launch_gemms(M, N, K, D, dtype, activation, *, layout="dense", tma=None, dropout=None):
+    """Every GEMM kernel once, with all that is optional; compressed ones too where the dtype allows it. Returns how many."""
+    x, w, wd, dy = matrix(M, K, dtype), matrix(N, K, dtype, layout), matrix(D, N, dtype), matrix(M, D, dtype)
+    outs = [matrix(M, N, dtype) for _ in range(3)]
+    b = torch.empty(N, dtype=dtype, device="meta")
+    options = {"activation": activation}
+
+    def sums(shape):
+        return torch.empty(shape, dtype=torch.float32, device="meta")
+
+    how = {"tma": tma, "dropout": dropout}
+    linear.linear_fwd(x, w, b, outs[0], residual=outs[1], **options, **how)
+    db = sums(linear.db_partials_shape(x, w, None, dropout))
+    linear.linear_recompute_bwd(x, w, b, outs[0], outs[1], db, h=outs[2], **options, **how)
+    if dropout is not None:
+        return 2
+    db = sums(mlp.db_partials_shape(x, w, wd, form="dual"))
+    mlp.mlp_dual_bwd(x, w, b, dy, wd, *outs[:2], db, tma=tma, **options)
+    gated.gated_fwd(x, w, b, w, b, outs[0], tma=tma, **options)
+    both = [sums(gated.db_partials_shape(x, w, w, wd)) for _ in range(2)]
+    gated.gated_recompute_bwd(x, w, b, w, b, dy, wd, *outs, *both, tma=tma, **options)
+    if dtype == torch.float32 or tma is not None:
+        return 5
+    codes, scales = matrix(M, K, torch.uint8), sums(compress.scales_shape(M, K))
+    compressed_linear.compressed_linear_fwd(codes, scales, w, b, outs[0], **options)
+    db = sums(compressed_linear.db_partials_shape(codes, w))
+    compressed_linear.compressed_linear_recompute_bwd(codes, scales, w, b, *outs[:2], db, h=outs[2], **options)
+    return 7
+
+
+SIZES = [(1 << 15, 14336, 4096, 4096), (2048, 1024, 128, 256), (100, 64, 192, 64)]
+"""M, N, K, D that ask for large, middle and small tiles."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_launches_on_regular_operands_are_compiled(launches, arch, dtype):
+    for sizes in SIZES if arch in WHOLE or dtype != "fp16" else SIZES[:1]:
+        kept = launches(arch)
+        count = launch_gemms(*sizes, DTYPES[dtype], "gelu_tanh")
+        assert_compiled(arch, kept, count)
+        assert {a["TMA"] for name, a in kept if "compressed" not in name} == {arch in (90, 100) and dtype != "fp32"}
+        kept = launches(arch)
+        count = launch_gemms(*sizes, DTYPES[dtype], "gelu_tanh", dropout=Dropout(0.1, seed=1 << 40))
+        assert_compiled(arch, kept, count)
+
+
+# On sm_86, sm_89 and sm_120 bf16 stands for fp16.
+@pytest.mark.parametrize(("arch", "dtype"), [(a, d) for a in ARCHS for d in DTYPES if a in WHOLE or d != "fp16"])
+def test_a_last_step_of_k_that_is_not_whole_is_compiled(launches, arch, dtype):
+    kept = launches(arch)
+    assert_compiled(arch, kept, launch_gemms(1 << 15, 14336, 4112, 4112, DTYPES[dtype], "gelu_tanh"))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("arch", WHOLE)
+def test_every_activation_is_compiled_in_the_preferred_tile(launches, arch, activation):
+    kept = launches(arch)
+    launch_gemms(*SIZES[0], torch.bfloat16, activation)
+    assert_compiled(arch, [k for k in kept if "compressed" not in k[0]], 5)
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_pointers_on_request_are_compiled(launches, arch):
+    for sizes in SIZES:
+        kept = launches(arch)
+        assert_compiled(arch, kept, launch_gemms(*sizes, torch.bfloat16, "gelu_tanh", tma=False))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout"),
+    [
+        ((4096, 4100, 4096, 4096), "dense"),
+        ((4096, 4096, 1001, 4096), "dense"),
+        ((4096, 4096, 4096, 1001), "dense"),
+        ((4096, 4096, 4096, 4096), "transposed"),
+        ((4096, 4096, 4096, 4096), "shifted"),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_irregular_operands_take_a_tile_that_was_compiled_without_knowing_them(launches, arch, dtype, sizes, layout):
+    kept = launches(arch)
+    count = launch_gemms(*sizes, DTYPES[dtype], "gelu_tanh", layout=layout)
+    if dtype == "fp16":  # as bf16, which is what is compiled in every format
+        kept, count = [k for k in kept if "compressed" not in k[0]], 5
+    names = assert_compiled(arch, kept, count)
+    second_layer = ("mlp_dual_bwd", "gated_recompute_bwd")
+    assert all("loose" in name for name in names if sizes[3] == 4096 or name.startswith(second_layer))
+    assert not any(arguments.get("TMA") for _, arguments in kept if sizes[3] == 4096)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_without_a_gemm_are_compiled(launches, arch, dtype):
+    kept = launches(arch)
+    M, K = 64, 8192
+    x, out, dx = (torch.empty(M, K, dtype=DTYPES[dtype]) for _ in range(3))
+    w, stats = torch.empty(K, dtype=x.dtype), torch.empty(2, M)
+    sums = [torch.empty(norm.norm_partials_shape(x)) for _ in range(2)]
+    for kind, bias in (("rms", None), ("layer", w)):
+        norm.norm_fwd(x, w, bias, out, kind=kind)
+    norm.norm_bwd(x, w, out, dx, stats, kind="rms")
+    norm.norm_bwd(x, w, out, dx, stats, *sums, kind="layer")
+    codes, scales = torch.empty(M, K, dtype=torch.uint8), torch.empty(compress.scales_shape(M, K))
+    for format in compress.FORMATS:
+        compress.compress(x, codes, scales, format=format)
+        compress.compress(x, codes, scales, format=format, seed=1 << 40)
+        compress.decompress(codes, scales, out, format=format)
+    target, loss = torch.empty(M, dtype=torch.int64, device="meta"), torch.empty(M, device="meta")
+    for V in (1024, 128256):
+        for options in ({}, {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}):
+            cross_entropy.cross_entropy_fwd(matrix(M, V, x.dtype), target, loss, **options)
+            cross_entropy.cross_entropy_bwd(matrix(M, V, x.dtype), target, loss, **options)
+    assert_compiled(arch, kept, 5 + 9 + 8)
+
+
+def test_warp_specialization_is_off_unless_asked_for(launches):
+    kept = launches(100)
+    launch_gemms(*SIZES[0], torch.bfloat16, "gelu_tanh")
+    assert {a.get("WARP_SPECIALIZE", False) for _, a in kept} == {False}
+    kept.clear()
+    x, w = matrix(4096, 4096, torch.bfloat16), matrix(4096, 4096, torch.bfloat16)
+    linear.linear_fwd(x, w, None, torch.empty_like(x), warp_specialize=True)
+    assert [a["WARP_SPECIALIZE"] for _, a in kept] == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [90, 100])
+def test_warp_specialized_kernels_keep_every_bound(arch):
+    """On sm_100 four more warps load; on sm_90 Triton 3.7.1 takes the switch and compiles the same code as without it."""
+    wanted = linear_specs("bf16", arch, candidates("linear", "bf16", arch)[0], "gelu_tanh", tma=True, ws=True)
+    wanted += dual_specs("bf16", arch, candidates("dual", "bf16", arch)[0], "gelu_tanh", tma=True, ws=True)
+    for kind in ("gated_fwd", "gated_bwd"):
+        wanted += gated_specs(kind, "bf16", arch, candidates(kind, "bf16", arch)[0], "gelu_tanh", tma=True, ws=True)
+    dossier = dossiers.build([arch], 2, specs=wanted)
+    assert dossier.violations == []
+    more_threads = {e.report.threads - 32 * e.spec.num_warps for e in dossier.entries}
+    assert more_threads == ({128} if arch == 100 else {0})
