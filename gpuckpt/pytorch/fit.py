@@ -266,9 +266,9 @@ class Fitted:
         if number >= len(measured.modules) or measured.modules[number] is not module:
             return module._call_impl(*args, **kwargs)  # called once more, outside the chain
         step.calls += 1
-        step.walk.position = measured.owned[number]
-        self.budget.step(measured.chain.stages[step.walk.position].name)
-        return step.walk.step(module, args, kwargs)
+        stage = measured.owned[number]
+        self.budget.step(measured.chain.stages[stage].name)
+        return step.walk.step(stage, module, args, kwargs)
 
     def _signature(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What a plan depends on: shapes and kinds of the inputs, the mode of every module, autocast, what is trained."""

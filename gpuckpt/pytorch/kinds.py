@@ -46,7 +46,7 @@ class Kind:
     """Stages of the same code and shapes: what is known of one holds for all."""
 
     workspace_bytes: int
-    numbers: list[int] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)  # which of the chain's calls
     forward_s: list[float] = field(default_factory=list)
     backward_s: list[float] = field(default_factory=list)
 

@@ -3,7 +3,8 @@
 The model runs forward once, and every stage is cut loose from the graph as it comes: run with autograd under hooks that
 note which storages are saved, timed forward and backward a few times, and dropped before the next one. So measuring needs
 the memory of one stage, not of a plain step. What lies before the first stage, after the last, or between two becomes a
-stage that can only be kept.
+stage that can only be kept. A call that changes in place what the one before returned (ReLU(inplace=True)) is one stage with it:
+run again from the input of the first, both do the same.
 
 Bytes held are exact: those of the storages autograd saves, parameters and buffers left out. Workspace is what operators were
 seen to bring to life (see live.py), gradients of parameters left out. Seconds are medians after a warm-up, shared by stages
@@ -36,8 +37,8 @@ __all__ = ["Measured", "measure", "run_chain", "run_measured"]
 
 @dataclass(frozen=True)
 class Measured:
-    """A chain, the modules whose calls are stages (in calling order), the numbers of those stages, and the names of stages
-    that draw random numbers."""
+    """A chain, the modules whose calls make up its stages (in calling order), the number of each call's stage, and the names of
+    calls that draw random numbers."""
 
     chain: Chain
     modules: tuple[nn.Module, ...]
@@ -86,7 +87,8 @@ class _Measurement:
         before, states = (_versions(tensors), _buffer_versions(module)), random_states()
         with saved.hooks():
             out = module._call_impl(*cut_args, **cut_kwargs)
-        undisturbed = before == (_versions(tensors), _buffer_versions(module))
+        changed = [tensor for tensor, version in zip(tensors, before[0], strict=True) if tensor._version != version]
+        same_buffers = before[1] == _buffer_versions(module)
         if have_drawn(states):
             self.random.append(name)
         saves = self.storages.of(saved.tensors)
@@ -103,20 +105,43 @@ class _Measurement:
                 output=self.storages.of(outputs),
                 output_bytes=sum(tensor.numel() * tensor.element_size() for tensor in outputs),
                 # An input or a buffer that is changed in place cannot be read again as it was.
-                recomputable=undisturbed,
+                recomputable=same_buffers and not changed,
             )
         )
+        if changed and same_buffers and linked.issuperset(map(id, changed)):
+            self.join(set(self.storages.of(changed)))
         key = kind_key(module, again, [self.storages.sizes[i] for i in saves])
         kind = self.kinds.get(key)
         if kind is None:
             kind = self.kinds[key] = Kind(run_again(module, again, environment, saved.shapes, name))
-        kind.numbers.append(number)
+        kind.calls.append(self.position)
         kind.time(module, again, self.clock, self.repeats)
         self.position += 1
         self.previous = outputs
         self.inside = False
         self.outside_began_s = self.clock.now()
         return out
+
+    def join(self, changed: set[int]) -> None:
+        """Make the latest call, which changed those storages in place, one stage with the calls that made them."""
+        while self.owned[-1] - 1 in self.owned:
+            last, first = self.stages.pop(), self.stages.pop()
+            remade = changed.isdisjoint((*first.inputs, *first.extras))
+            self.stages.append(
+                replace(
+                    last,
+                    name=f"{first.name}+{last.name}",
+                    saves=tuple(dict.fromkeys((*first.saves, *last.saves))),
+                    inputs=first.inputs,
+                    extras=tuple(dict.fromkeys((*first.extras, *last.extras))),
+                    # Where the first returns its own input (a flatten, a dropout that is off), that was changed as well.
+                    recomputable=first.recomputable and remade,
+                )
+            )
+            number = len(self.stages) - 1
+            self.owned = [min(owner, number) for owner in self.owned]
+            if remade:
+                return
 
     def close_outside(self, name: str) -> None:
         """Turn what was saved outside stages since the last one into a stage of its own that is always kept."""
@@ -157,12 +182,14 @@ class _Measurement:
         stages = list(self.stages)
         for kind in self.kinds.values():
             forward_s, backward_s = statistics.median(kind.forward_s), statistics.median(kind.backward_s)
-            for number in kind.numbers:
+            for call in kind.calls:
+                number = self.owned[call]
+                stage = stages[number]
                 stages[number] = replace(
-                    stages[number],
-                    forward_s=forward_s,
-                    backward_s=backward_s,
-                    workspace_bytes=kind.workspace_bytes,
+                    stage,
+                    forward_s=stage.forward_s + forward_s,
+                    backward_s=stage.backward_s + backward_s,
+                    workspace_bytes=max(stage.workspace_bytes, kind.workspace_bytes),
                 )
         return tuple(stages)
 

@@ -78,17 +78,20 @@ class Spilled:
 
 
 class Spill:
-    """One run of a stage whose saved tensors go from `budget` to `host`; those that look into `arguments` stay."""
+    """One run of a stage, of one call or several, whose saved tensors go from `budget` to `host`."""
 
-    def __init__(self, budget: CheckpointBudget, host: CheckpointBudget, arguments: Iterable[torch.Tensor]) -> None:
+    def __init__(self, budget: CheckpointBudget, host: CheckpointBudget) -> None:
         self.lock = threading.RLock()
         self._budget = budget
         self._here, self._there = holder_of(budget), holder_of(host)
-        self._stay = {tensor.untyped_storage()._cdata for tensor in arguments if tensor.layout is torch.strided}
+        self._stay: set[int] = set()
         self._parts: list[weakref.ref[Spilled]] = []
 
-    def run(self, replayed: bool) -> AbstractContextManager[object]:
-        """The context to run the stage in; in a replay the frame's hooks stay, and only who holds is another."""
+    def run(self, arguments: Iterable[torch.Tensor], *, replayed: bool) -> AbstractContextManager[object]:
+        """The context to run a call of the stage in. What looks into `arguments`, which other stages get as well, stays. In a
+        replay the frame's hooks stay too, and only who holds is another."""
+        # Addresses name these storages for as long as the call runs.
+        self._stay = {tensor.untyped_storage()._cdata for tensor in arguments if tensor.layout is torch.strided}
         return instead(self.hold) if replayed else enter(self._budget, self.hold, _load)
 
     def hold(self, tensor: torch.Tensor) -> Held | Spilled:
@@ -200,7 +203,7 @@ def _round_trip_s(tensors: list[torch.Tensor], budget: CheckpointBudget, host: C
     seconds = []
     for _ in range(_REPEATS + 1):  # the first warms up
         began_s = clock.now()
-        spill = Spill(budget, host, ())
+        spill = Spill(budget, host)
         parts = [spill.hold(tensor) for tensor in tensors]
         spill.bring_back()
         seconds.append(clock.now() - began_s)

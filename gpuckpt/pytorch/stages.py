@@ -74,13 +74,15 @@ def candidates(model: nn.Module) -> dict[nn.Module, str]:
 
 @dataclass
 class Call:
-    """One call of a candidate module: where in the run it began and ended, by bytes produced; ids of tensors in and out."""
+    """One call of a candidate module: where in the run it began and ended, by bytes produced; ids of tensors in and out;
+    how many calls had begun when it ended."""
 
     module: nn.Module
     begin: int
     inputs: frozenset[int]
     end: int = -1
     outputs: frozenset[int] = frozenset()
+    begun: int = 0
 
 
 class _CountBytes(TorchDispatchMode):
@@ -110,6 +112,7 @@ def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn
         calls.append(record)
         out = module._call_impl(*args, **kwargs)
         record.end, record.outputs = counter.position, frozenset(map(id, tensors_in(out)))
+        record.begun = len(calls)
         alive.append((args, kwargs, out))
         return out
 
@@ -128,14 +131,19 @@ def heaviest_path(calls: list[Call]) -> list[Call]:
     """The run of calls, each beginning after the one before ended and receiving one of its outputs, that covers the most
     work; among equals, the one with the most calls (inner blocks rather than the stages around them)."""
     producers: dict[int, list[int]] = {}
-    order = sorted(range(len(calls)), key=lambda number: (calls[number].begin, -calls[number].end))
-    by_end = sorted(range(len(calls)), key=lambda number: calls[number].end)
+    # A call that does no work ends where it begins, and where it returns what it was given (a dropout that is off) it would
+    # follow itself, or what is around it: among equal positions the order in which calls began decides.
+    order = sorted(range(len(calls)), key=lambda number: (calls[number].begin, -calls[number].end, number))
+    rank = {number: place for place, number in enumerate(order)}
     best, before = [(0, 0)] * len(calls), [-1] * len(calls)
+    waiting = sorted(range(len(calls)), key=lambda number: (calls[number].end, rank[number]))
     ended = 0
     for number in order:
         call = calls[number]
-        while ended < len(by_end) and calls[by_end[ended]].end <= call.begin:
-            done = by_end[ended]
+        while ended < len(waiting):
+            done = waiting[ended]
+            if calls[done].end > call.begin or rank[done] >= rank[number] or calls[done].begun > number:
+                break
             for output in calls[done].outputs:
                 producers.setdefault(output, []).append(done)
             ended += 1

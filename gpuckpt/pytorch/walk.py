@@ -9,8 +9,9 @@ of the tree through a walk of its own, so nesting needs no special case.
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,7 @@ class _Arrival:
     """A call of a stage: among the leaves of its arguments, tensors and other values, or `_Link`s, or (kept) `_Kept`s."""
 
     module: torch.nn.Module
+    stage: int
     leaves: Sequence[Any]
     spec: Any
     environment: Environment
@@ -59,7 +61,7 @@ class _Arrival:
         if not any(isinstance(leaf, kind) for leaf in self.leaves):
             return self
         leaves = [rewrite(leaf) if isinstance(leaf, kind) else leaf for leaf in self.leaves]
-        return _Arrival(self.module, leaves, self.spec, self.environment)
+        return _Arrival(self.module, self.stage, leaves, self.spec, self.environment)
 
 
 class _Open:
@@ -74,16 +76,16 @@ class _Open:
         self._count = 0
         program, verify, preserve = self.program, walk.verify, walk.preserve_rng_state
         budget, host = walk.budget, walk.host
-        children, first = node.children, _first(node)
+        children = node.children
 
         def replay(kept: list[torch.Tensor]) -> None:
             arrivals = [call.rewritten(_Kept, lambda leaf: kept[leaf.index]) for call in program]
-            inner = Walk(children, budget, verify, preserve, first, arrivals, host)
+            inner = Walk(children, budget, verify, preserve, arrivals, host)
             for call in arrivals:
                 leaves = call.rewritten(_Link, lambda leaf: inner.previous[leaf.index]).leaves
                 args, kwargs = pytree.tree_unflatten(leaves, call.spec)
                 with call.environment.again(), statistics_frozen(call.module.modules()):
-                    inner.step(call.module, args, kwargs)
+                    inner.step(call.stage, call.module, args, kwargs)
 
         self.frame = Frame(replay, budget, verify)
 
@@ -118,7 +120,6 @@ class Walk:
         budget: CheckpointBudget | None,
         verify: Verify | None = None,
         preserve_rng_state: bool = True,
-        first: int = 0,
         ahead: Sequence[_Arrival] | None = None,
         host: CheckpointBudget | None = None,
     ) -> None:
@@ -127,11 +128,11 @@ class Walk:
         self.verify = verify
         self.preserve_rng_state = preserve_rng_state
         self.previous: list[torch.Tensor] = []
-        self.position = first
-        self._first = first
         self._ahead = ahead
+        self._stages = [] if ahead is None else [call.stage for call in ahead]
+        self._calls = 0
         self._opens: dict[int, list[Recompute]] = {}
-        self._spilled: set[int] = set()
+        self._spilled: dict[int, Spill] = {}
         self._collect(tuple(nodes))
         self._open: list[_Open] = []
 
@@ -145,7 +146,7 @@ class Walk:
                         f"the plan keeps stage {node.stage} under the option {node.variant!r}; what can be run is {KEEP!r}, "
                         f"and {SPILL!r} with a host_budget"
                     )
-                self._spilled.add(node.stage)
+                self._spilled[node.stage] = Spill(self.budget, self.host)
         waiting = list(nodes[::-1])
         while waiting:
             node = waiting.pop()
@@ -153,31 +154,26 @@ class Walk:
                 self._opens.setdefault(_first(node), []).append(node)
                 waiting.extend(reversed(node.children))
 
-    def step(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run the next stage: `module` with these arguments."""
-        opening = [_Open(node, self) for node in self._opens.get(self.position, ())]
+    def step(self, stage: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the next call, which is part of stage number `stage`: `module` with these arguments. A stage may be several
+        calls in a row."""
+        while self._open and self._open[-1].last < stage:
+            self._open.pop()
+        opening = [_Open(node, self) for node in self._opens.pop(stage, ())]
         with ExitStack() as hooks:
             if opening or self._open:
                 leaves, spec = pytree.tree_flatten((args, kwargs))
-                call = _Arrival(module, leaves, spec, Environment(tensors_in(leaves), self.preserve_rng_state))
+                call = _Arrival(module, stage, leaves, spec, Environment(tensors_in(leaves), self.preserve_rng_state))
                 self._announce(call, opening, hooks)
                 del leaves, call
-            if self.position in self._spilled:
-                hooks.enter_context(self._spill(args, kwargs))
+            if stage in self._spilled:
+                linked = set(map(id, self.previous))
+                shared = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) not in linked]
+                hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
             out = module._call_impl(*args, **kwargs)
-        while self._open and self._open[-1].last == self.position:
-            self._open.pop()
         self.previous = tensors_in(out)
-        self.position += 1
+        self._calls += 1
         return out
-
-    def _spill(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[object]:
-        """The context in which a stage's saved tensors go to the host, but for arguments that it shares with others."""
-        assert self.budget is not None
-        assert self.host is not None
-        linked = set(map(id, self.previous))
-        shared = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) not in linked]
-        return Spill(self.budget, self.host, shared).run(replayed=self._ahead is not None)
 
     def _announce(self, call: _Arrival, opening: list[_Open], hooks: ExitStack) -> None:
         """Tell the open frames and those that open now of a call, and enter their hooks, outermost first."""
@@ -193,8 +189,8 @@ class Walk:
             if self._ahead is None:
                 opened.receive([call])
             else:
-                at = self.position - self._first
-                opened.receive([call, *self._ahead[at + 1 : opened.last - self._first + 1]])
+                following = self._ahead[self._calls + 1 : bisect_right(self._stages, opened.last)]
+                opened.receive([call, *following])
             hooks.enter_context(opened.frame.hooks())
         self._open += opening
 

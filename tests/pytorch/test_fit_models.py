@@ -250,11 +250,68 @@ def test_in_place_activations_inside_blocks() -> None:
     assert recomputed(beside_plain(nn.Sequential(*[ConvBlock(inplace=True) for _ in range(6)]), rows(2, 4, 6, 6)))
 
 
-def test_in_place_activations_between_layers_are_kept() -> None:
+@pytest.mark.parametrize("share", [None, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("host", [None, "1MiB"])
+def test_in_place_activations_between_layers_are_one_stage_with_what_they_change(share, host) -> None:
     layers = [layer for _ in range(5) for layer in (nn.Linear(16, 32), nn.ReLU(inplace=True), nn.Linear(32, 16))]
-    fitted = beside_plain(nn.Sequential(*layers), rows(8, 16), share=1.0)
-    kept = [stage.name for stage in fitted.chain.stages if not stage.recomputable and stage.name.isdigit()]
-    assert kept == [str(i) for i in range(1, 15, 3)]
+    options = {"host_budget": host}
+    fitted = beside_plain(nn.Sequential(*layers), rows(8, 16), share=share, fit_options=options)
+    names = [stage.name for stage in fitted.chain.stages[1:-1]]
+    assert names == [name for i in range(0, 15, 3) for name in (f"{i}+{i + 1}", str(i + 2))]
+    assert all(stage.recomputable for stage in fitted.chain.stages[1:-1])
+    if host is None:
+        assert recomputed(fitted) or share == 1.0
+
+
+def test_a_vgg_with_in_place_activations_and_dropout_runs_in_its_smallest_budget() -> None:
+    layers: list[nn.Module] = []
+    for width, last in ((3, 8), (8, 8), (8, 16), (16, 16)):
+        layers += [nn.Conv2d(width, last, 3, padding=1), nn.BatchNorm2d(last), nn.ReLU(inplace=True)]
+        layers += [nn.MaxPool2d(2)] if width == last else []
+    head = [nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.3), nn.ReLU(inplace=True), nn.Linear(32, 10)]
+    fitted = beside_plain(nn.Sequential(*layers, *head), rows(2, 3, 8, 8), share=None)
+    names = [stage.name for stage in fitted.chain.stages]
+    assert {"1+2", "4+5", "8+9", "11+12", "16+17"} <= set(names)
+    assert all(stage.recomputable for stage in fitted.chain.stages[1:-1])
+    assert recomputed(fitted) > 5
+
+
+class Seen(nn.Module):
+    """Its input, as another tensor of the same storage."""
+
+    def forward(self, x):
+        return x.view_as(x)
+
+
+def test_what_is_changed_in_place_through_a_view_is_one_stage_with_who_made_it() -> None:
+    def piece():
+        return nn.Linear(16, 16), Seen(), nn.ReLU(inplace=True), nn.Linear(16, 16)
+
+    fitted = beside_plain(nn.Sequential(*piece(), *piece(), *piece()), rows(8, 16), share=None)
+    names = [stage.name for stage in fitted.chain.stages[1:-1]]
+    assert names == ["0+1+2", "3", "4+5+6", "7", "8+9+10", "11"]
+    assert recomputed(fitted) > 1
+
+
+@pytest.mark.parametrize(
+    ("first", "name", "recomputable"),
+    [(Seen, "body.0+body.1", False), (nn.Identity, "body.1", False), (nn.Dropout, "body.0+body.1", True)],
+)
+def test_what_is_changed_in_place_in_front_of_the_chain_is_kept(first, name: str, recomputable: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(16, 16)
+            self.body = nn.Sequential(first(), nn.ReLU(inplace=True), Block(16), Block(16), Block(16), Block(16))
+
+        def forward(self, x):
+            return self.body(self.stem(x))
+
+    fitted = beside_plain(Model(), rows(8, 16), share=0.6)
+    stages = {stage.name: stage.recomputable for stage in fitted.chain.stages}
+    expected = {"prefix": False, name: recomputable, "suffix": False}
+    assert stages == expected | {f"body.{i}": True for i in range(2, 6)}
+    assert recomputed(fitted)
 
 
 def test_spectral_norm_is_kept() -> None:

@@ -331,7 +331,7 @@ def test_what_is_changed_in_place_after_it_was_spilled_is_read_as_it_was() -> No
     budget = CheckpointBudget("1MiB", device="cpu")
     host = CheckpointBudget("1MiB", device="cpu", hold="pool")
     x = torch.randn(5, requires_grad=True)
-    with Spill(budget, host, ()).run(replayed=False):
+    with Spill(budget, host).run((), replayed=False):
         y = x.sigmoid()
     expected = (y * (1 - y)).detach().clone()
     with torch.no_grad():
@@ -346,7 +346,7 @@ def test_views_of_one_storage_are_one_copy_there_and_one_storage_here() -> None:
     budget = CheckpointBudget("1MiB", device="cpu")
     host = CheckpointBudget("1MiB", device="cpu", hold="pool")
     x = torch.randn(6, 4, requires_grad=True)
-    with Spill(budget, host, ()).run(replayed=False):
+    with Spill(budget, host).run((), replayed=False):
         y = x.exp()
         out = (y.t()[1:] * y.t()[:3]).sum()  # three views of what exp returned, which saves it as well
     assert (budget.used_bytes, host.used_bytes) == (0, 96)
@@ -360,7 +360,7 @@ def test_views_of_one_storage_are_one_copy_there_and_one_storage_here() -> None:
 
 def test_what_does_not_fit_on_its_way_back_leaves_nothing_back() -> None:
     budget, host = CheckpointBudget(150, device="cpu"), CheckpointBudget("1KiB", device="cpu", hold="pool")
-    spill, tensors = Spill(budget, host, ()), [torch.arange(25.0), torch.arange(25.0) + 1]
+    spill, tensors = Spill(budget, host), [torch.arange(25.0), torch.arange(25.0) + 1]
     parts = [spill.hold(tensor) for tensor in tensors]
     with pytest.raises(BudgetExceeded):
         parts[0].load()

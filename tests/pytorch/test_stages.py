@@ -52,6 +52,20 @@ def test_a_call_within_another_does_not_follow_it() -> None:
     assert len(heaviest_path(calls)) == 1
 
 
+def test_calls_that_hand_on_what_they_were_given_follow_neither_themselves_nor_what_is_around_them() -> None:
+    def layer():
+        return nn.Linear(4, 4)
+
+    idle = nn.Sequential(nn.Identity(), nn.Dropout(0.5))
+    model = nn.Sequential(
+        idle, nn.Identity(), layer(), nn.Sequential(nn.Identity()), layer(), layer(), nn.Identity()
+    ).eval()
+    chain = find_chain(model, (torch.randn(2, 4),), {})
+    linear = [module for module in chain if isinstance(module, nn.Linear)]
+    assert linear == [model[2], model[4], model[5]]
+    assert not any(inner in chain for outer in chain for inner in outer.modules() if inner is not outer)
+
+
 def test_nothing_is_a_path_of_nothing() -> None:
     assert heaviest_path([]) == []
 
