@@ -224,10 +224,10 @@ def _kinds(problem: Problem) -> Ints:
     columns = [
         *problem.option_bytes.transpose(1, 0, 2).reshape(n, -1).T,
         *problem.option_need.transpose(1, 0, 2).reshape(n, -1).T,
+        *problem.back_need.transpose(1, 0, 2).reshape(n, -1).T,
         *problem.option_covers.transpose(1, 0, 2).reshape(n, -1).T,
         *problem.option_s.T,
         problem.input_bytes,
-        problem.back_need,
         problem.first_need,
         problem.run_need,
         problem.gradient_bytes,

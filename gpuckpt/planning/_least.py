@@ -28,7 +28,7 @@ def least_tree(chain: Chain, problem: Problem) -> tuple[Node, ...]:
     n = problem.n
     usable = np.isfinite(problem.option_s)
     # Peak while one stage is kept inside a frame, [input not held yet, held], and the option that makes it smallest.
-    gradient, back = problem.gradient_bytes[None, :, None], problem.back_need[None, :, None]
+    gradient, back = problem.gradient_bytes[None, :, None], problem.back_need
     alone = problem.option_bytes + np.maximum(problem.option_need + gradient, back)
     alone = np.where(usable[None], alone, _NEVER)
     choice, alone = alone.argmin(axis=2), alone.min(axis=2)

@@ -36,8 +36,8 @@ class Problem:
         input_bytes: (n,); what a frame that starts here adds for its input.
         extras_bytes: bytes of all extras together; uses_extras: (n,), stages whose frames hold them.
         forward_s: (n,); recomputable: (n,).
-        option_need: (2, n, v); bytes alive beyond held while a kept stage runs forward, and those that come back from the host
-            for its backward; back_need: (n,), in its backward otherwise.
+        option_need, back_need: (2, n, v); bytes alive beyond what keeping holds while a kept stage runs forward, and in its
+            backward, where what was spilled is back and held as well.
         first_need, run_need: (n,); the same for a stage that runs forward in a frame, as its first stage and further on.
         gradient_bytes: (n,); gradient of the stage's output, alive while a frame that ends with it recomputes.
         exact: the arrays charge every byte once.
@@ -80,14 +80,8 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
     option_s = np.full((n, v), np.inf)
     option_covers = np.zeros((2, n, v), bool)
     option_extras = np.zeros((n, v), bool)
-    option_need = np.zeros((2, n, v), np.int64)
+    option_need, back_need = np.zeros((2, n, v), np.int64), np.zeros((2, n, v), np.int64)
     input_bytes, uses_extras = np.zeros(n, np.int64), np.zeros(n, bool)
-    back_need, first_need, run_need, gradient_bytes = (np.zeros(n, np.int64) for _ in range(4))
-    if objective == "total":
-        workspace = np.array([stage.workspace_bytes for stage in stages], np.int64)
-        gradient_bytes = np.array([stage.output_bytes for stage in stages], np.int64)
-        back_need = workspace + gradient_bytes
-        back_need[1:] += gradient_bytes[:-1]
     inputs = [frozenset(stage.inputs) for stage in stages] + [frozenset[int]()]
     for i, stage in enumerate(stages):
         input_bytes[i] = charge(inputs[i])
@@ -103,14 +97,19 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
             option_extras[i, o] = not saves.isdisjoint(extras)
             spilled = frozenset(option.spilled) - saves
             for c in (0, 1):
-                option_need[c, i, o] = chain.charge(tuple(spilled - (inputs[i] - extras if c else frozenset())))
+                back_bytes = chain.charge(tuple(spilled - (inputs[i] - extras if c else frozenset())))
+                back_need[c, i, o] = back_bytes
                 if objective == "total":
                     held = saves | spilled | (inputs[i] if c else frozenset())
-                    running_bytes = stage.workspace_bytes + chain.running_bytes(i, held)
-                    option_need[c, i, o] += max(running_bytes, int(back_need[i]) if spilled else 0)
+                    option_need[c, i, o] = back_bytes + stage.workspace_bytes + chain.running_bytes(i, held)
+                    gradients_bytes = stage.output_bytes + (stages[i - 1].output_bytes if i else 0)
+                    back_need[c, i, o] += stage.workspace_bytes + gradients_bytes
         uses_extras[i] |= bool(option_extras[i].any()) or not inputs[i].isdisjoint(extras)
 
+    first_need, run_need, gradient_bytes = (np.zeros(n, np.int64) for _ in range(3))
     if objective == "total":
+        workspace = np.array([stage.workspace_bytes for stage in stages], np.int64)
+        gradient_bytes = np.array([stage.output_bytes for stage in stages], np.int64)
         run_need = workspace + np.array([chain.running_bytes(i) for i in range(n)], np.int64)
         first_need = workspace + np.array([chain.running_bytes(i, inputs[i]) for i in range(n)], np.int64)
 
@@ -129,13 +128,8 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
         first_need=first_need,
         run_need=run_need,
         gradient_bytes=gradient_bytes,
-        # What comes back from the host is charged beside a gradient in flight, as if both belonged to one moment.
-        exact=_charges_once(chain, inputs, extras) and not (objective == "total" and _spills(chain)),
+        exact=_charges_once(chain, inputs, extras),
     )
-
-
-def _spills(chain: Chain) -> bool:
-    return any(variant.spilled for stage in chain.stages for variant in stage.variants)
 
 
 def _charges_once(chain: Chain, inputs: list[frozenset[int]], extras: frozenset[int]) -> bool:

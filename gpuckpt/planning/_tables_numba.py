@@ -208,7 +208,7 @@ def _finish_tile(flat, layout, block_end, tile, options, inputs, forward_s, need
                     if option_s[i, o] == np.inf:
                         continue
                     charge = option[c, i, o]
-                    low = charge + max(option_need[c, i, o] + gradients[j], back_need[i])
+                    low = charge + max(option_need[c, i, o] + gradients[j], back_need[c, i, o])
                     if j > i:
                         after = _row(layout, i + 1, j) + (half if covers[c, i, o] else 0)
                         _shifted_min(flat, c * half + row, flat, after, option_s[i, o], charge, low, width)
@@ -297,7 +297,7 @@ def _finish_top(flat, top, layout, frames, own, i, k_end, user, options, inputs,
                     continue
                 extra = extras if option_extras[i, o] and e == 0 else 0
                 charge = option[c, i, o] + extra
-                low = charge + max(option_need[c, i, o], back_need[i])
+                low = charge + max(option_need[c, i, o], back_need[c, i, o])
                 held = 1 if e == 1 or option_extras[i, o] else 0
                 after = (2 * held + (1 if covers[c, i, o] else 0)) * state + (i + 1) * width
                 _shifted_min(top, out, top, after, option_s[i, o], charge, low, width)

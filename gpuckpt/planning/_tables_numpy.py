@@ -64,7 +64,7 @@ def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
             _shifted_min(out, frames, 0 if c else int(grid.input[i]))
             for o in np.flatnonzero(np.isfinite(problem.option_s[i])):
                 charge = int(grid.option[c, i, o])
-                need = charge + max(int(grid.option_need[c, i, o]) + gradient, int(grid.back_need[i]))
+                need = charge + max(int(grid.option_need[c, i, o]) + gradient, int(grid.back_need[c, i, o]))
                 seconds = np.float32(problem.option_s[i, o])
                 _shifted_min(out, after[int(problem.option_covers[c, i, o])] + seconds, charge, need)
     _fill_top(problem, grid, pieces, tables)
@@ -105,7 +105,7 @@ def _fill_top(problem: Problem, grid: Grid, pieces: Pieces, tables: Tables) -> N
                     uses = bool(problem.option_extras[i, o])
                     extra = grid.extras if uses and not e else 0
                     charge = int(grid.option[c, i, o])
-                    need = charge + max(int(grid.option_need[c, i, o]), int(grid.back_need[i]))
+                    need = charge + max(int(grid.option_need[c, i, o]), int(grid.back_need[c, i, o]))
                     after = tables.top[e or int(uses), int(problem.option_covers[c, i, o]), i + 1]
                     _shifted_min(out, after + np.float32(problem.option_s[i, o]), charge + extra, need + extra)
 

@@ -115,7 +115,7 @@ class Walk:
                 yield o, int(self.grid.option[c, i, o])
 
     def _fits(self, i: int, o: int, c: int, m: int, gradient: int) -> bool:
-        need = max(int(self.grid.option_need[c, i, o]) + gradient, int(self.grid.back_need[i]))
+        need = max(int(self.grid.option_need[c, i, o]) + gradient, int(self.grid.back_need[c, i, o]))
         return m >= int(self.grid.option[c, i, o]) + need
 
     def _extra(self, i: int, o: int, e: int) -> int:
