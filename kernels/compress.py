@@ -27,7 +27,7 @@ from torch import Tensor, float32, uint8
 
 from .launch import check_out, check_shape, dtype_name, on_device
 from .numerics import INTERPRETED, narrow, widen
-from .registry import STORED, KernelSpec, block_meta, make_spec
+from .registry import STORED, KernelSpec, block_dtypes, block_meta, make_spec
 from .tiles import BlockTile
 
 __all__ = ["FORMATS", "GROUP", "check_codes", "compress", "decode", "decompress", "scales_shape", "specs"]
@@ -257,7 +257,7 @@ def specs(arch: int) -> list[KernelSpec]:
     fixed = {**inner, "GROUP": GROUP, "ROWS": _TILE.rows, "INTERPRET": False}
     divisible = ("p_x", "p_codes", "p_scales", "K", "stride_xm", "stride_cm")
     found = []
-    for dtype in ("bf16", "fp16", "fp32"):
+    for dtype in block_dtypes(arch):
         for format, largest in FORMATS.items():
             for stochastic in (False, True):
                 found.append(

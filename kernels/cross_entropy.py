@@ -25,7 +25,7 @@ from torch import Tensor, int64
 from .activations import activate
 from .launch import check_out, check_shape, dtype_name, on_device
 from .numerics import INTERPRETED, narrow, widen
-from .registry import STORED, KernelSpec, block_meta, make_spec
+from .registry import STORED, KernelSpec, block_dtypes, block_meta, make_spec
 from .tiles import BlockTile
 
 __all__ = ["choose_rows", "cross_entropy_bwd", "cross_entropy_fwd", "specs"]
@@ -267,7 +267,7 @@ def specs(arch: int) -> list[KernelSpec]:
     """Both kernels at both blocks, without and with every option, as called on contiguous 16-byte aligned logits."""
     found = []
     scalars = dict.fromkeys(("smoothing", "z_weight", "inv_softcap", "softcap"), "fp32")
-    for dtype in ("bf16", "fp16", "fp32"):
+    for dtype in block_dtypes(arch):
         for tile in _TILES:
             for variant, options in (("plain", False), ("softcap_smooth", True)):
                 constexprs = {

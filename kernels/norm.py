@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .launch import arch_of, check_out, check_shape, check_sums, dtype_name, on_device, strides
 from .numerics import INTERPRETED, narrow, widen
-from .registry import STORED, KernelSpec, block_meta, make_spec
+from .registry import STORED, KernelSpec, block_dtypes, block_meta, make_spec
 from .tiles import BlockTile
 
 __all__ = ["norm_bwd", "norm_fwd", "norm_partials_shape", "specs"]
@@ -330,7 +330,7 @@ def specs(arch: int) -> list[KernelSpec]:
     """The kernels for wide rows, in each dtype, as called on contiguous, 16-byte aligned tensors: LayerNorm with weight and bias,
     RMSNorm with a weight. Narrower rows take the same code in smaller blocks."""
     found = []
-    for dtype in ("bf16", "fp16", "fp32"):
+    for dtype in block_dtypes(arch):
         row = Counter({f"{_WIDEST_BLOCK}x{STORED[dtype]}": 1})
         for kind in _KINDS:
             found.append(_spec(norm_fwd_kernel, kind, dtype, arch, row))

@@ -11,13 +11,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ARCHS", "KERNEL_MODULES", "STORED", "KernelSpec", "block_meta", "make_spec", "shipped"]
+__all__ = [
+    "ARCHS",
+    "KERNEL_MODULES",
+    "STORED",
+    "WHOLE_ARCHS",
+    "KernelSpec",
+    "block_dtypes",
+    "block_meta",
+    "make_spec",
+    "shipped",
+]
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that kernels are shipped for, as ints: 80 is sm_80."""
 
 KERNEL_MODULES: tuple[str, ...] = ("specs", "cross_entropy", "compress", "norm")
 """Modules of this package that state specs."""
+
+WHOLE_ARCHS = (80, 90, 100)
+"""Those that everything is compiled for. sm_86, sm_89 and sm_120 run sm_80's kernels through the same code generator: for them it
+is bf16 in full, and of the other dtypes what is preferred."""
 
 STORED = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 """What Triton's IR calls an element of each dtype."""
@@ -115,6 +129,11 @@ def block_meta(stores: Mapping[str, int]) -> dict[str, Any]:
         "pipelined": False,
         "stores": dict(stores),
     }
+
+
+def block_dtypes(arch: int) -> tuple[str, ...]:
+    """What kernels without a GEMM are compiled in: every dtype, which differ in conversions alone, or bf16 to stand for them."""
+    return ("bf16", "fp16", "fp32") if arch in WHOLE_ARCHS else ("bf16",)
 
 
 def shipped(arch: int) -> list[KernelSpec]:

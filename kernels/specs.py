@@ -9,10 +9,10 @@ optional operands       Bias, residual, h and the sums for db are all given. A l
                         loads, stores and addresses.
 activation              A kernel's registers depend on it, and not only upwards: ptxas may hold a light kernel to a round number
                         of registers for one more block on a multiprocessor, and spill. So on sm_80, sm_90 and sm_100, whose code
-                        differs, the preferred bf16 tile is compiled with every activation, the other bf16 and fp32 ones with
-                        the lightest (identity) and with those that needed most registers (gelu_tanh, silu and, forward,
-                        gelu). fp16, which differs from bf16 in conversions alone, is compiled with the two extremes, and so
-                        is dropout, whose random numbers need more registers than any activation.
+                        differs, the preferred bf16 tile is compiled with every activation, the others with the lightest
+                        (identity) and with those that needed most registers (gelu_tanh, silu). fp32 is compiled with
+                        the extremes, and so is dropout, whose random numbers need more registers than any activation. fp16,
+                        which differs from bf16 in conversions alone, is compiled with gelu_tanh.
 sm_86, sm_89, sm_120    run sm_80's tiles through the same code generator: the extremes only, fp16 with the preferred tile.
 
 Not compiled: outputs and gradients whose layout is irregular beside regular operands (they are allocated contiguous; such a dy
@@ -33,7 +33,7 @@ from .gated import gated_fwd_kernel, gated_recompute_bwd_kernel
 from .launch import gemm_options
 from .linear import linear_fwd_kernel, linear_recompute_bwd_kernel
 from .mlp import mlp_dual_bwd_kernel
-from .registry import KernelSpec, make_spec
+from .registry import WHOLE_ARCHS, KernelSpec, make_spec
 from .tiles import KINDS, TileConfig, candidates, loose_tile
 
 __all__ = ["compressed_specs", "dual_specs", "gated_specs", "linear_specs", "specs", "uses_tma"]
@@ -45,10 +45,7 @@ _TYPES = {
     "p_codes": "*u8",
 }
 
-
-_WHOLE = (80, 90, 100)
 _EXTREMES = ("gelu_tanh", "identity")
-_HEAVY = (*_EXTREMES, "silu", "gelu")
 
 
 def specs(arch: int) -> list[KernelSpec]:
@@ -63,8 +60,10 @@ def specs(arch: int) -> list[KernelSpec]:
             if uses_tma(dtype, arch):
                 for tile in own if dtype == "bf16" else ():
                     found += _kind_specs(kind, dtype, arch, tile, "gelu_tanh", tma=False)
-            elif kind != "linear_dropout" and (arch in _WHOLE or dtype != "fp16"):
+            elif kind != "linear_dropout" and (arch in WHOLE_ARCHS or dtype != "fp16"):
                 found += _kind_specs(kind, dtype, arch, own[0], "gelu_tanh", even=False)
+            if arch not in WHOLE_ARCHS and dtype == "fp16":
+                continue
             for activation in _EXTREMES if dtype == "bf16" else _EXTREMES[:1]:
                 found += _kind_specs(kind, dtype, arch, loose_tile(kind, dtype, arch), activation, loose=True)
         if dtype != "fp32":
@@ -79,10 +78,12 @@ def uses_tma(dtype: str, arch: int) -> bool:
 
 def _activations(kind: str, dtype: str, arch: int, preferred: bool) -> tuple[str, ...]:
     if kind == "linear_dropout":
-        return _EXTREMES if dtype == "bf16" else _EXTREMES[:1] if arch in _WHOLE or preferred else ()
-    if arch in _WHOLE and dtype != "fp16":
-        return tuple(dict.fromkeys((*_HEAVY, *ACTIVATIONS))) if preferred and dtype == "bf16" else _HEAVY
-    return _EXTREMES if arch in _WHOLE or preferred or dtype == "bf16" else ()
+        return _EXTREMES if dtype == "bf16" else _EXTREMES[:1] if arch in WHOLE_ARCHS or preferred else ()
+    if arch in WHOLE_ARCHS and dtype == "bf16":
+        return tuple(dict.fromkeys((*_EXTREMES, *ACTIVATIONS))) if preferred else (*_EXTREMES, "silu")
+    if dtype == "fp16":
+        return _EXTREMES[:1] if arch in WHOLE_ARCHS or preferred else ()
+    return _EXTREMES
 
 
 def _kind_specs(kind: str, dtype: str, arch: int, tile: TileConfig, activation: str, **form: bool) -> list[KernelSpec]:
@@ -95,12 +96,15 @@ def _kind_specs(kind: str, dtype: str, arch: int, tile: TileConfig, activation: 
 
 def _all_compressed(dtype: str, arch: int) -> list[KernelSpec]:
     found = []
-    for tile in compressed_tiles(dtype, arch):
+    tiles = compressed_tiles(dtype, arch)
+    for tile in tiles if arch in WHOLE_ARCHS or dtype == "bf16" else tiles[:1]:
         for format in FORMATS if dtype == "bf16" else ("e4m3",):
-            for activation in _HEAVY if arch in _WHOLE and (format, dtype) == ("e4m3", "bf16") else _EXTREMES[:1]:
+            for activation in (
+                _EXTREMES if arch in WHOLE_ARCHS and (format, dtype) == ("e4m3", "bf16") else _EXTREMES[:1]
+            ):
                 found += compressed_specs(format, dtype, arch, tile, activation)
-    if arch in _WHOLE or dtype == "bf16":
-        found += compressed_specs("e4m3", dtype, arch, compressed_tiles(dtype, arch)[0], "gelu_tanh", even=False)
+    if arch in WHOLE_ARCHS or dtype == "bf16":
+        found += compressed_specs("e4m3", dtype, arch, tiles[0], "gelu_tanh", even=False)
     for format in FORMATS if dtype == "bf16" else ():
         found += compressed_specs(format, dtype, arch, loose_tile("linear", dtype, arch), "gelu_tanh", loose=True)
     return found
