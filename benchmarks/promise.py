@@ -1,10 +1,13 @@
-"""Six models under six budgets each: what the plan promised, what the ledger measured, and whether gradients are the same.
+"""Six models under six budgets each, with recompute alone and with a host budget to spill to: what the plan promised, what the
+ledgers measured, and whether gradients are the same.
 
     python benchmarks/promise.py [--size small|full] [--out benchmarks/results]
 
 The budgets go in five equal steps from the smallest that any plan fits in to the plain run's peak. Each run is one training
 step beside a plain one from the same weights and the same random numbers; "equal" means that the loss, every gradient and
-every buffer are the same bit for bit. Hugging Face models are built from configs; nothing is downloaded.
+every buffer are the same bit for bit. For the runs that spill, transfers are planned as if they took no time: on these sizes
+the planner would rarely choose them otherwise, and here bytes are checked, not speed.
+Hugging Face models are built from configs; nothing is downloaded.
 Writes promise.json and promise.png.
 """
 
@@ -19,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -31,6 +35,7 @@ from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.pytorch.functional import mlp
 from gpuckpt.pytorch.nn import FusedLinear, FusedMLP
 from gpuckpt.pytorch.saved_tensors import mark_resident
+from gpuckpt.pytorch.spill import Link
 
 Inputs = dict[str, torch.Tensor]
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -64,11 +69,15 @@ class Row:
     left_bytes: int
     recompute_share: float
     equal: bool
+    spills: bool = False
+    host_promised_bytes: int = 0
+    host_measured_bytes: int = 0
 
     @property
     def kept(self) -> bool:
         """The promise: what was promised was measured, within the budget, with the same gradients, and nothing is left."""
         exact = self.promised_bytes == self.measured_bytes <= self.budget_bytes
+        exact = exact and self.host_promised_bytes == self.host_measured_bytes
         return exact and self.equal and self.left_bytes == 0
 
 
@@ -201,8 +210,13 @@ def trained(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     return [loss.detach(), *gradients, *model.state_dict().values()]
 
 
-def rows_of(name: str, size: Size) -> Iterator[Row]:
-    """`name` under six budgets."""
+def rows_of(name: str, size: Size, spills: bool = False) -> Iterator[Row]:
+    """`name` under six budgets; where it `spills`, with as much host memory as it likes and transfers that take no time."""
+    with mock.patch("gpuckpt.pytorch.fit.measure_link", return_value=Link(1e15, 0.0)):
+        yield from _rows_of(name, size, 1 << 40 if spills else None)
+
+
+def _rows_of(name: str, size: Size, host_bytes: int | None) -> Iterator[Row]:
     torch.manual_seed(0)
     model, inputs = MODELS[name](size)
     plain = trained(copy.deepcopy(model), inputs)
@@ -214,13 +228,13 @@ def rows_of(name: str, size: Size) -> Iterator[Row]:
     del loss
     plain_bytes = ledger.peak_bytes
     probe = copy.deepcopy(model)
-    smallest_bytes = fit(probe, inputs, plain_bytes).plan.certificate.smallest_budget_bytes
+    smallest_bytes = fit(probe, inputs, plain_bytes, host_budget=host_bytes).plan.certificate.smallest_budget_bytes
     for share in SHARES:
         budget_bytes = smallest_bytes + round(share * (plain_bytes - smallest_bytes))
         ours = copy.deepcopy(model)
-        fitted = fit(ours, inputs, budget_bytes)
+        fitted = fit(ours, inputs, budget_bytes, host_budget=host_bytes)
         got = trained(ours, inputs)
-        certificate = fitted.plan.certificate
+        certificate, host = fitted.plan.certificate, fitted.host_budget
         yield Row(
             name,
             len(fitted.chain),
@@ -228,20 +242,24 @@ def rows_of(name: str, size: Size) -> Iterator[Row]:
             certificate.peak_bytes,
             fitted.budget.peak_bytes,
             plain_bytes,
-            fitted.budget.used_bytes,
+            fitted.budget.used_bytes + (0 if host is None else host.used_bytes),
             certificate.recompute_s / certificate.step_s,
             len(got) == len(plain) and all(map(torch.equal, got, plain)),
+            host is not None,
+            certificate.host_peak_bytes,
+            0 if host is None else host.peak_bytes,
         )
 
 
 def table(rows: list[Row]) -> str:
-    columns = f"{'promised':>12} {'measured':>12} {'plain':>12} {'recompute':>9}"
+    columns = f"{'promised':>12} {'measured':>12} {'plain':>12} {'on host':>12} {'measured':>12} {'recompute':>9}"
     head = f"{'model':<16} {'stages':>6} {'budget':>10} {columns}  equal  kept"
     lines = [head, "-" * len(head)]
     for row in rows:
         lines.append(
             f"{row.model:<16} {row.stages:>6} {format_bytes(row.budget_bytes):>10} {row.promised_bytes:>12} "
-            f"{row.measured_bytes:>12} {row.plain_bytes:>12} {row.recompute_share:>8.1%}  "
+            f"{row.measured_bytes:>12} {row.plain_bytes:>12} "
+            f"{row.host_promised_bytes:>12} {row.host_measured_bytes:>12} {row.recompute_share:>8.1%}  "
             f"{'yes' if row.equal else 'NO':<5}  {'yes' if row.kept else 'NO'}"
         )
     return "\n".join(lines)
@@ -279,7 +297,8 @@ def main() -> int:
     rows: list[Row] = []
     for name in MODELS:
         try:
-            rows += rows_of(name, SIZES[options.size])
+            for spills in (False, True):
+                rows += rows_of(name, SIZES[options.size], spills)
         except ImportError as missing:
             print(f"{name}: skipped, {missing.name} is not installed")
     print(table(rows))

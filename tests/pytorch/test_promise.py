@@ -31,5 +31,11 @@ def test_promised_is_measured_under_six_budgets(name: str, tmp_path: Path) -> No
     assert rows[0].measured_bytes == rows[0].budget_bytes  # the smallest budget of all is used to the last byte
     assert rows[-1].recompute_share == 0
     assert rows[-1].measured_bytes == rows[-1].plain_bytes
-    promise.draw(rows, tmp_path / "promise.png")
+
+    spilled = list(promise.rows_of(name, promise.SIZES["small"], spills=True))
+    print(promise.table(spilled))
+    assert all(row.kept for row in spilled), spilled
+    assert spilled[0].host_measured_bytes > 0 == spilled[0].recompute_share
+    assert spilled[-1].host_measured_bytes == 0
+    promise.draw(rows + spilled, tmp_path / "promise.png")
     assert (tmp_path / "promise.png").stat().st_size > 10_000
