@@ -49,6 +49,9 @@ def train(
         str, typer.Option(help="gelu, gelu_tanh, silu, relu, relu2, swiglu, geglu, reglu, ...")
     ] = "gelu",
     budget: Annotated[str | None, typer.Option(help="bytes for activations, as 64MiB [40% of the plain run]")] = None,
+    host_budget: Annotated[
+        str | None, typer.Option(help="bytes of host memory to spill to where that is faster than recomputing [none]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [a GPU if there is one]")] = None,
     out: Annotated[Path, typer.Option(help="folder for report.json and the picture of the ledger")] = Path("out/train"),
     json: Annotated[bool, typer.Option("--json", help="print the report as JSON, and nothing else")] = False,
@@ -67,6 +70,7 @@ def train(
         steps=steps,
         seed=seed,
         budget=budget,
+        host_budget=host_budget,
         device=device,
         out=out,
     )

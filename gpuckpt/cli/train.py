@@ -47,6 +47,7 @@ class Options:
     seed: int = 0
     learning_rate: float = 1e-3
     budget: str | None = None
+    host_budget: str | None = None
     device: str | None = None
     out: Path = Path("out/train")
 
@@ -58,6 +59,8 @@ class Report:
     cap_bytes: int
     promised_peak_bytes: int
     measured_peak_bytes: int = 0
+    host_promised_peak_bytes: int = 0
+    host_measured_peak_bytes: int = 0
     plain_peak_bytes: int | None = None
     smallest_budget_bytes: int = 0
     step_s: float | None = None
@@ -138,7 +141,7 @@ def train(options: Options, console: Console) -> tuple[Report, Fitted]:
         cap_bytes = int(DEFAULT_SHARE * _plain_peak_bytes(measure(model, *batches[0], unit_bytes=unit_bytes)))
     plain = _Run(copy.deepcopy(model), options.learning_rate)
     budget = CheckpointBudget(cap_bytes, device=device, log_events=1 << 17)
-    fitted = fit(model, batches[0], budget)
+    fitted = fit(model, batches[0], budget, host_budget=options.host_budget)
     chain, certificate = fitted.chain, fitted.plan.certificate
     console.print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} bytes of text, {len(chain)} stages; "
@@ -147,6 +150,7 @@ def train(options: Options, console: Console) -> tuple[Report, Fitted]:
     report = Report(
         cap_bytes,
         certificate.peak_bytes,
+        host_promised_peak_bytes=certificate.host_peak_bytes,
         smallest_budget_bytes=certificate.smallest_budget_bytes,
         recompute_share=certificate.recompute_s / certificate.step_s if certificate.step_s else 0.0,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
@@ -209,7 +213,9 @@ def _loop(
             run.step(batch)
             fitted.check_promise()
             report.measured_peak_bytes = max(report.measured_peak_bytes, budget.peak_bytes)
-            report.leftover_bytes = max(report.leftover_bytes, budget.used_bytes)
+            left_bytes = sum(each.used_bytes for each in (budget, fitted.host_budget) if each is not None)
+            report.leftover_bytes = max(report.leftover_bytes, left_bytes)
+            report.host_measured_peak_bytes = max(report.host_measured_peak_bytes, fitted.measured_host_peak_bytes)
             progress.update(
                 task,
                 advance=1,
@@ -279,6 +285,9 @@ def table(report: Report) -> Table:
     rows.add_row("cap", size(report.cap_bytes))
     rows.add_row("peak promised by the plan", size(report.promised_peak_bytes))
     rows.add_row("peak measured", size(report.measured_peak_bytes))
+    if report.options.get("host_budget") is not None:
+        rows.add_row("on the host, promised by the plan", size(report.host_promised_peak_bytes))
+        rows.add_row("on the host, measured", size(report.host_measured_peak_bytes))
     rows.add_row("peak of the plain run", size(report.plain_peak_bytes))
     rows.add_row("smallest budget that would do", size(report.smallest_budget_bytes))
     rows.add_row("held after every step", size(report.leftover_bytes))

@@ -61,6 +61,18 @@ def test_json_is_all_that_is_printed(tmp_path):
     assert json.loads(done.stdout) == json.loads((tmp_path / "report.json").read_text())
 
 
+def test_with_a_host_budget_both_peaks_are_as_promised(tmp_path):
+    options = ["--steps", 2, "--host-budget", "64MiB"]
+    done = gpuckpt("train", *SMALL[:-2], *options, "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["measured_peak_bytes"] == report["promised_peak_bytes"] <= report["cap_bytes"]
+    assert report["host_measured_peak_bytes"] == report["host_promised_peak_bytes"]
+    assert report["losses_equal"] is True
+    assert report["leftover_bytes"] == 0
+    assert "on the host, measured" in done.stdout
+
+
 def test_a_budget_one_byte_too_small_is_refused_before_the_first_step(trained, tmp_path):
     smallest = trained[1]["smallest_budget_bytes"]
     refused = gpuckpt("train", *SMALL, "--budget", smallest - 1, "--out", tmp_path / "a", cwd=tmp_path)
