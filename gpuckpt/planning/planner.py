@@ -70,7 +70,7 @@ def plan_chain(
         budget_bytes: the cap.
         strategy: "optimal" or a name in `STRATEGIES`.
         objective: "held" (what a budget's ledger holds) or "total" (all bytes alive) has to fit.
-        slots: memory resolution of the solver where the chain's sizes share no unit that makes it exact.
+        slots: least memory resolution of the solver where the chain's sizes share no unit that makes it exact.
         engine: of the solver: "numpy", "numba", or "auto".
         host_bytes: what options that spill may hold on the host at one time; None: as much as they like. The certificate's
             smallest budget is that without this bound.
