@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from pytorch.beside_plain import assert_same, plain_peak_bytes, train_step
+from pytorch.beside_plain import assert_same, beside_plain, plain_peak_bytes, train_step
 from torch import nn
 
 import gpuckpt.pytorch.fit as fitting
@@ -169,6 +169,33 @@ def test_where_recompute_is_dear_the_planner_spills_and_the_step_is_the_plain_on
         in str(report)
     )
     assert "and transfers" in str(report)
+
+
+class Normed(nn.Module):
+    """Statistics that change, dropout, and an activation that works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 16)])
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x):
+        up, norm, down = self.parts
+        return x + down(self.dropout(norm(up(x)).relu_()))
+
+
+@both
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_statistics_dropout_and_autocast(hold: str, precision: torch.dtype | None, quick_link) -> None:
+    def around():
+        return torch.autocast("cpu", dtype=precision, enabled=precision is not None)
+
+    options = {"hold": hold, "host_budget": "1MiB"}
+    model = nn.Sequential(nn.Linear(16, 16), *[Normed() for _ in range(6)])
+    fitted = beside_plain(model, X, share=0.5, around=around, fit_options=options)
+    assert [stage.fate for stage in fitted.report().stages].count("spilled") > 1
+    assert fitted.measured_host_peak_bytes == fitted.promised_host_peak_bytes
+    assert fitted.host_budget.used_bytes == 0
 
 
 def test_over_a_slow_link_nothing_is_spilled(monkeypatch) -> None:
