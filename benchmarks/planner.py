@@ -137,7 +137,7 @@ def solve_times(quick: bool) -> list[dict]:
         wall, processor = [], []
         for _ in range(2 if n >= 10000 else 9):
             start, used = time.perf_counter(), time.process_time()
-            solution = solve(chain, problem, budget, slots=500, engine="numba", fine=False)
+            solution = solve(chain, problem, budget, slots=500, engine="numba")
             wall.append(time.perf_counter() - start)
             processor.append(time.process_time() - used)
         row = {
@@ -174,7 +174,7 @@ def duel(rival: Rival, made: list[Chain]) -> dict:
                 runs = sorted(runs, key=lambda run: run.peak_bytes)
                 runs = [r for i, r in enumerate(runs) if all(r.step_s < earlier.step_s for earlier in runs[:i])][:6]
             for run in runs:
-                ours = plan_chain(chain, run.peak_bytes, slots=1000).certificate
+                ours = plan_chain(chain, run.peak_bytes).certificate
                 plans += 1
                 if ours.recompute_s > run.recompute_s * (1 + 1e-6) + 1e-12:
                     losses.append((chain.name, run.peak_bytes, ours.recompute_s, run.recompute_s))
@@ -221,7 +221,7 @@ def solver_peak_bytes() -> int:
     """Most resident bytes of a fresh process that solves 339 stages in 500 slots: Python, NumPy and Numba included."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import planner as p;"
-        "c = p.random_chain(339, 1); p.solve(c, p.build_problem(c), p.half_budget(c), slots=500, engine='numba', fine=False);"
+        "c = p.random_chain(339, 1); p.solve(c, p.build_problem(c), p.half_budget(c), slots=500, engine='numba');"
         # Not getrusage: its maximum counts what the parent had when it started this process.
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )

@@ -251,7 +251,7 @@ def _rotor_chain(chain: Chain, slot: int) -> Any:
     def slots(b: int) -> int:
         return -(-b // slot)
 
-    kept = [chain.charge(set(stage.saves) - set(stage.inputs)) for stage in chain.stages]
+    kept = [chain.charge(tuple(set(stage.saves) - set(stage.inputs))) for stage in chain.stages]
     return types.SimpleNamespace(
         ln=n,
         fw=[[stage.forward_s] for stage in chain.stages] + [[0.0]],

@@ -33,12 +33,12 @@ Tree = tuple[Node, ...]
 
 # Above this many additions compiled code pays even when Numba has yet to be imported: NumPy does about 5e8 a second.
 _NUMPY_SUMS = 200_000_000
-# An exact grid may take this many additions (a tenth of a second compiled) and table bytes, however many slots that is.
-_EXACT_SUMS = 500_000_000
+# By default a grid may take this many additions (a tenth of a second compiled) and table bytes, with however many slots if that
+# makes it exact, else with slots between these two. At 1,000 slots plans for 64 stages recompute up to 2% longer than need be.
+_SUMS = 500_000_000
 _TABLE_BYTES = 400_000_000
-# Where no affordable grid is exact, short chains get as fine a one as that much work allows, up to this many slots: at 1,000
-# slots, plans for 64 stages recompute up to 2% longer than need be.
-_FINE_SLOTS = 16_384
+_LEAST_SLOTS = 500
+_MOST_SLOTS = 16_384
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,16 @@ def solve(
     problem: Problem,
     budget_bytes: int,
     *,
-    slots: int = 500,
+    slots: int | None = None,
     engine: str = "auto",
     optimistic: bool = False,
-    fine: bool = True,
 ) -> Solution:
     """Fill the tables for budgets up to `budget_bytes` at least.
 
     Args:
-        slots: how many slots of memory to plan in, at least, where sizes share no unit that would do.
+        slots: how many slots of memory to plan in at most; None: as many as it needs to be exact where that is affordable, and
+            else as many as are.
         engine: "numpy", "numba", or "auto", which spares short solves Numba's import.
-        fine: take as many slots as it needs to be exact where that is affordable, and else as many as are.
         optimistic: round sizes down, which gives a lower bound on seconds and no plan to run.
     """
     pieces = make_pieces(problem)
@@ -90,10 +89,9 @@ def solve(
     useful_bytes = min(budget_bytes, everything + _largest_need(problem))
     unit = common_unit(problem) or 1
     exact_slots = useful_bytes // unit
-    most = min(_EXACT_SUMS // max(1, pieces.sums), _TABLE_BYTES // (8 * (pieces.rows + 2 * problem.n)))
-    exact = exact_slots <= (max(slots, most) if fine else slots)
-    if fine:
-        slots = max(slots, min(most, _FINE_SLOTS))
+    affordable = min(_SUMS // max(1, pieces.sums), _TABLE_BYTES // (8 * (pieces.rows + 2 * problem.n)))
+    exact = exact_slots <= (max(_LEAST_SLOTS, affordable) if slots is None else slots)
+    slots = min(max(_LEAST_SLOTS, affordable), _MOST_SLOTS) if slots is None else slots
     if exact:
         grid = make_grid(problem, unit, exact_slots)
     elif optimistic:
@@ -123,6 +121,8 @@ def _slot_bytes(problem: Problem, budget_bytes: int, slots: int) -> int:
     """A slot that wastes little, and such that `slots` of them reach beyond the budget by at least what rounding up wastes."""
     sizes = problem.option_bytes[0, :, 0]
     sizes = np.concatenate([sizes[sizes > 0], problem.input_bytes[problem.input_bytes > 0]])
+    if not len(sizes):
+        return -(-budget_bytes // slots)  # nothing is held, only needed for a moment
     candidates = [-(-int(budget_bytes * stretch) // slots) for stretch in np.linspace(1.0, 2.0, 101)]
     # Sizes that come up again and again often share a unit, and a few odd ones (an embedding's ids, a head) hide it.
     values, counts = np.unique(sizes, return_counts=True)

@@ -59,7 +59,7 @@ def plan_chain(
     strategy: str = "optimal",
     *,
     objective: str = "held",
-    slots: int = 500,
+    slots: int | None = None,
     engine: str = "auto",
     host_bytes: int | None = None,
 ) -> Plan:
@@ -70,7 +70,7 @@ def plan_chain(
         budget_bytes: the cap.
         strategy: "optimal" or a name in `STRATEGIES`.
         objective: "held" (what a budget's ledger holds) or "total" (all bytes alive) has to fit.
-        slots: least memory resolution of the solver where the chain's sizes share no unit that makes it exact.
+        slots: memory resolution of the solver; None: as fine as a fraction of a second allows, exact where that is enough.
         engine: of the solver: "numpy", "numba", or "auto".
         host_bytes: what options that spill may hold on the host at one time; None: as much as they like. The certificate's
             smallest budget is that without this bound.
@@ -85,8 +85,8 @@ def plan_chain(
         raise ValueError(f"objective is {objective!r}; expected 'held' or 'total'")
     if strategy != "optimal" and strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; expected 'optimal' or one of {', '.join(STRATEGIES)}")
-    if slots < 1:
-        raise ValueError(f"slots is {slots!r}; expected at least 1")
+    if slots is not None and slots < 1:
+        raise ValueError(f"slots is {slots!r}; expected at least 1, or None")
     if host_bytes is not None:
         if not isinstance(host_bytes, Integral) or isinstance(host_bytes, bool) or host_bytes < 0:
             raise ValueError(f"host_bytes is {host_bytes!r}; expected an int of at least 0, or None")
@@ -159,7 +159,7 @@ def _plan(
 class _Search:
     """One call of `plan_chain`."""
 
-    def __init__(self, chain: Chain, budget_bytes: int, objective: str, slots: int, engine: str) -> None:
+    def __init__(self, chain: Chain, budget_bytes: int, objective: str, slots: int | None, engine: str) -> None:
         self.chain, self.budget_bytes, self.objective = chain, budget_bytes, objective
         self.slots, self.engine = slots, engine
         self.problem: Problem = build_problem(chain, objective)
@@ -236,7 +236,7 @@ class _Search:
     def _gap(self, solution: Solution, kept: Simulation, found: Simulation) -> float | None:
         if solution.exact:
             return 0.0
-        if solution.pieces.sums * self.slots > _BOUND_SUMS:
+        if solution.pieces.sums * solution.grid.slots > _BOUND_SUMS:
             return None
         bound = solve(
             self.chain, self.problem, self.budget_bytes, slots=self.slots, engine=self.engine, optimistic=True
