@@ -215,7 +215,8 @@ def loose_tile(kind: str, dtype: str, arch: int) -> TileConfig:
     if dtype == "fp32":
         # Uncapped, sm_90 spills in a light kernel, for a second block; capped, sm_100 and sm_120 do, which pair registers.
         return candidates(kind, dtype, arch)[0] if arch in (100, 120) else _LOOSE_FP32
-    return _LOOSE_LOW if kind == "gated_bwd" and arch not in (90, 100) else _LOOSE
+    needy = kind in ("gated_bwd", "linear_dropout")
+    return _LOOSE_LOW if needy and arch not in (90, 100) else _LOOSE
 
 
 def analytic_choice(kind: str, M: int, N: int, K: int, dtype: str, arch: int) -> TileConfig:
