@@ -25,7 +25,7 @@ import triton.language as tl
 from gpuckpt.kernels import roofline
 from gpuckpt.kernels.aot import Report, compile_all
 from gpuckpt.kernels.dossier import SHAPES, representative
-from gpuckpt.kernels.registry import KernelSpec, make_spec
+from gpuckpt.kernels.registry import KernelSpec, make_spec, shipped
 from gpuckpt.kernels.tiles import TileConfig
 
 HERE = Path(__file__).resolve().parent
@@ -73,6 +73,10 @@ class Flat:
 
 def ours(arch: int) -> list[Row]:
     found = {s.meta["kernel"]: s for s in representative([arch])}
+    # SwiGLU, which is what the others' gated kernels compute.
+    for spec in reversed(shipped(arch)):
+        if spec.meta["kernel"].startswith("gated") and spec.meta["activation"] == "silu" and spec.dtype == "bf16":
+            found[spec.meta["kernel"]] = spec
     rows = []
     for kernel in OURS:
         shape = HEAD if kernel.startswith("cross_entropy") else MLP
