@@ -155,11 +155,14 @@ def _load(held: Held | Spilled) -> torch.Tensor:
 def host_budget_of(host: CheckpointBudget | int | str, budget: CheckpointBudget) -> CheckpointBudget:
     """The budget on the host to spill to: `host` itself, or one of that size, pinned where it feeds a CUDA device.
 
-    Raises `ValueError` for a budget that is not on the host, keeps no copies, or is `budget` itself.
+    Raises `ValueError` for a budget that is not on the host, keeps no copies, is `budget` itself, or the one that `budget`
+    spills to when it is full: the peak there would be nobody's promise.
     """
     if isinstance(host, CheckpointBudget):
         if host is budget:
             raise ValueError("host_budget is the budget itself; spilling needs a second one")
+        if host is budget.spill_to:
+            raise ValueError("host_budget is the budget's own spill_to; what is spilled by plan needs one of its own")
         if host.device != "cpu" or host.hold != "pool":
             raise ValueError(
                 f"host_budget is on {host.device!r} with hold={host.hold!r}; expected a size, or "

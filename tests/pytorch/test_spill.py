@@ -402,13 +402,16 @@ def test_what_does_not_fit_on_its_way_back_leaves_nothing_back() -> None:
     ("host", "message"),
     [
         (lambda budget: budget, "host_budget is the budget itself"),
+        (lambda budget: budget.spill_to, "host_budget is the budget's own spill_to"),
         (lambda budget: CheckpointBudget(1, device="cpu"), "hold='account'; expected a size"),
         (lambda budget: "much", "much"),
         (lambda budget: -1, "-1"),
     ],
 )
 def test_a_host_budget_that_is_none_is_refused(host, message: str) -> None:
-    model, budget = dear(), CheckpointBudget("1MiB", device="cpu", hold="pool")
+    there = CheckpointBudget("1MiB", device="cpu", hold="pool")
+    budget = CheckpointBudget("1MiB", device="cpu", hold="pool", over_cap=("spill",), spill_to=there)
+    model = dear()
     with pytest.raises(ValueError, match=message):
         fit(model, X, budget, host_budget=host(budget))
     assert all(module._compiled_call_impl is None for module in model.modules())
