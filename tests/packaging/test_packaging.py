@@ -70,7 +70,7 @@ def wheel(tmp_path_factory):
         "--no-build-isolation",
         "--wheel-dir",
         folder,
-        ROOT,
+        source,
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
