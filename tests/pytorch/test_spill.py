@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from pytorch.beside_plain import assert_same, beside_plain, plain_peak_bytes, train_step
+from pytorch.mixed_blocks import COUNT, Model
 from torch import nn
 
 import gpuckpt.pytorch.fit as fitting
@@ -19,41 +20,7 @@ from gpuckpt.pytorch.fit import Fitted, Planned
 from gpuckpt.pytorch.spill import Link, Spill, measure_link
 from gpuckpt.pytorch.walk import Walk
 
-COUNT = 7
 both = pytest.mark.parametrize("hold", ["account", "pool"])
-
-
-class Block(nn.Module):
-    """Blocks of three kinds: one that saves its output, one that does not, one that saves much; all get `gain`."""
-
-    def __init__(self, kind: int) -> None:
-        super().__init__()
-        self.kind = kind
-        self.linear = nn.Linear(8, 8)
-        self.dropout = nn.Dropout(0.2)
-        self.calls = 0
-
-    def forward(self, x, gain):
-        self.calls += 1
-        x = self.dropout(self.linear(x) * gain)
-        if self.kind == 0:
-            return torch.tanh(x)
-        if self.kind == 1:
-            return x + 1
-        return torch.cat([x, x.exp(), x.sin()]).unflatten(0, (3, -1)).mean(0)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(i % 3) for i in range(COUNT))
-        self.gain = nn.Parameter(torch.ones(8))
-
-    def forward(self, x):
-        x, gain = x.sigmoid(), self.gain.exp()
-        for block in self.blocks:
-            x = block(x, gain)
-        return x.square().sum()
 
 
 class Dear(nn.Module):
