@@ -232,6 +232,7 @@ def _kinds(problem: Problem) -> Ints:
         problem.run_need,
         problem.gradient_bytes,
         problem.forward_s,
+        problem.tail_s,
         problem.recomputable,
     ]
     table = np.stack([np.asarray(column, np.float64) for column in columns], axis=1)

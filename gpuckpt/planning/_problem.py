@@ -35,7 +35,7 @@ class Problem:
         option_extras: (n, v); whether keeping holds extras.
         input_bytes: (n,); what a frame that starts here adds for its input.
         extras_bytes: bytes of all extras together; uses_extras: (n,), stages whose frames hold them.
-        forward_s: (n,); recomputable: (n,).
+        forward_s, tail_s: (n,); recomputable: (n,).
         option_need, back_need: (2, n, v); bytes alive beyond what keeping holds while a kept stage runs forward, and in its
             backward, where what was spilled is back and held as well.
         first_need, run_need: (n,); the same for a stage that runs forward in a frame, as its first stage and further on.
@@ -52,6 +52,7 @@ class Problem:
     extras_bytes: int
     uses_extras: Bools
     forward_s: Floats
+    tail_s: Floats
     recomputable: Bools
     option_need: Ints
     back_need: Ints
@@ -64,6 +65,10 @@ class Problem:
     def n(self) -> int:
         """Number of stages."""
         return len(self.input_bytes)
+
+    def again_s(self, i: int, j: int) -> NDArray[np.float32]:
+        """Seconds that the recompute of a frame over i..k takes, for k in i..j-1: it stops before the tail of its last stage."""
+        return (np.cumsum(self.forward_s[i:j]) - self.tail_s[i:j]).astype(np.float32)
 
 
 def build_problem(chain: Chain, objective: str = "held") -> Problem:
@@ -122,6 +127,7 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
         extras_bytes=sum(footprints[i] for i in extras),
         uses_extras=uses_extras,
         forward_s=np.array([stage.forward_s for stage in stages], np.float64),
+        tail_s=np.array([stage.tail_s for stage in stages], np.float64),
         recomputable=np.array([stage.recomputable for stage in stages], bool),
         option_need=option_need,
         back_need=back_need,

@@ -41,7 +41,7 @@ def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
         pieces.level_start,
         options,
         grid.input,
-        problem.forward_s,
+        (problem.forward_s, problem.tail_s),
         needs,
         get_num_threads(),
     )
@@ -55,7 +55,7 @@ def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
         problem.uses_extras,
         grid.input,
         np.int64(grid.extras),
-        problem.forward_s,
+        (problem.forward_s, problem.tail_s),
         needs,
         get_num_threads(),
     )
@@ -131,18 +131,19 @@ def _shifted_min(out, o, values, v, seconds, charge, low, width):
 
 
 @njit(cache=True, nogil=True)
-def _frame_costs(i, first, last, forward_s, first_need, run_need, seconds, lows):
-    """Fill in, for frames i..k with k in first..last-1, the seconds of one forward and the slots it needs."""
+def _frame_costs(i, first, last, stage_s, first_need, run_need, seconds, lows):
+    """Fill in, for frames i..k with k in first..last-1, the seconds of their recompute and the slots it needs."""
+    forward_s, tail_s = stage_s
     spent, need = 0.0, first_need[i]
     for k in range(i, last):
         spent += forward_s[k]
         need = need if k == i else max(need, run_need[k])
         if k >= first:
-            seconds[k - first], lows[k - first] = spent, need
+            seconds[k - first], lows[k - first] = spent - tail_s[k], need
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _fill_pieces(flat, layout, block_end, tiles, level_start, options, inputs, forward_s, needs, threads):
+def _fill_pieces(flat, layout, block_end, tiles, level_start, options, inputs, stage_s, needs, threads):
     _, _, first_need, run_need, gradients = needs
     width = layout[4]
     half = len(flat) // 2  # rows whose input is held are in the second half
@@ -170,7 +171,7 @@ def _fill_pieces(flat, layout, block_end, tiles, level_start, options, inputs, f
             lefts, lows = np.empty((n_i, n_k), np.int64), np.empty((n_i, n_k), np.int64)
             seconds, rights = np.empty((n_i, n_k), np.float32), np.empty((n_j, n_k), np.int64)
             for a in range(n_i):
-                _frame_costs(i_first + a, k_first, j_first, forward_s, first_need, run_need, seconds[a], lows[a])
+                _frame_costs(i_first + a, k_first, j_first, stage_s, first_need, run_need, seconds[a], lows[a])
                 for k in range(k_first, j_first):
                     lefts[a, k - k_first] = half + _row(layout, i_first + a, k)
             for b in range(n_j):
@@ -180,14 +181,15 @@ def _fill_pieces(flat, layout, block_end, tiles, level_start, options, inputs, f
             grads = gradients[j_first : j_last + 1]
             _sum_tile(flat, outs, flat, lefts, flat, rights, seconds, lows, grads, firsts, lasts, m_start, m_end)
         for u in prange(count):
-            _finish_tile(flat, layout, block_end, tiles[start + u], options, inputs, forward_s, needs, nothing)
+            _finish_tile(flat, layout, block_end, tiles[start + u], options, inputs, stage_s, needs, nothing)
 
 
 @njit(cache=True, nogil=True)
-def _finish_tile(flat, layout, block_end, tile, options, inputs, forward_s, needs, nothing):
+def _finish_tile(flat, layout, block_end, tile, options, inputs, stage_s, needs, nothing):
     """Frames that end in the tile's own blocks, and the ways to keep the first stage, piece by piece."""
     option, option_s, covers, _ = options
     option_need, back_need, first_need, run_need, gradients = needs
+    forward_s, tail_s = stage_s
     i_first, i_last, j_first, j_last = tile
     width, half = layout[4], len(flat) // 2
     for j in range(j_first, j_last + 1):
@@ -199,7 +201,17 @@ def _finish_tile(flat, layout, block_end, tile, options, inputs, forward_s, need
                 need = need if k == i else max(need, run_need[k])
                 if k < block_end[i_first] - 1 or k >= j_first:
                     left, right = half + _row(layout, i, k), _row(layout, k + 1, j)
-                    _sum_min(flat, half + row, flat, left, flat, right, np.float32(spent), need + gradients[j], width)
+                    _sum_min(
+                        flat,
+                        half + row,
+                        flat,
+                        left,
+                        flat,
+                        right,
+                        np.float32(spent - tail_s[k]),
+                        need + gradients[j],
+                        width,
+                    )
             # The second half's row holds the frames so far; the first half's reads them shifted, so it goes first.
             flat[row : row + width] = np.inf
             _shifted_min(flat, row, flat, half + row, np.float32(0), inputs[i], inputs[i], width)
@@ -217,7 +229,7 @@ def _finish_tile(flat, layout, block_end, tile, options, inputs, forward_s, need
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _fill_top(flat, top, layout, run_end, block_end, options, users, inputs, extras, forward_s, needs, threads):
+def _fill_top(flat, top, layout, run_end, block_end, options, users, inputs, extras, stage_s, needs, threads):
     _, _, first_need, run_need, _ = needs
     n, width, half = len(run_end), layout[4], len(flat) // 2
     state = (n + 1) * width  # row i of (extras held e, input held c) begins at (2 e + c) state + i width
@@ -244,7 +256,7 @@ def _fill_top(flat, top, layout, run_end, block_end, options, users, inputs, ext
         seconds, rights = np.empty((n_i, n_k), np.float32), np.empty((3, n_k), np.int64)
         firsts, lasts = np.zeros((n_i, 3), np.int64), np.full((n_i, 3), n_k, np.int64)
         for a in range(n_i):
-            _frame_costs(i_first + a, k_first, k_first + n_k, forward_s, first_need, run_need, seconds[a], lows[a])
+            _frame_costs(i_first + a, k_first, k_first + n_k, stage_s, first_need, run_need, seconds[a], lows[a])
             for k in range(n_k):
                 lefts[a, k] = half + _row(layout, i_first + a, k_first + k)
             split = min(n_k, max(0, next_user[i_first + a] - k_first))
@@ -261,16 +273,17 @@ def _fill_top(flat, top, layout, run_end, block_end, options, users, inputs, ext
         for i in range(i_end - 1, i_first - 1, -1):
             own = (i - i_first) * 3 * width
             _finish_top(
-                flat, top, layout, frames, own, i, k_first, next_user[i], options, inputs, extras, forward_s, needs
+                flat, top, layout, frames, own, i, k_first, next_user[i], options, inputs, extras, stage_s, needs
             )
         i_end = i_first
 
 
 @njit(cache=True, nogil=True)
-def _finish_top(flat, top, layout, frames, own, i, k_end, user, options, inputs, extras, forward_s, needs):
+def _finish_top(flat, top, layout, frames, own, i, k_end, user, options, inputs, extras, stage_s, needs):
     """Frames i..k with k < k_end, the ways to keep stage i, and the rows of the top level from i on."""
     option, option_s, covers, option_extras = options
     option_need, back_need, first_need, run_need, _ = needs
+    forward_s, tail_s = stage_s
     width, half = layout[4], len(flat) // 2
     state = len(top) // 4
     spent, need = 0.0, first_need[i]
@@ -279,9 +292,9 @@ def _finish_top(flat, top, layout, frames, own, i, k_end, user, options, inputs,
         need = need if k == i else max(need, run_need[k])
         left, right = half + _row(layout, i, k), (k + 1) * width
         to = own + (width if k < user else 2 * width)
-        _sum_min(frames, to, flat, left, top, 2 * state + right, np.float32(spent), need, width)
+        _sum_min(frames, to, flat, left, top, 2 * state + right, np.float32(spent - tail_s[k]), need, width)
         if extras > 0 and k < user:
-            _sum_min(frames, own, flat, left, top, right, np.float32(spent), need, width)
+            _sum_min(frames, own, flat, left, top, right, np.float32(spent - tail_s[k]), need, width)
     for m in range(width):
         frames[own + width + m] = min(frames[own + width + m], frames[own + 2 * width + m])
     for e in range(0 if extras > 0 else 1, 2):

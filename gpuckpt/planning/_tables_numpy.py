@@ -3,10 +3,10 @@
 The recurrences, for a piece i..j that runs forward again and then backward, with m slots free beyond what is held:
 
     held[i..j][m] = min over ways to keep i:        extra seconds + next[i+1..j][m - bytes]
-                    min over frames i..k, k < j:    forward i..k + held[i..k][m] + free[k+1..j][m]
+                    min over frames i..k, k < j:    again i..k + held[i..k][m] + free[k+1..j][m]
     free[i..j][m] = the same with i's input not held yet: keeping costs its bytes too, and frames come after m - input
 
-`next` is `held` where keeping stage i leaves the next stage's input held, else `free`. A piece's last stage is always kept: a
+`again` is the forward of its stages without the tail of the last, where the recompute stops. `next` is `held` where keeping stage i leaves the next stage's input held, else `free`. A piece's last stage is always kept: a
 frame at the end of a sub-plan is its content. The top level runs over pieces i..n-1 in the same way, with extras held or not.
 Seconds are those above plainly keeping, in float32; infinity is "does not fit".
 """
@@ -52,7 +52,7 @@ def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
         frames = np.full(width, np.inf, np.float32)
         if j > i:
             ends = np.arange(i, j)
-            costs = tables.pieces[1, pieces.row(i, ends)] + _forward_s(problem, i, j)
+            costs = tables.pieces[1, pieces.row(i, ends)] + problem.again_s(i, j)[:, None]
             costs += tables.pieces[0, pieces.row(ends + 1, j)]
             _forbid(costs, _frame_needs(grid, i, j) + gradient)
             frames = costs.min(axis=0)
@@ -88,7 +88,7 @@ def _fill_top(problem: Problem, grid: Grid, pieces: Pieces, tables: Tables) -> N
         frames = [np.full(width, np.inf, np.float32) for _ in (0, 1)]
         if end >= i:
             ends = np.arange(i, end + 1)
-            inside = tables.pieces[1, pieces.row(i, ends)] + _forward_s(problem, i, end + 1)
+            inside = tables.pieces[1, pieces.row(i, ends)] + problem.again_s(i, end + 1)[:, None]
             _forbid(inside, _frame_needs(grid, i, end + 1))
             costs = inside + tables.top[1, 0, i + 1 : end + 2]
             frames[1] = costs.min(axis=0)
@@ -108,11 +108,6 @@ def _fill_top(problem: Problem, grid: Grid, pieces: Pieces, tables: Tables) -> N
                     need = charge + max(int(grid.option_need[c, i, o]), int(grid.back_need[c, i, o]))
                     after = tables.top[e or int(uses), int(problem.option_covers[c, i, o]), i + 1]
                     _shifted_min(out, after + np.float32(problem.option_s[i, o]), charge + extra, need + extra)
-
-
-def _forward_s(problem: Problem, i: int, j: int) -> Floats:
-    """Seconds of the forwards i..k for k in i..j-1, as a column."""
-    return np.cumsum(problem.forward_s[i:j]).astype(np.float32)[:, None]
 
 
 def _frame_needs(grid: Grid, i: int, j: int) -> NDArray[np.int64]:

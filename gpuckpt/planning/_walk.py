@@ -56,7 +56,7 @@ class Walk:
             free = m - (0 if c else int(grid.input[i]))
             if i < j and free >= 0:
                 ends = np.arange(i, j)
-                costs = rows[1, self.pieces.row(i, ends), free] + self._forward_s(i, j)
+                costs = rows[1, self.pieces.row(i, ends), free] + self.problem.again_s(i, j)
                 costs = costs + rows[0, self.pieces.row(ends + 1, j), free]
                 costs[self._needs(i, j) + gradient > free] = np.inf
                 k = int(costs.argmin())
@@ -93,7 +93,7 @@ class Walk:
                 frees = np.where(held, free - (0 if e else grid.extras), free)
                 fits = (frees >= 0) & (self._needs(i, end + 1) <= frees)
                 frees = np.maximum(frees, 0)
-                costs = self.tables.pieces[1, self.pieces.row(i, ends), frees] + self._forward_s(i, end + 1)
+                costs = self.tables.pieces[1, self.pieces.row(i, ends), frees] + problem.again_s(i, end + 1)
                 costs = np.where(fits, costs + top[held.astype(int), 0, ends + 1, frees], np.inf)
                 k = int(costs.argmin())
                 if costs[k] < best:
@@ -121,9 +121,6 @@ class Walk:
     def _extra(self, i: int, o: int, e: int) -> int:
         """Slots of extras that keeping stage i holds for the first time."""
         return self.grid.extras if self.problem.option_extras[i, o] and not e else 0
-
-    def _forward_s(self, i: int, j: int) -> NDArray[np.float32]:
-        return np.cumsum(self.problem.forward_s[i:j]).astype(np.float32)
 
     def _needs(self, i: int, j: int) -> NDArray[np.int64]:
         needs = self.grid.run_need[i:j].copy()

@@ -52,6 +52,8 @@ class Stage:
     Args:
         name: how reports and errors call it.
         forward_s, backward_s: seconds of one forward and of one backward (the recompute not included).
+        tail_s: the part of `forward_s`, under whichever option, that comes after the last tensor autograd saves in it. A
+            recompute stops there (early stop), so a frame that ends with this stage is spared it.
         saves: ids of the storages autograd saves in it.
         inputs: ids that a frame starting here holds as its input; `()` when the input is not charged.
         extras: ids of arguments shared with other stages (masks, position embeddings) that every frame containing this
@@ -74,6 +76,7 @@ class Stage:
     workspace_bytes: int = 0
     recomputable: bool = True
     variants: tuple[Variant, ...] = ()
+    tail_s: float = 0.0
 
     def option(self, name: str) -> Variant:
         """The way to keep this stage called `name`; `KeyError` when it has none of that name."""
@@ -231,6 +234,12 @@ def _check_seconds(value: object, what: str) -> None:
         raise InvalidChain(f"{what} is {value!r}; expected finite seconds of at least 0")
 
 
+def _check_tail(tail_s: object, forward_s: float, what: str) -> None:
+    _check_seconds(tail_s, f"{what}: tail_s")
+    if tail_s > forward_s:  # type: ignore[operator]
+        raise InvalidChain(f"{what}: tail_s is {tail_s!r}, part of a forward of {forward_s!r} s; expected at most that")
+
+
 def _check_ids(ids: Sequence[int], n_storages: int, what: str) -> None:
     for i in ids:
         if not _is_int(i) or not 0 <= i < n_storages:
@@ -244,6 +253,7 @@ def _check_stage(stage: Stage, what: str, n_storages: int) -> None:
     _check_bytes(stage.workspace_bytes, f"{what}: workspace_bytes")
     for field in ("saves", "inputs", "extras", "output"):
         _check_ids(getattr(stage, field), n_storages, f"{what}: {field}")
+    _check_tail(stage.tail_s, stage.forward_s, what)
     names = {KEEP}
     for variant in stage.variants:
         if not variant.name or variant.name in names or any(c in "():" or c.isspace() for c in variant.name):
@@ -254,5 +264,6 @@ def _check_stage(stage: Stage, what: str, n_storages: int) -> None:
         names.add(variant.name)
         _check_seconds(variant.forward_s, f"{what}: variant {variant.name!r}: forward_s")
         _check_seconds(variant.backward_s, f"{what}: variant {variant.name!r}: backward_s")
+        _check_tail(stage.tail_s, variant.forward_s, f"{what}: variant {variant.name!r}")
         _check_ids(variant.saves, n_storages, f"{what}: variant {variant.name!r}: saves")
         _check_ids(variant.spilled, n_storages, f"{what}: variant {variant.name!r}: spilled")

@@ -126,6 +126,7 @@ def split_chain(
                 stage,
                 forward_s=stage.forward_s / ways + collective_s,
                 backward_s=stage.backward_s / ways + collective_s,
+                tail_s=stage.tail_s / ways,
                 output_bytes=-(-stage.output_bytes // (data if kept & set(stage.output) else ways)),
                 workspace_bytes=-(-stage.workspace_bytes // ways),
                 variants=variants,

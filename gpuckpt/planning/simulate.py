@@ -2,8 +2,8 @@
 
 The rules, which the runtime follows to the byte:
 - Forward runs the top level in order. `Keep` holds what the stage saves; a frame holds its input and its stages' extras.
-- Backward runs in reverse. Before the backward of a frame's last stage the frame runs its children forward again; a frame
-  that *ends* a sub-plan is then not run, since the recompute stops after the last thing that is held.
+- Backward runs in reverse. Before the backward of a frame's last stage the frame runs its children forward again, up to the
+  last thing that is held: a frame that *ends* a sub-plan is then not run, and of a stage that ends one not its tail.
 - When the backward of a stage is done its saves are let go; when that of all stages of a frame is, the frame's input.
 - A storage is charged once however many hold it, and let go with its last holder.
 - What an option spills goes to the host in the forward, but for storages that somebody holds already, which are held on. Before
@@ -127,7 +127,8 @@ class _Run:
                 option = stage.option(step.variant)
                 away = self._spill(step.first, option) if option.spilled else ()
                 self._hold(option.saves)
-                self._spend(step.first, step.last, option.forward_s, frame)
+                stopped_s = stage.tail_s if frame is not None and step.ends else 0.0
+                self._spend(step.first, step.last, option.forward_s - stopped_s, frame)
                 self._hold(away)  # all of it may still be there when the last of it goes
                 self._alive(f"{label} {stage.name}", gradient_bytes + self._transient_bytes(step.first))
                 self._release(away)

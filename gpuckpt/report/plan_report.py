@@ -127,7 +127,8 @@ def explain(
         fate = "spilled" if option.spilled else variant
         if variant == KEEP:
             fate = "recomputed" if recomputed else "kept"
-        recompute_s = (runs - 1) * stage.forward_s
+        stopped_s = stage.tail_s if recomputed and steps[number].ends else 0.0
+        recompute_s = (runs - 1) * stage.forward_s - stopped_s
         spill_s = option.forward_s + option.backward_s - stage.forward_s - stage.backward_s if option.spilled else 0.0
         stages.append(
             StageReport(

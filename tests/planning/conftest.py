@@ -56,6 +56,7 @@ def make_chain(
                 rng.randint(0, 5),
                 rng.random() >= fixed,
                 tuple(variants),
+                rng.randint(0, min([forward_s, *(variant.forward_s for variant in variants)])),
             )
         )
     return Chain(tuple(stages), tuple(sizes))
@@ -71,7 +72,7 @@ def make_wild_chain(rng: random.Random, n: int) -> Chain:
     stages = tuple(
         Stage(
             f"s{i}",
-            rng.random(),
+            1 + rng.random(),
             rng.random(),
             some(4),
             some(2),
@@ -80,7 +81,8 @@ def make_wild_chain(rng: random.Random, n: int) -> Chain:
             rng.randint(0, 2000),
             rng.randint(0, 2000),
             rng.random() < 0.9,
-            (Variant("v", some(3), rng.random(), rng.random(), some(3)),) if rng.random() < 0.3 else (),
+            (Variant("v", some(3), 1 + rng.random(), rng.random(), some(3)),) if rng.random() < 0.3 else (),
+            tail_s=rng.random(),
         )
         for i in range(n)
     )
@@ -194,7 +196,9 @@ def play(chain: Chain, tree: tuple) -> Played:
                 stays = [x for x in option.spilled if x in held()]
                 leaves = [x for x in option.spilled if x not in stays and x not in option.saves]
                 hold(node, (*option.saves, *stays))
-                run_stage(node.stage, option.forward_s, gradient_bytes, again, set(leaves))
+                stops = again and node is nodes[-1]  # once the last tensor is saved
+                seconds = option.forward_s - (chain.stages[node.stage].tail_s if stops else 0)
+                run_stage(node.stage, seconds, gradient_bytes, again, set(leaves))
                 on_host.update((node, x) for x in leaves)
                 there = {x for _, x in on_host}
                 seen.host_peak_bytes = max(seen.host_peak_bytes, sum(chain.storages[x] for x in there))

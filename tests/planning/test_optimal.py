@@ -69,7 +69,9 @@ def plain_chain(rng: random.Random, n: int) -> Chain:
     stages = []
     for i in range(n):
         saves = (i, n + 1 + i) + ((i + 1,) if rng.random() < 0.3 else ())
-        stages.append(Stage(f"s{i}", rng.randint(1, 9), rng.randint(1, 9), saves, (i,), (), (i + 1,)))
+        forward_s = rng.randint(1, 9)
+        tail_s = rng.randint(0, forward_s)
+        stages.append(Stage(f"s{i}", forward_s, rng.randint(1, 9), saves, (i,), (), (i + 1,), tail_s=tail_s))
     return Chain(tuple(stages), tuple(sizes))
 
 
@@ -89,7 +91,8 @@ def second_implementation(chain: Chain, budget: int) -> float:
         if i > j:
             return 0.0
         saves = set(chain.stages[i].saves) - ({i} if ready else set())
-        best = forward[i] + stretch(i + 1, j, room - sum(size[x] for x in saves), i + 1 in saves, top)
+        stopped = chain.stages[i].tail_s if i == j and not top else 0
+        best = forward[i] - stopped + stretch(i + 1, j, room - sum(size[x] for x in saves), i + 1 in saves, top)
         inside = room - (0 if ready else size[i])
         for k in range(i, j + 1):
             if k == j and ready and not top:

@@ -67,6 +67,18 @@ def test_known_figures() -> None:
     assert framed.trace[:3] == (("forward input of s0..s1", 4), ("forward s2", 18), ("forward s3", 32))
 
 
+def test_a_recompute_stops_before_the_tail_of_its_last_stage() -> None:
+    chain = Chain(tuple(Stage(f"s{i}", 10, 1, (i,), (), tail_s=tail) for i, tail in enumerate((1, 2, 4))), (4,) * 3)
+    for tree, recompute_s in (
+        ((Recompute((Keep(0),)), Keep(1), Keep(2)), 9),
+        ((Recompute((Keep(0), Keep(1))), Keep(2)), 18),
+        # Run again: s0 whole and s1 but for its tail, then s2 but for its tail.
+        ((Recompute((Keep(0), Recompute((Keep(1),)), Keep(2))),), 10 + 10 + 6 + 8),
+        ((Recompute((Keep(0), Recompute((Keep(1), Keep(2))))),), 10 + 10 + 6),
+    ):
+        assert simulate(chain, tree).recompute_s == recompute_s
+
+
 def test_known_figures_of_spilling() -> None:
     # Stage i saves its input (id i, 4 bytes) and 10 bytes of its own (id 4 + i); spilled, it sends both to the host.
     stages = (
