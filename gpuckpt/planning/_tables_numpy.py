@@ -6,8 +6,9 @@ The recurrences, for a piece i..j that runs forward again and then backward, wit
                     min over frames i..k, k < j:    again i..k + held[i..k][m] + free[k+1..j][m]
     free[i..j][m] = the same with i's input not held yet: keeping costs its bytes too, and frames come after m - input
 
-`again` is the forward of its stages without the tail of the last, where the recompute stops. `next` is `held` where keeping stage i leaves the next stage's input held, else `free`. A piece's last stage is always kept: a
-frame at the end of a sub-plan is its content. The top level runs over pieces i..n-1 in the same way, with extras held or not.
+`again` is the forward of its stages without the tail of the last, before which the recompute stops. `next` is `held` where
+keeping stage i leaves the next stage's input held, else `free`. A piece's last stage is always kept: a frame at the end of a
+sub-plan is its content. The top level runs over pieces i..n-1 in the same way, with extras held or not.
 Seconds are those above plainly keeping, in float32; infinity is "does not fit".
 """
 

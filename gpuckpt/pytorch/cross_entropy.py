@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
+from gpuckpt.pytorch.early_stop import about_to_save
 from gpuckpt.pytorch.loss_chunks import (
     LossOptions,
     backward_chunks,
@@ -103,10 +104,13 @@ def _(
     return [t.new_empty(t.shape) for t, need in zip((x, weight, bias), needs, strict=True) if need and t is not None]
 
 
+def _saved(inputs, needs) -> tuple[Tensor | None, ...]:
+    return inputs[:4]
+
+
 def _setup(ctx, inputs, output) -> None:
-    x, weight, bias, target, *options = inputs
-    ctx.save_for_backward(x, weight, bias, target)
-    ctx.options = options
+    ctx.save_for_backward(*_saved(inputs, ctx.needs_input_grad))
+    ctx.options = inputs[4:]
 
 
 def _backward(ctx, dloss: Tensor):
@@ -173,7 +177,7 @@ def linear_cross_entropy(
         raise ValueError(f"chunk_rows={chunk_rows}, scratch_bytes={scratch_bytes}: give one of them, at least 1")
     x = autocast_input(x)
     rows = rows_of(x)
-    loss = linear_cross_entropy_fwd(
+    inputs = (
         rows,
         weight,
         bias,
@@ -186,4 +190,6 @@ def linear_cross_entropy(
         chunk_rows,
         scratch_bytes,
     )
+    about_to_save(_saved, inputs)
+    loss = linear_cross_entropy_fwd(*inputs)
     return loss.reshape(target.shape) if reduction == "none" else loss

@@ -4,7 +4,7 @@
    that an enclosing budget or frame holds them like any other saved tensor.
 2. Under `hooks()` autograd's saved tensors are numbered, and nothing is kept.
 3. The first unpack replays the work under hooks that put tensor number i into the budget, and stops after the last one
-   that somebody still waits for (early stop).
+   that somebody still waits for (early stop; fused operations say what they will save before they compute, see early_stop.py).
 4. What was recomputed dies with the autograd node that asked for it; where the node outlives the backward, at the end of that
    backward at the latest.
 
@@ -26,6 +26,7 @@ import torch
 
 from gpuckpt.errors import BudgetExceeded, RecomputeMismatch
 from gpuckpt.memory import CheckpointBudget
+from gpuckpt.pytorch.early_stop import replaying
 from gpuckpt.pytorch.holdings import Held, Holding, modified
 from gpuckpt.pytorch.saved_tensors import enter, holder_of, holds_instead, instead, is_resident
 from gpuckpt.pytorch.stale import drop_stale_nodes_after
@@ -121,13 +122,16 @@ def _rng_of(device: torch.device) -> Any:
 class _Slot:
     """Stands in the graph for saved tensor number `index` of a frame; filled by a recompute."""
 
-    __slots__ = ("__weakref__", "frame", "held", "index", "seen")
+    __slots__ = ("__weakref__", "details", "frame", "held", "index", "resident", "shape")
 
-    def __init__(self, frame: Frame, index: int, seen: tuple) -> None:
+    def __init__(self, frame: Frame, index: int, tensor: torch.Tensor) -> None:
         self.frame = frame
         self.index = index
-        self.seen = seen
         self.held: Held | Spilled | None = None
+        # What a replay has to reproduce: always the shape, and of a parameter the version of its storage.
+        self.shape = tensor.shape
+        self.resident = _version(tensor) if is_resident(tensor) else None
+        self.details = None if frame.verify is None else _details(tensor, frame.verify)
 
     def evict(self, how: str) -> int:
         """Drop what a recompute can bring again; see `gpuckpt.memory.over_cap.Evictable`."""
@@ -158,7 +162,7 @@ class Frame:
     ) -> None:
         self._replay = replay
         self._budget = budget
-        self._verify = verify
+        self.verify = verify
         self._inputs: list[Any] = []
         self._slots: list[weakref.ref[_Slot]] = []
         self._wanted: _Slot | None = None
@@ -176,7 +180,7 @@ class Frame:
         return enter(self._budget, self._number, _unpack)
 
     def _number(self, tensor: torch.Tensor) -> _Slot:
-        slot = _Slot(self, len(self._slots), _describe(tensor, self._verify))
+        slot = _Slot(self, len(self._slots), tensor)
         self._slots.append(weakref.ref(slot))
         return slot
 
@@ -185,52 +189,21 @@ class Frame:
 
         Raises `BudgetExceeded` where they do not fit, `RecomputeMismatch` where the work is not what it was.
         """
-        slots = {index: slot for index, ref in enumerate(self._slots) if (slot := ref()) is not None}
-        last = max(index for index, slot in slots.items() if slot.held is None)
-        evicting = self._budget is not None and "recompute" in self._budget.over_cap
-        hold = holder_of(self._budget).hold
-        made: list[weakref.ref[_Slot]] = []
-        count = 0
-
-        def pack(tensor: torch.Tensor) -> _Slot:
-            nonlocal count
-            index = count
-            count += 1
-            slot = slots.get(index)
-            if slot is None:
-                # Nobody waits for it, but the graph of the replay holds it for as long as it lives.
-                slot = _Slot(self, index, ())
-                made.append(weakref.ref(slot))
-            else:
-                _check(slot, tensor, self._verify)
-            if slot.held is None:
-                try:
-                    slot.held = (holds_instead() or hold)(tensor)
-                except BudgetExceeded:
-                    if not evicting or wanted.held is None:
-                        raise
-                    raise _EarlyStop from None  # the rest when it is wanted
-                if evicting and slot.seen:
-                    self._budget.offer(slot)  # type: ignore[union-attr]
-            if index == last:
-                raise _EarlyStop
-            return slot
-
+        replay = _Replay(self, self._budget, self._slots, wanted)
         tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
         outer, self._wanted = self._wanted, wanted
         try:
-            with torch.enable_grad(), instead(None), enter(self._budget, pack, _unpack):
+            with torch.enable_grad(), instead(None), enter(self._budget, replay.pack, _unpack), replaying(replay):
                 self._replay(tensors)
             raise RecomputeMismatch(
-                f"checkpointed work saved {len(self._slots)} tensors in forward and {count} when it was run again; it must do "
-                "the same both times (global state, data-dependent branches and caches are the usual reasons)"
+                f"checkpointed work saved {len(self._slots)} tensors in forward and {replay.count} when it was run again; it "
+                "must do the same both times (global state, data-dependent branches and caches are the usual reasons)"
             )
         except _EarlyStop:
             return
         except BaseException as error:
             drop_stale_nodes_after(error)
-            for slot in [*slots.values(), *(slot for ref in made if (slot := ref()) is not None)]:
-                slot.held = None
+            replay.drop()
             raise
         finally:
             self._wanted = outer
@@ -242,6 +215,60 @@ class Frame:
                 slot = ref()
                 if slot is not None:
                     slot.held = None
+
+
+class _Replay:
+    """One run of a frame's work once more: what autograd saves arrives in the order of forward and fills the slots that wait."""
+
+    __slots__ = ("_budget", "_frame", "_hold", "_last", "_made", "_slots", "_wanted", "count")
+
+    def __init__(
+        self, frame: Frame, budget: CheckpointBudget | None, slots: list[weakref.ref[_Slot]], wanted: _Slot
+    ) -> None:
+        self._frame = frame
+        self._wanted = wanted
+        self._slots = {index: slot for index, ref in enumerate(slots) if (slot := ref()) is not None}
+        self._last = max(index for index, slot in self._slots.items() if slot.held is None)
+        self._made: list[weakref.ref[_Slot]] = []
+        self._hold = holder_of(budget).hold
+        self._budget = budget if budget is not None and "recompute" in budget.over_cap else None  # to offer slots to
+        self.count = 0
+
+    def pack(self, tensor: torch.Tensor) -> _Slot:
+        index = self.count
+        self.count += 1
+        slot = self._slots.get(index)
+        waited_for = slot is not None
+        if slot is None:
+            # Nobody waits for it, but the graph of the replay holds it for as long as it lives.
+            slot = _Slot(self._frame, index, tensor)
+            self._made.append(weakref.ref(slot))
+        else:
+            _check(slot, tensor)
+        if slot.held is None:
+            try:
+                slot.held = (holds_instead() or self._hold)(tensor)
+            except BudgetExceeded:
+                if self._budget is None or self._wanted.held is None:
+                    raise
+                raise _EarlyStop from None  # the rest when it is wanted
+            if self._budget is not None and waited_for:
+                self._budget.offer(slot)
+        if index == self._last:
+            raise _EarlyStop
+        return slot
+
+    def arrive(self, tensors: Sequence[torch.Tensor]) -> None:
+        """`tensors` will be saved next, before anything else: take them now if nothing after them is waited for."""
+        if self.count + len(tensors) > self._last:
+            for tensor in tensors:
+                self.pack(tensor)
+            raise AssertionError("the last tensor ends a replay")
+
+    def drop(self) -> None:
+        """Let go of all that has arrived."""
+        for slot in [*self._slots.values(), *(slot for ref in self._made if (slot := ref()) is not None)]:
+            slot.held = None
 
 
 def _unpack(slot: _Slot) -> torch.Tensor:
@@ -274,15 +301,14 @@ def _forget_after_backward(frame: Frame) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(forget)
 
 
-def _describe(tensor: torch.Tensor, verify: Verify | None) -> tuple:
-    """What a replay has to reproduce: always the shape, and of a parameter the version of its storage."""
-    version = None
-    if tensor.layout is torch.strided and is_resident(tensor):
-        version = (tensor.untyped_storage()._cdata, tensor._version)
-    if verify is None:
-        return (version, tensor.shape)
+def _version(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Which storage a tensor is in, and how often that was changed in place."""
+    return (tensor.untyped_storage()._cdata, tensor._version) if tensor.layout is torch.strided else None
+
+
+def _details(tensor: torch.Tensor, verify: Verify) -> tuple:
     stride = tensor.stride() if tensor.layout is torch.strided else None
-    seen = (version, tensor.shape, tensor.dtype, tensor.device, stride)
+    seen = (tensor.dtype, tensor.device, stride)
     return (*seen, _checksum(tensor)) if verify == "bitwise" else seen
 
 
@@ -296,19 +322,23 @@ def _checksum(tensor: torch.Tensor) -> int:
     return int((words * weights).sum())
 
 
-def _check(slot: _Slot, tensor: torch.Tensor, verify: Verify | None) -> None:
-    now = _describe(tensor, verify)
-    if now[1:] != slot.seen[1:]:
+def _check(slot: _Slot, tensor: torch.Tensor) -> None:
+    verify = slot.frame.verify
+    details = None if verify is None else _details(tensor, verify)
+    if tensor.shape != slot.shape or details != slot.details:
         names = ("shape", "dtype", "device", "strides", "contents")
+        before, now = (slot.shape, *(slot.details or ())), (tensor.shape, *(details or ()))
         changes = [
             f"{name} (contents differ)" if name == "contents" else f"{name} ({old} before, {new} now)"
-            for name, old, new in zip(names, slot.seen[1:], now[1:], strict=False)
+            for name, old, new in zip(names, before, now, strict=False)
             if old != new
         ]
         raise RecomputeMismatch(
             f"saved tensor number {slot.index} of checkpointed work is not the same when the work is run again: "
             f"{', '.join(changes)}. It must do the same both times; with random numbers keep preserve_rng_state=True"
         )
-    # A leaf that the work makes itself, of an argument perhaps, is another storage each time, and its version says nothing.
-    if now[0] is not None and slot.seen[0] is not None and now[0][0] == slot.seen[0][0] and now[0] != slot.seen[0]:
-        raise modified(tensor)
+    if slot.resident is not None:
+        version = _version(tensor)
+        # A leaf that the work makes itself, of an argument perhaps, is another storage each time, and its version says nothing.
+        if version is not None and version[0] == slot.resident[0] and version[1] != slot.resident[1]:
+            raise modified(tensor)

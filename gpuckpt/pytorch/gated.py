@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.activations import check_activation
+from gpuckpt.pytorch.early_stop import about_to_save
 from gpuckpt.pytorch.gated_rows import (
     Form,
     Pair,
@@ -235,13 +236,16 @@ def gradients(
     return [dx, *results]
 
 
+def _saved(inputs, needs) -> tuple[Tensor | None, ...]:
+    kept = (inputs[0], None, None, None) if inputs[15] is None else (None, *inputs[15:18])
+    return (*inputs[1:7], *(kept if any(needs[:6]) else (None,) * 4))
+
+
 def _setup(ctx, inputs, output) -> None:
     needs = ctx.needs_input_grad
-    raw, norm_weight, norm_bias, *ctx.norm = inputs[15:]
-    kept = (inputs[0], None, None, None) if raw is None else (None, raw, norm_weight, norm_bias)
-    ctx.save_for_backward(*inputs[1:7], *(kept if any(needs[:6]) else (None,) * 4))
+    ctx.save_for_backward(*_saved(inputs, needs))
     ctx.mains = [main if need else None for main, need in zip(inputs[7:10], needs[1:7:2], strict=True)]
-    ctx.options = inputs[10:15]
+    ctx.options, ctx.norm = inputs[10:15], inputs[18:]
 
 
 def _backward(ctx, dy: Tensor):
@@ -309,7 +313,7 @@ def gated_mlp(
     refuse_grad_transforms("gated_mlp", x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     x = autocast_input(x)
     rows, *recipe = normalise(rows_of(x), norm)
-    y = gated_mlp_fwd(
+    inputs = (
         rows,
         gate_weight,
         gate_bias,
@@ -326,4 +330,6 @@ def gated_mlp(
         *limits(chunk_rows, scratch_bytes),
         *recipe,
     )
+    about_to_save(_saved, inputs)
+    y = gated_mlp_fwd(*inputs)
     return y.reshape(*x.shape[:-1], down_weight.shape[0])

@@ -19,6 +19,7 @@ from torch import Tensor
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.activations import check_activation
 from gpuckpt.pytorch.dropout import Mask, check_dropout, draw_seed
+from gpuckpt.pytorch.early_stop import about_to_save
 from gpuckpt.pytorch.norm import Norm, again, normalise
 from gpuckpt.pytorch.operands import (
     autocast_input,
@@ -187,17 +188,18 @@ def gradients(
     return [dx, None if dw is None else dw.result(), None if db is None else db.result()]
 
 
-def _setup(ctx, inputs, output) -> None:
-    x, weight, bias, _, seed, main, *options = inputs[:10]
-    raw, norm_weight, norm_bias, *ctx.norm = inputs[10:]
+def _saved(inputs, needs) -> tuple[Tensor | None, ...]:
+    x, weight, bias, _, seed, _, activation = inputs[:7]
     # A frozen plain linear needs its weight alone; the rows of x are wanted for dW or to recompute z.
-    recomputes = any(ctx.needs_input_grad[:3]) and (options[0] != "identity" or seed is not None)
-    kept = (x, None, None, None) if raw is None else (None, raw, norm_weight, norm_bias)
-    if not (recomputes or ctx.needs_input_grad[1]):
-        kept = (None,) * 4
-    ctx.save_for_backward(weight, bias, seed, *kept)
-    ctx.main = main
-    ctx.options = options
+    recomputes = any(needs[:3]) and (activation != "identity" or seed is not None)
+    kept = (x, None, None, None) if inputs[10] is None else (None, *inputs[10:13])
+    return (weight, bias, seed, *(kept if recomputes or needs[1] else (None,) * 4))
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*_saved(inputs, ctx.needs_input_grad))
+    ctx.main, *ctx.options = inputs[5:10]
+    ctx.norm = inputs[13:]
 
 
 def _backward(ctx, dy: Tensor):
@@ -266,7 +268,7 @@ def linear(
                 f"residual of shape {tuple(residual.shape)}: number of elements",
             )
         residual = rows_of(residual.to(x.dtype))
-    y = linear_fwd(
+    inputs = (
         rows,
         weight,
         bias,
@@ -279,4 +281,6 @@ def linear(
         most_bytes,
         *recipe,
     )
+    about_to_save(_saved, inputs)
+    y = linear_fwd(*inputs)
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -18,6 +18,7 @@ from torch import Tensor
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.activations import check_activation, differentiate, finish, keep_
+from gpuckpt.pytorch.early_stop import about_to_save
 from gpuckpt.pytorch.norm import Norm, again, normalise
 from gpuckpt.pytorch.operands import (
     autocast_input,
@@ -256,13 +257,16 @@ def gradients(
     return [dx, *(None if grad is None else grad.result() for grad in (dw1, db1, dw2, db2))]
 
 
+def _saved(inputs, needs) -> tuple[Tensor | None, ...]:
+    x, *weights = inputs[:5]
+    kept = (x, None, None, None) if inputs[10] is None else (None, *inputs[10:13])
+    return (*weights, *(kept if any(needs[:4]) else (None,) * 4))
+
+
 def _setup(ctx, inputs, output) -> None:
-    x, w1, b1, w2, b2, *mains = inputs[:7]
-    raw, norm_weight, norm_bias, *ctx.norm = inputs[10:]
-    kept = (x, None, None, None) if raw is None else (None, raw, norm_weight, norm_bias)
-    ctx.save_for_backward(w1, b1, w2, b2, *(kept if any(ctx.needs_input_grad[:4]) else (None,) * 4))
-    ctx.mains = [main if need else None for main, need in zip(mains, ctx.needs_input_grad[1:4:2], strict=True)]
-    ctx.options = inputs[7:10]
+    ctx.save_for_backward(*_saved(inputs, ctx.needs_input_grad))
+    ctx.mains = [main if need else None for main, need in zip(inputs[5:7], ctx.needs_input_grad[1:4:2], strict=True)]
+    ctx.options, ctx.norm = inputs[7:10], inputs[13:]
 
 
 def _backward(ctx, dy: Tensor):
@@ -324,5 +328,7 @@ def mlp(
     x = autocast_input(x)
     rows, *recipe = normalise(rows_of(x), norm)
     mains = main_grad_of(w1), main_grad_of(w2)
-    y = mlp_fwd(rows, w1, b1, w2, b2, *mains, activation, least_rows, most_bytes, *recipe)
+    inputs = (rows, w1, b1, w2, b2, *mains, activation, least_rows, most_bytes, *recipe)
+    about_to_save(_saved, inputs)
+    y = mlp_fwd(*inputs)
     return y.reshape(*x.shape[:-1], w2.shape[0])

@@ -61,8 +61,9 @@ def test_gradients(op, kind, affine, chunk_rows):
 def test_as_exact_as_torch(op, kind, backend, dtype, monkeypatch):
     sizes = (37, 21, 40, 18)
     operands = op.draw(*sizes, dtype=dtype)
-    weight = torch.randn(21).to(dtype).requires_grad_()
-    dy = torch.randn(37, 18).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(21, generator=generator).to(dtype).requires_grad_()
+    dy = torch.randn(37, 18, generator=generator).to(dtype)
     wide = [t.detach().double().requires_grad_() for t in operands]
     _, truth = both(op, kind, wide, dy.double(), weight=weight.detach().double().requires_grad_())
     monkeypatch.setenv("GPUCKPT_BACKEND", backend)
