@@ -6,19 +6,24 @@ share one median time, so that a planner sees N equal blocks as equal.
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch.cut import fresh
+from gpuckpt.pytorch.early_stop import replaying
 from gpuckpt.pytorch.frame import Environment
 from gpuckpt.pytorch.live import LiveBytes
-from gpuckpt.pytorch.noted import Saved
+from gpuckpt.pytorch.noted import Saved, identity
 from gpuckpt.pytorch.stages import tensors_in
 
 __all__ = ["Clock", "Kind", "WallClock", "kind_key", "run_again"]
@@ -46,9 +51,16 @@ class Kind:
     """Stages of the same code and shapes: what is known of one holds for all."""
 
     workspace_bytes: int
+    saved: int  # how many tensors autograd saves in it
     calls: list[int] = field(default_factory=list)  # which of the chain's calls
     forward_s: list[float] = field(default_factory=list)
     backward_s: list[float] = field(default_factory=list)
+    stopped_s: list[float] = field(default_factory=list)  # of the forward up to the last saved tensor
+
+    @property
+    def tail_s(self) -> float:
+        """Seconds of the forward that a recompute is spared; those of its clock's noise are none."""
+        return max(0.0, statistics.median(self.forward_s) - statistics.median(self.stopped_s))
 
     def time(self, module: nn.Module, inputs: Any, clock: Clock, repeats: int) -> None:
         """Time one stage of this kind: `repeats` times for the first, once for each of the others up to a limit."""
@@ -64,6 +76,40 @@ class Kind:
             if roots and leaves:
                 torch.autograd.grad(roots, leaves, grads, allow_unused=True)
             self.backward_s.append(clock.now() - began_s)
+            self.stopped_s.append(_stopped_s(module, inputs, clock, self.saved))
+
+
+class _Stop(BaseException):
+    """The last tensor has been saved."""
+
+
+class _StopWatch:
+    """Runs a stage as far as a recompute would: up to the last of `saved` tensors."""
+
+    def __init__(self, saved: int) -> None:
+        self.left = saved
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.left <= 0:
+            raise _Stop
+        return tensor.detach()
+
+    def arrive(self, tensors: Sequence[torch.Tensor]) -> None:
+        if self.left <= len(tensors):
+            raise _Stop
+
+
+def _stopped_s(module: nn.Module, inputs: Any, clock: Clock, saved: int) -> float:
+    """Seconds until the last of `saved` tensors is saved; none where nothing is, since then nothing has to be run again."""
+    if not saved:
+        return 0.0
+    args, kwargs = fresh(inputs)
+    watch = _StopWatch(saved)
+    began_s = clock.now()
+    with suppress(_Stop), saved_tensors_hooks(watch.pack, identity), replaying(watch):
+        module._call_impl(*args, **kwargs)
+    return clock.now() - began_s
 
 
 def run_again(

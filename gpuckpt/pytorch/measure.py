@@ -1,10 +1,10 @@
 """`measure(model, *inputs)`: a model's chain, with the bytes that autograd saves in each stage and each stage's seconds.
 
 The model runs forward once, and every stage is cut loose from the graph as it comes: run with autograd under hooks that
-note which storages are saved, timed forward and backward a few times, and dropped before the next one. So measuring needs
-the memory of one stage, not of a plain step. What lies before the first stage, after the last, or between two becomes a
-stage that can only be kept. A call that changes in place what the one before returned (ReLU(inplace=True)) is one stage with it:
-run again from the input of the first, both do the same.
+note which storages are saved, timed a few times forward, as far forward as a recompute runs (early stop), and backward, and
+dropped before the next one. So measuring needs the memory of one stage, not of a plain step. What lies before the first stage,
+after the last, or between two becomes a stage that can only be kept. A call that changes in place what the one before returned
+(ReLU(inplace=True)) is one stage with it: run again from the input of the first, both do the same.
 
 Bytes held are exact: those of the storages autograd saves, parameters and buffers left out. Workspace is what operators were
 seen to bring to life (see live.py), gradients of parameters left out. Seconds are medians after a warm-up, shared by stages
@@ -113,7 +113,8 @@ class _Measurement:
         key = kind_key(module, again, [self.storages.sizes[i] for i in saves])
         kind = self.kinds.get(key)
         if kind is None:
-            kind = self.kinds[key] = Kind(run_again(module, again, environment, saved.shapes, name))
+            workspace_bytes = run_again(module, again, environment, saved.shapes, name)
+            kind = self.kinds[key] = Kind(workspace_bytes, len(saved.shapes))
         kind.calls.append(self.position)
         kind.time(module, again, self.clock, self.repeats)
         self.position += 1
@@ -180,6 +181,7 @@ class _Measurement:
     def finished(self) -> tuple[Stage, ...]:
         """The stages, with what is known of their kinds."""
         stages = list(self.stages)
+        last_calls = {number: call for call, number in enumerate(self.owned)}
         for kind in self.kinds.values():
             forward_s, backward_s = statistics.median(kind.forward_s), statistics.median(kind.backward_s)
             for call in kind.calls:
@@ -190,6 +192,7 @@ class _Measurement:
                     forward_s=stage.forward_s + forward_s,
                     backward_s=stage.backward_s + backward_s,
                     workspace_bytes=max(stage.workspace_bytes, kind.workspace_bytes),
+                    tail_s=kind.tail_s if last_calls[number] == call else stage.tail_s,
                 )
         return tuple(stages)
 
