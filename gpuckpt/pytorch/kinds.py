@@ -84,16 +84,15 @@ class _Stop(BaseException):
 
 
 class _StopWatch:
-    """Runs a stage as far as a recompute would: up to the last of `saved` tensors."""
+    """Stops a run of a stage where a recompute would: at the last of `saved` tensors. Keeps none; nobody goes backward."""
 
     def __init__(self, saved: int) -> None:
         self.left = saved
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+    def pack(self, tensor: torch.Tensor) -> None:
         self.left -= 1
         if self.left <= 0:
             raise _Stop
-        return tensor.detach()
 
     def arrive(self, tensors: Sequence[torch.Tensor]) -> None:
         if self.left <= len(tensors):

@@ -48,9 +48,11 @@ class Roofline(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.is_view:
             return out
+        made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        if not made:  # a question, such as which device a tensor is on
+            return out
         flops = _flops(func, args, kwargs, out)
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         moved_bytes = sum(map(_bytes, given)) + sum(map(_bytes, made))
         rate = max((self._flops_per_s(tensor.dtype) for tensor in given[:1]), default=1.0)
         self.flops += flops

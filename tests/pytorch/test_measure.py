@@ -14,6 +14,7 @@ from gpuckpt import Chain, Keep, measure, plan_chain, simulate
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch.live import LiveBytes
+from gpuckpt.pytorch.nn import FusedMLP
 
 
 class Mlp(nn.Module):
@@ -170,3 +171,50 @@ def test_costs_that_make_no_sense_are_refused() -> None:
             stage = dataclasses.replace(chain.stages[1], **{field: value})
             with pytest.raises(InvalidChain, match=field):
                 dataclasses.replace(chain, stages=(chain.stages[0], stage, *chain.stages[2:]))
+
+
+class Pair(nn.Module):
+    """One stage of two steps."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_the_tail_is_what_a_recompute_is_spared() -> None:
+    """By the roofline's clock, to the second: a product saves its operands first, a ReLU its result last."""
+    model = nn.Sequential(
+        nn.Linear(64, 64),
+        Pair(nn.ReLU(), nn.Linear(64, 64)),
+        Pair(nn.Linear(64, 64), nn.ReLU()),
+        Pair(nn.Linear(64, 64), FusedMLP(64, 256)),
+        FusedMLP(64, 256),
+        nn.Softshrink(0.5),
+    )
+    stages = measure(model, torch.randn(32, 64), fake=True).stages[1:-1]
+    linear, relu_linear, linear_relu, linear_mlp, mlp, _ = stages
+    assert linear.tail_s == linear.forward_s > 0
+    assert relu_linear.tail_s == pytest.approx(linear.forward_s)
+    assert relu_linear.forward_s > relu_linear.tail_s
+    assert linear_relu.tail_s == 0
+    assert mlp.tail_s == mlp.forward_s
+    assert linear_mlp.tail_s == pytest.approx(mlp.forward_s)
+    assert linear_mlp.forward_s == pytest.approx(linear.forward_s + mlp.forward_s)
+
+
+def test_a_stage_that_saves_nothing_need_not_run_again() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Flatten(0), nn.Unflatten(0, (4, 8)), nn.Linear(8, 8))
+    for stage in measure(model, torch.randn(4, 8)).stages[2:4]:
+        assert stage.saves == ()
+        assert stage.tail_s == stage.forward_s
+
+
+def test_the_tail_of_joined_calls_is_that_of_the_last() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(inplace=True), nn.Linear(64, 64), nn.ReLU(inplace=True))
+    apart = nn.Sequential(Pair(nn.Linear(64, 64), nn.ReLU()), Pair(nn.Linear(64, 64), nn.ReLU()))
+    x = torch.randn(32, 64)
+    assert [stage.tail_s for stage in measure(model, x, fake=True).stages] == [0.0] * 4
+    assert [stage.tail_s for stage in measure(apart, x, fake=True).stages] == [0.0] * 4
