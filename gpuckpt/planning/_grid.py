@@ -28,7 +28,7 @@ def _block_size(n: int) -> int:
     Long chains read from memory what shorter ones find in a cache, and can afford larger tiles; what a tile needs of its own
     pieces it sums one piece at a time.
     """
-    return min(64, max(8, n // 128))
+    return min(64, max(8, n // 20))
 
 
 def common_unit(problem: Problem) -> int:
