@@ -59,7 +59,7 @@ class Kind:
 
     @property
     def tail_s(self) -> float:
-        """Seconds of the forward that a recompute is spared; those of its clock's noise are none."""
+        """Seconds of the forward that a recompute is spared; none where the two medians differ by noise the other way."""
         return max(0.0, statistics.median(self.forward_s) - statistics.median(self.stopped_s))
 
     def time(self, module: nn.Module, inputs: Any, clock: Clock, repeats: int) -> None:
