@@ -8,6 +8,7 @@ fused MLP is then run again up to that MLP, whose two GEMMs are two thirds of th
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -30,7 +31,8 @@ class Replay(Protocol):
 
 
 class replaying:
-    """Within the context this thread runs `replay`."""
+    """Within the context this thread runs `replay`. Weakly: Ctrl-C can end `__exit__` before its first line, and a replay holds
+    what has arrived."""
 
     __slots__ = ("_before", "_replay")
 
@@ -39,7 +41,7 @@ class replaying:
 
     def __enter__(self) -> None:
         self._before = getattr(_current, "replay", None)
-        _current.replay = self._replay
+        _current.replay = weakref.ref(self._replay)
 
     def __exit__(self, *error: object) -> None:
         _current.replay = self._before
@@ -52,7 +54,8 @@ def about_to_save(saved: Callable[[Any, Sequence[bool]], Sequence[Tensor | None]
     """
     if torch.compiler.is_compiling():
         return
-    replay: Replay | None = getattr(_current, "replay", None)
+    running = getattr(_current, "replay", None)
+    replay: Replay | None = None if running is None else running()
     if replay is None or not torch.is_grad_enabled():
         return
     pack, _ = _top_hooks(True) or (None, None)

@@ -220,7 +220,7 @@ class Frame:
 class _Replay:
     """One run of a frame's work once more: what autograd saves arrives in the order of forward and fills the slots that wait."""
 
-    __slots__ = ("_budget", "_frame", "_hold", "_last", "_made", "_slots", "_wanted", "count")
+    __slots__ = ("__weakref__", "_budget", "_frame", "_hold", "_last", "_made", "_slots", "_wanted", "count")
 
     def __init__(
         self, frame: Frame, budget: CheckpointBudget | None, slots: list[weakref.ref[_Slot]], wanted: _Slot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -132,6 +133,19 @@ def test_of_two_fused_operations_the_first_runs_again(forwards):
     assert len(forwards) == 3
 
 
+def test_what_arrives_early_is_verified_too():
+    x, *weights = OPS["mlp"].draw()
+    factors = iter((1.0, 1.5))
+    y = gpuckpt.checkpoint(lambda x: functional.mlp(x * next(factors), *weights), x, verify="bitwise")
+    with pytest.raises(gpuckpt.RecomputeMismatch, match="contents differ"):
+        y.sum().backward()
+    y = gpuckpt.checkpoint(lambda x: functional.mlp(x.sin(), *weights), x)
+    with torch.no_grad():
+        weights[0].mul_(2)
+    with pytest.raises(gpuckpt.SavedTensorModified):
+        torch.autograd.grad(y.sum(), x)
+
+
 def test_the_same_bytes_are_held(monkeypatch):
     x, *weights = (operand.detach().requires_grad_() for operand in OPS["mlp"].draw(64, 32, 48, 16))
 
@@ -205,3 +219,20 @@ def test_no_replay_no_effect():
                 functional.mlp(x, *weights)
             with pytest.raises(AssertionError, match="nobody waits"):
                 functional.mlp(x, *weights)
+
+
+def test_a_replay_whose_end_was_lost_is_not_kept(monkeypatch):
+    """As where Ctrl-C ends `__exit__` before its first line."""
+    x, *weights = OPS["mlp"].draw()
+
+    class Abandoned:
+        def pack(self, tensor: Tensor) -> Tensor:
+            return tensor
+
+    monkeypatch.setattr(early_stop._current, "replay", None, raising=False)
+    replay = Abandoned()
+    early_stop.replaying(replay).__enter__()
+    gone = weakref.ref(replay)
+    del replay
+    assert gone() is None
+    functional.mlp(x, *weights)
