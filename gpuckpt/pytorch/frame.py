@@ -124,14 +124,16 @@ class _Slot:
 
     __slots__ = ("__weakref__", "details", "frame", "held", "index", "resident", "shape")
 
-    def __init__(self, frame: Frame, index: int, tensor: torch.Tensor) -> None:
+    def __init__(self, frame: Frame, index: int) -> None:
         self.frame = frame
         self.index = index
         self.held: Held | Spilled | None = None
-        # What a replay has to reproduce: always the shape, and of a parameter the version of its storage.
+
+    def describe(self, tensor: torch.Tensor) -> None:
+        """Note what a replay has to reproduce: always the shape, and of a parameter the version of its storage."""
         self.shape = tensor.shape
         self.resident = _version(tensor) if is_resident(tensor) else None
-        self.details = None if frame.verify is None else _details(tensor, frame.verify)
+        self.details = None if self.frame._verify is None else _details(tensor, self.frame._verify)
 
     def evict(self, how: str) -> int:
         """Drop what a recompute can bring again; see `gpuckpt.memory.over_cap.Evictable`."""
@@ -162,7 +164,7 @@ class Frame:
     ) -> None:
         self._replay = replay
         self._budget = budget
-        self.verify = verify
+        self._verify = verify
         self._inputs: list[Any] = []
         self._slots: list[weakref.ref[_Slot]] = []
         self._wanted: _Slot | None = None
@@ -180,7 +182,8 @@ class Frame:
         return enter(self._budget, self._number, _unpack)
 
     def _number(self, tensor: torch.Tensor) -> _Slot:
-        slot = _Slot(self, len(self._slots), tensor)
+        slot = _Slot(self, len(self._slots))
+        slot.describe(tensor)
         self._slots.append(weakref.ref(slot))
         return slot
 
@@ -189,7 +192,7 @@ class Frame:
 
         Raises `BudgetExceeded` where they do not fit, `RecomputeMismatch` where the work is not what it was.
         """
-        replay = _Replay(self, self._budget, self._slots, wanted)
+        replay = _Replay(self, wanted)
         tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
         outer, self._wanted = self._wanted, wanted
         try:
@@ -222,12 +225,11 @@ class _Replay:
 
     __slots__ = ("__weakref__", "_budget", "_frame", "_hold", "_last", "_made", "_slots", "_wanted", "count")
 
-    def __init__(
-        self, frame: Frame, budget: CheckpointBudget | None, slots: list[weakref.ref[_Slot]], wanted: _Slot
-    ) -> None:
+    def __init__(self, frame: Frame, wanted: _Slot) -> None:
+        budget = frame._budget
         self._frame = frame
         self._wanted = wanted
-        self._slots = {index: slot for index, ref in enumerate(slots) if (slot := ref()) is not None}
+        self._slots = {index: slot for index, ref in enumerate(frame._slots) if (slot := ref()) is not None}
         self._last = max(index for index, slot in self._slots.items() if slot.held is None)
         self._made: list[weakref.ref[_Slot]] = []
         self._hold = holder_of(budget).hold
@@ -241,7 +243,7 @@ class _Replay:
         waited_for = slot is not None
         if slot is None:
             # Nobody waits for it, but the graph of the replay holds it for as long as it lives.
-            slot = _Slot(self._frame, index, tensor)
+            slot = _Slot(self._frame, index)
             self._made.append(weakref.ref(slot))
         else:
             _check(slot, tensor)
@@ -323,7 +325,7 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 
 def _check(slot: _Slot, tensor: torch.Tensor) -> None:
-    verify = slot.frame.verify
+    verify = slot.frame._verify
     details = None if verify is None else _details(tensor, verify)
     if tensor.shape != slot.shape or details != slot.details:
         names = ("shape", "dtype", "device", "strides", "contents")
