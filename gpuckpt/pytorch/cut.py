@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["cut", "fresh", "have_drawn", "random_states", "unchanged"]
 
+_set_versions = torch._C._autograd._unsafe_set_version_counter
+
 
 class _Connect(torch.autograd.Function):
     """Makes a tensor that is cut from its graph require a gradient without becoming a leaf (which autograd would take
@@ -20,8 +22,10 @@ class _Connect(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        ctx.mark_dirty(tensor)
-        return tensor
+        # The same bytes with a version counter of their own: what autograd does to this one is not done to the caller's.
+        alias = tensor.data
+        _set_versions((alias,), (tensor._version,))
+        return alias
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, None]:

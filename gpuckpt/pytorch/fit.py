@@ -162,7 +162,8 @@ class Fitted:
     def _make_plan(self, args: tuple, kwargs: dict[str, Any]) -> Planned:
         unit_bytes = self.budget.unit_bytes
         mark_resident([*self._parameters, *self.model.buffers()])
-        measured = run_measured(self.model, args, kwargs, unit_bytes, WallClock(), self._repeats)
+        copies = self.budget.hold == "pool"
+        measured = run_measured(self.model, args, kwargs, unit_bytes, WallClock(), self._repeats, copies)
         if measured.random and not self._preserve_rng_state:
             raise InvalidChain(
                 f"stage {measured.random[0]!r} of {type(self.model).__name__} draws random numbers and would draw others when it "

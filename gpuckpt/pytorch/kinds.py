@@ -130,7 +130,7 @@ def run_again(
     with live:
         grads = [torch.ones_like(root) for root in roots]
     forward_end = live.mark()
-    kept = live.numbers([*saved.tensors, *tensors_in(out)])
+    kept = live.numbers([*(tensor for tensor, _ in saved.tensors), *tensors_in(out)])
     saved.tensors.clear()
     del out
     with live:

@@ -30,7 +30,7 @@ from gpuckpt.pytorch.frame import Environment
 from gpuckpt.pytorch.kinds import Clock, Kind, WallClock, kind_key, run_again
 from gpuckpt.pytorch.live import LiveBytes
 from gpuckpt.pytorch.noted import Saved, Storages, identity, of_parameter
-from gpuckpt.pytorch.stages import find_chain, intercept, tensors_in
+from gpuckpt.pytorch.stages import Outputs, find_chain, intercept, tensors_in
 
 __all__ = ["Measured", "measure", "run_chain", "run_measured"]
 
@@ -59,11 +59,11 @@ class _Measurement:
         self.repeats = repeats
         self.stages: list[Stage] = []
         self.position = 0
-        self.previous: list[torch.Tensor] = []
+        self.previous = Outputs()
         self.owned: list[int] = []
         self.random: list[str] = []
         self.kinds: dict[Any, Kind] = {}
-        self.outside: list[torch.Tensor] = []  # saved since the last stage ended
+        self.outside: list[tuple[torch.Tensor, int]] = []  # saved since the last stage ended
         self.inside = False
         self.outside_began_s = clock.now()
 
@@ -72,7 +72,7 @@ class _Measurement:
             return module._call_impl(*args, **kwargs)  # a call that is no part of the chain
         self.close_outside("prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}")
         tensors = tensors_in((args, kwargs))
-        linked = set(map(id, self.previous))
+        linked = set(self.previous.unchanged())
         inputs = self.storages.of([tensor for tensor in tensors if id(tensor) in linked])
         extras = self.storages.of([tensor for tensor in tensors if id(tensor) not in linked])
         number, name = len(self.stages), self.names[module]
@@ -84,14 +84,17 @@ class _Measurement:
         self.inside = True
         saved = Saved()
         cut_args, cut_kwargs = cut((args, kwargs))
-        before, states = (_versions(tensors), _buffer_versions(module)), random_states()
+        given = tensors_in((cut_args, cut_kwargs))
+        before, states = (_versions(given), _buffer_versions(module)), random_states()
         with saved.hooks():
             out = module._call_impl(*cut_args, **cut_kwargs)
-        changed = [tensor for tensor, version in zip(tensors, before[0], strict=True) if tensor._version != version]
+        changed = [
+            tensor for tensor, now, version in zip(tensors, given, before[0], strict=True) if now._version != version
+        ]
         same_buffers = before[1] == _buffer_versions(module)
         if have_drawn(states):
             self.random.append(name)
-        saves = self.storages.of(saved.tensors)
+        saves = self.storages.of_versions(saved.tensors)
         saved.tensors.clear()
         out = cut(out)
         self.owned.append(number)
@@ -118,7 +121,7 @@ class _Measurement:
         kind.calls.append(self.position)
         kind.time(module, again, self.clock, self.repeats)
         self.position += 1
-        self.previous = outputs
+        self.previous = Outputs(outputs)
         self.inside = False
         self.outside_began_s = self.clock.now()
         return out
@@ -147,7 +150,7 @@ class _Measurement:
     def close_outside(self, name: str) -> None:
         """Turn what was saved outside stages since the last one into a stage of its own that is always kept."""
         seconds = self.clock.now() - self.outside_began_s
-        saves = self.storages.of(self.outside)
+        saves = self.storages.of_versions(self.outside)
         self.outside.clear()
         if saves or name in ("prefix", "suffix"):
             self.stages.append(Stage(name, seconds, 2 * seconds, saves, recomputable=False))
@@ -159,7 +162,7 @@ class _Measurement:
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
         # A model that returns its loss often returns logits and states beside it, through which nobody goes backward.
         roots = [tensor for tensor in outputs if tensor.numel() == 1] or outputs
-        leaves = [tensor for tensor in (*self.previous, *parameters) if tensor.requires_grad]
+        leaves = [tensor for tensor in (*self.previous.tensors, *parameters) if tensor.requires_grad]
         if not roots or not leaves:
             return
         grads, live = [torch.ones_like(root) for root in roots], LiveBytes()
@@ -175,7 +178,7 @@ class _Measurement:
     def note_outside(self, tensor: torch.Tensor) -> torch.Tensor:
         detached = tensor.detach()
         if not self.inside and not of_parameter(tensor):
-            self.outside.append(detached)
+            self.outside.append((detached, tensor._version))
         return detached
 
     def finished(self) -> tuple[Stage, ...]:
@@ -242,15 +245,27 @@ def measure(
 
 
 def run_measured(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], unit_bytes: int, clock: Clock, repeats: int
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    unit_bytes: int,
+    clock: Clock,
+    repeats: int,
+    copies: bool = False,
 ) -> Measured:
     """`measure`, and what `fit` needs to know besides."""
     with unchanged(model):
-        return run_chain(model, args, kwargs, unit_bytes, clock, repeats)
+        return run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies)
 
 
 def run_chain(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], unit_bytes: int, clock: Clock, repeats: int
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    unit_bytes: int,
+    clock: Clock,
+    repeats: int,
+    copies: bool = False,
 ) -> Measured:
     """The measuring itself; it leaves buffers and random number generators as the model left them."""
     names = {module: name for name, module in model.named_modules()}
@@ -259,7 +274,7 @@ def run_chain(
     modules = find_chain(model, args, kwargs)
     # What autocast remembers of a run without autograd is none of the chain's.
     torch.clear_autocast_cache()
-    run = _Measurement(modules, names, Storages(residents), clock, repeats)
+    run = _Measurement(modules, names, Storages(residents, copies), clock, repeats)
     hooks = saved_tensors_hooks(run.note_outside, identity)
     with torch.enable_grad(), intercept(dict.fromkeys(modules), run.stage), hooks:
         out = model._call_impl(*args, **kwargs)

@@ -11,7 +11,7 @@ parameter names, `state_dict`, hooks, `isinstance` and the class stay as they ar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +24,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt.errors import InvalidChain
 
-__all__ = ["find_chain", "intercept", "set_call", "statistics_frozen", "tensors_in"]
+__all__ = ["Outputs", "find_chain", "intercept", "set_call", "statistics_frozen", "tensors_in"]
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """The tensors in nested containers, in order."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class Outputs:
+    """What a stage returned, and in which version: code between stages may change a tensor in place, and a recompute of the
+    stage would return it as it was before."""
+
+    __slots__ = ("_versions", "tensors")
+
+    def __init__(self, tensors: Sequence[torch.Tensor] = ()) -> None:
+        self.tensors = tensors
+        self._versions = [tensor._version for tensor in tensors]
+
+    def unchanged(self) -> dict[int, int]:
+        """By id the index of each tensor that nobody has changed in place since it was returned."""
+        pairs = zip(self.tensors, self._versions, strict=True)
+        return {id(tensor): index for index, (tensor, version) in enumerate(pairs) if tensor._version == version}
 
 
 @contextmanager

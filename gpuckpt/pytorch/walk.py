@@ -23,7 +23,7 @@ from gpuckpt.memory import CheckpointBudget
 from gpuckpt.planning import KEEP, Node, Recompute
 from gpuckpt.pytorch.frame import Environment, Frame, Verify
 from gpuckpt.pytorch.spill import SPILL, Spill
-from gpuckpt.pytorch.stages import statistics_frozen, tensors_in
+from gpuckpt.pytorch.stages import Outputs, statistics_frozen, tensors_in
 
 __all__ = ["Walk"]
 
@@ -70,9 +70,8 @@ class _Open:
     def __init__(self, node: Recompute, walk: Walk) -> None:
         self.program: list[_Arrival] = []
         self.last = _last(node)
-        self._known: dict[
-            int, tuple[weakref.ref[torch.Tensor], int]
-        ] = {}  # by id: what is kept already, and its number
+        # By id and version: what is kept already, and its number.
+        self._known: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int]] = {}
         self._count = 0
         program, verify, preserve = self.program, walk.verify, walk.preserve_rng_state
         budget, host = walk.budget, walk.host
@@ -82,7 +81,7 @@ class _Open:
             arrivals = [call.rewritten(_Kept, lambda leaf: kept[leaf.index]) for call in program]
             inner = Walk(children, budget, verify, preserve, arrivals, host)
             for call in arrivals:
-                leaves = call.rewritten(_Link, lambda leaf: inner.previous[leaf.index]).leaves
+                leaves = call.rewritten(_Link, lambda leaf: inner.previous.tensors[leaf.index]).leaves
                 args, kwargs = pytree.tree_unflatten(leaves, call.spec)
                 with call.environment.again(), statistics_frozen(call.module.modules()):
                     inner.step(call.stage, call.module, args, kwargs)
@@ -96,11 +95,12 @@ class _Open:
         self.frame.save(kept)
 
     def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor]) -> _Kept:
-        known, number = self._known.get(id(tensor), (None, 0))
+        key = id(tensor), tensor._version
+        known, number = self._known.get(key, (None, 0))
         if known is None or known() is not tensor:
             number = self._count
             self._count += 1
-            self._known[id(tensor)] = weakref.ref(tensor), number
+            self._known[key] = weakref.ref(tensor), number
             kept.append(tensor)
         return _Kept(number)
 
@@ -108,7 +108,7 @@ class _Open:
 class Walk:
     """One pass over the stages that `nodes` cover.
 
-    `budget` holds what frames recompute. `previous`: the tensors that the latest stage returned. `ahead`: in a replay, the
+    `budget` holds what frames recompute. `previous`: what the latest stage returned. `ahead`: in a replay, the
     calls that will come. Frames then save all that their stages will be given as soon as they open, so that a replay that
     ends with a frame stops there (early stop) and does not run the frame's stages for the sake of the last one's arguments.
     `host`: holds what stages save that are kept under the option "spill".
@@ -127,7 +127,7 @@ class Walk:
         self.host = host
         self.verify = verify
         self.preserve_rng_state = preserve_rng_state
-        self.previous: list[torch.Tensor] = []
+        self.previous = Outputs()
         self._ahead = ahead
         self._stages = [] if ahead is None else [call.stage for call in ahead]
         self._calls = 0
@@ -167,17 +167,17 @@ class Walk:
                 self._announce(call, opening, hooks)
                 del leaves, call
             if stage in self._spilled:
-                linked = set(map(id, self.previous))
+                linked = self.previous.unchanged()
                 shared = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) not in linked]
                 hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
             out = module._call_impl(*args, **kwargs)
-        self.previous = tensors_in(out)
+        self.previous = Outputs(tensors_in(out))
         self._calls += 1
         return out
 
     def _announce(self, call: _Arrival, opening: list[_Open], hooks: ExitStack) -> None:
         """Tell the open frames and those that open now of a call, and enter their hooks, outermost first."""
-        links = {id(tensor): index for index, tensor in enumerate(self.previous)}
+        links = self.previous.unchanged()
         later = call.rewritten(torch.Tensor, lambda leaf: _Link(links[id(leaf)]) if id(leaf) in links else leaf)
         if self._ahead is None:
             for opened in self._open:

@@ -387,3 +387,22 @@ def test_keyword_inputs_and_several_positional_ones() -> None:
     assert len(fitted._planned) == 2  # and another rate is not
     model(x=X, gain=2.0, shift=X).sum().backward()
     assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+
+
+@pytest.mark.parametrize("front", [nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Embedding(16, 8)])
+def test_a_fitted_model_behind_another_trainable_module(front: nn.Module) -> None:
+    """Measuring a new input shape happens in the middle of the caller's graph, and must not touch a tensor of it."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)])
+    plain = copy.deepcopy(trunk)
+    fitted = fit(trunk, torch.randn(4, 8), "1MiB")
+    for rows in (4, 4, 6, 6):
+        x = torch.randint(0, 16, (rows,)) if isinstance(front, nn.Embedding) else torch.randn(rows, 8)
+        found = []
+        for model in (fitted, plain):
+            h = front(x)
+            version = h._version
+            loss = model(h).sum()
+            assert h._version == version
+            found.append(torch.autograd.grad(loss, [*front.parameters()]))
+        assert all(map(torch.equal, *found))

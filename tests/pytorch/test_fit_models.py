@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pytorch.beside_plain import beside_plain, plain_peak_bytes
 from torch import nn
 
-from gpuckpt import CheckpointBudget, fit
+from gpuckpt import CheckpointBudget, SavedTensorModified, fit
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.planning import Recompute
 
@@ -404,3 +404,70 @@ def test_a_budget_that_others_use_as_well() -> None:
         model(x).sum().backward()
         assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
         assert budget.used_bytes == 1000
+
+
+class ChangedBetween(nn.Module):
+    """Blocks between which the outer forward changes something in place."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16) for _ in range(6))
+        self.shift = nn.Parameter(torch.linspace(-1, 1, 16))
+        self.change = change
+
+    def forward(self, x):
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number in (1, 2, 4):
+                self.change(self, x)
+        return x.square().mean()
+
+
+def _mask_fill(model, x):
+    x.masked_fill_(x > 1, 0.5)
+
+
+def _write_a_row(model, x):
+    x[0] = model.shift
+
+
+def _through_a_view(model, x):
+    x.view(-1)[::3].mul_(1.5)
+
+
+def _add_a_parameter(model, x):
+    x += model.shift
+
+
+@pytest.mark.parametrize("change", [_add_a_parameter, _mask_fill, _write_a_row, _through_a_view])
+@pytest.mark.parametrize("share", [None, 0.6])
+def test_what_the_outer_forward_changes_in_place_between_blocks(change, share) -> None:
+    beside_plain(ChangedBetween(change), rows(4, 16), share=share)
+
+
+class Shifted(nn.Module):
+    """Blocks that all get one tensor, which changes in place between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16) for _ in range(6))
+
+    def forward(self, x):
+        scale = torch.ones(4)
+        for block in self.blocks:
+            x = block(x, scale)
+            scale += 0.5
+        return x.square().mean()
+
+
+def test_an_argument_of_all_blocks_that_is_changed_between_them() -> None:
+    beside_plain(Shifted(), rows(4, 16), share=0.7, fit_options={"hold": "pool"}, exact=False)
+
+
+def test_an_argument_that_is_changed_between_blocks_cannot_stay_where_it_is() -> None:
+    fitted = fit(Shifted(), rows(4, 16), "1MiB")
+    fitted.unfit()
+    fitted = fit(fitted.model, rows(4, 16), fitted.plan.certificate.smallest_budget_bytes)
+    with pytest.raises(SavedTensorModified, match="hold='pool'"):
+        fitted(rows(4, 16)).backward()
+    assert fitted.budget.used_bytes == 0
