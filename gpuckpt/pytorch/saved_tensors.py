@@ -122,8 +122,15 @@ class Holder:
             if self._find(storage._cdata) is not None:
                 return True
             copied = tensor.device == self._copies_on and type(tensor) is torch.Tensor
-            return copied and (
-                self._find((storage._cdata, tensor._version)) is not None or budget.owns(storage.data_ptr())
+            if not copied:
+                return False
+            if budget.owns(storage.data_ptr()):
+                return True
+            holding = self._find((storage._cdata, tensor._version))
+            return (
+                holding is not None
+                and holding.flat is not None
+                and torch.equal(holding.flat, flat_bytes(storage, tensor.device))
             )
 
     def hold_copy(self, tensor: torch.Tensor) -> Held:
@@ -204,10 +211,13 @@ class Holder:
                 # The bytes lie in a block already: a load of something saved before, or the output of a kernel.
                 return self._held(tensor.detach(), holding)
             key = (storage._cdata, tensor._version)
+            source = flat_bytes(storage, tensor.device)
             holding = self._find(key)
-            if holding is None:
+            # A version belongs to a tensor and not to a storage: the chunks of an RNN's gates share one storage, are changed
+            # in place one by one, and each counts for itself. Only the bytes tell whether a copy is still what is saved.
+            if holding is None or holding.flat is None or not torch.equal(holding.flat, source):
                 holding = self._new(budget, nbytes)
-                flat = holding.copy_in(budget, flat_bytes(storage, tensor.device))
+                flat = holding.copy_in(budget, source)
                 holding.source = StorageWeakRef(storage)
                 self.remember(key, holding)
                 self.remember(flat.untyped_storage()._cdata, holding)
