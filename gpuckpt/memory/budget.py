@@ -183,8 +183,11 @@ class CheckpointBudget:
         """An uninitialised block of the pool, charged at its footprint until it and all views of it are gone.
 
         `np.asarray(block)` looks at a host block, `block.pointer()` at a CUDA block. `like`: an array on whose stream a CUDA
-        block shall lie; CuPy's current stream otherwise.
+        block shall lie; CuPy's current stream otherwise. Raises `BudgetExceeded` where it does not fit, `TypeError` and
+        `ValueError` for what is no count of bytes.
         """
+        if type(nbytes) is not int or nbytes < 0:
+            nbytes = parse_bytes(nbytes)
         pool = self._pool or self._make_pool()
         charge = Charge(self.ledger, what)
         footprint_bytes = self.footprint(nbytes)

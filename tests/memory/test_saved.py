@@ -402,3 +402,21 @@ def test_a_closed_budget_keeps_what_it_holds_until_it_is_freed(budget):
     assert saved.load().tolist() == [0, 1, 2, 3]
     saved.free()
     assert budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("hold", ["account", "pool"])
+@pytest.mark.parametrize("method", ["take", "charge", "allocate", "free"])
+@pytest.mark.parametrize("size", [-63, -1, True, 1.5, None, np.int64(-8), [4]])
+def test_a_size_that_is_none_is_refused_before_anything_changes(method, size, hold):
+    budget = CheckpointBudget(100, device="cpu", hold=hold)
+    arguments = (size, "x") if method in ("take", "charge") else (size,)
+    with pytest.raises((TypeError, ValueError), match="size in bytes"):
+        getattr(budget, method)(*arguments)
+    assert (budget.used_bytes, budget.remaining(), budget.peak_bytes) == (0, 100, 0)
+
+
+def test_a_size_may_be_any_integer_or_a_string():
+    budget = CheckpointBudget(100, device="cpu", hold="pool")
+    blocks = [budget.take(size, "x") for size in (np.int64(8), "16 B", 4)]
+    assert [block.nbytes for block in blocks] == [8, 16, 4]
+    assert budget.used_bytes == 28
