@@ -86,7 +86,7 @@ class TorchForm:
         source, stored = tensor.detach(), self.stored(block)
         # copy_ resolves the conjugate and negative bits: the block holds plain values.
         stored.copy_(source[self.layout.stored] if self.layout.expanded else source)
-        if tensor.is_cuda:
+        if stored.is_cuda:  # where the block is, not where the bytes come from
             block.written()
         return stored
 
