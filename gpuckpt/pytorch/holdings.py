@@ -11,6 +11,7 @@ node that asked for it holds. It moves only where nobody else looks into the sto
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -173,12 +174,18 @@ class MovableHolding(Holding):
                 return held.geometry.of(full.view(torch.uint8))
             flat = self.move_in(budget, away, held.geometry.device, budget.hold == "pool")
             self.away = None
-            for other in self._lookers():
-                other.tensor = other.geometry.of(flat)
-                other.version = other.tensor._version
-            self._holder.remember(flat.untyped_storage()._cdata, self)
+            self._return(flat)
             assert held.tensor is not None
             return held.tensor
+
+    def _return(self, flat: torch.Tensor) -> None:
+        """The bytes are here again, in `flat`."""
+        if self.block is not None:
+            self.flat = flat
+        for held in self._lookers():
+            held.tensor = held.geometry.of(flat)
+            held.version = held.tensor._version
+        self._holder.remember(flat.untyped_storage()._cdata, self)
 
     def _lookers(self) -> list[Held]:
         return [held for ref in self._helds if (held := ref()) is not None]
@@ -190,6 +197,8 @@ class MovableHolding(Holding):
     def _bytes_here(self) -> torch.Tensor | None:
         """The storage's bytes, where nobody but our own looks into them and they are as they were saved."""
         helds = self._lookers()
+        if any(map(_looked_at, helds)):
+            return None
         tensors = [held.tensor for held in helds if held.tensor is not None and held.tensor._version == held.version]
         if not tensors or len(tensors) < len(helds):
             return None
@@ -228,23 +237,32 @@ class MovableHolding(Holding):
             return False
         dtype = dtypes.pop()
         small = _smaller(source, dtype, getattr(torch, str(self._budget.storage_dtype)))
+        flat_form = TorchForm(source)
         del source
         if small is None or not self._leave():
             return False
-        self.away, self._dtype = small, dtype
         form = TorchForm(small)
         packed = CompressedForm(small, form)
         if self.block is None:
             charge, self.charge = self.charge, None
             assert charge is not None
+            self.away, self._dtype = small, dtype
             self._budget.ledger.shrink(charge, self._budget.footprint(form.nbytes))
             self.block = packed.loose(charge)
-        else:
-            # The charge outlives the block: it shrinks without ever being up for grabs.
-            charge, self.block.charge = self.block.charge, None
-            self.block = None
-            self.block = self._budget.retake(packed, charge)
-            self.away = self.block.array if isinstance(self.block, LooseBlock) else form.view(self.block)
+            return True
+        # The charge outlives the block: it shrinks without ever being up for grabs.
+        block, self.block = self.block, None
+        charge, block.charge = block.charge, None
+        ref = weakref.ref(block)
+        del block
+        block = ref()
+        if block is not None:  # a backward has loaded one of the tensors since we looked
+            block.charge, self.block = charge, block
+            self._return(flat_form.view(block))
+            return False
+        self.away, self._dtype = small, dtype
+        self.block = self._budget.retake(packed, charge)
+        self.away = self.block.array if isinstance(self.block, LooseBlock) else form.view(self.block)
         return True
 
     def _leave(self) -> bool:
@@ -259,6 +277,13 @@ class MovableHolding(Holding):
             held.tensor = None
         self.flat = None
         return True
+
+
+def _looked_at(held: Held) -> bool:
+    """Whether a tensor that `load()` gave out is still in use: by Python code, or by autograd in a running backward."""
+    tensor = held.tensor
+    # Of Python `held`, this name and the call; of C++ the Python object itself.
+    return sys.getrefcount(tensor) > 3 or (tensor is not None and tensor._use_count() > 1)  # type: ignore[attr-defined]
 
 
 def flat_bytes(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:

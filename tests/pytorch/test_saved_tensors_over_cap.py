@@ -11,6 +11,8 @@ from torch import Tensor
 
 import gpuckpt
 from gpuckpt import BudgetExceeded, CheckpointBudget, SavedTensorModified
+from gpuckpt.pytorch.holdings import Geometry, MovableHolding
+from gpuckpt.pytorch.saved_tensors import holder_of
 
 both = pytest.mark.parametrize("hold", HOLDS)
 
@@ -202,6 +204,53 @@ def test_what_compressing_would_spoil_stays_as_it_is(hold):
     expected = torch.full((100,), 1e6) * torch.tensor(1e6).cos()
     expected[:50] += 1
     assert torch.equal(x.grad, expected)
+
+
+@both
+@pytest.mark.parametrize("how", ["compress", "spill"])
+def test_what_a_running_backward_has_loaded_stays_where_it_is(hold, how):
+    """Nothing would be freed: the pool would hold more than the ledger says, and more than the cap."""
+    budget = policy_budget(hold, 6000, how, storage_dtype="float16")
+    holder = holder_of(budget)
+    held = holder.hold(torch.full((1000,), 2.0))
+    loaded = [held.load()]  # what autograd has while the node's backward runs
+    with pytest.raises(BudgetExceeded):
+        holder.hold(torch.full((1000,), 3.0))
+    view = loaded.pop()[:10]
+    with pytest.raises(BudgetExceeded):
+        holder.hold(torch.full((1000,), 3.0))
+    in_pool = 4000 if budget._pool is None else budget._pool.live_bytes
+    assert (budget.used_bytes, in_pool) == (4000, 4000)
+    del view
+    other = holder.hold(torch.full((1000,), 3.0))
+    assert budget.used_bytes <= 6000
+    assert budget._pool is None or budget._pool.live_bytes == budget.used_bytes
+    assert torch.equal(held.load(), torch.full((1000,), 2.0))
+    del other
+
+
+def test_a_backward_that_loads_while_a_tensor_is_compressed_keeps_the_block(monkeypatch):
+    budget = policy_budget("pool", 6000, "compress", storage_dtype="float16")
+    holder = holder_of(budget)
+    held, loaded = holder.hold(torch.full((1000,), 2.0)), []
+    leave = MovableHolding._leave
+
+    def load_first(holding: MovableHolding) -> bool:
+        view = held.load().view(2, 500) if not loaded else None
+        left = leave(holding)
+        if view is not None:  # as if another thread had loaded it after the last look
+            held.tensor, held.geometry = None, Geometry(view.view(1000))
+            holding.flat = None
+            loaded.append(view)
+            left = True
+        return left
+
+    monkeypatch.setattr(MovableHolding, "_leave", load_first)
+    with pytest.raises(BudgetExceeded):
+        holder.hold(torch.full((1000,), 3.0))
+    assert (budget.used_bytes, budget._pool.live_bytes) == (4000, 4000)
+    assert torch.equal(held.load(), torch.full((1000,), 2.0))
+    assert torch.equal(loaded[0].view(1000), torch.full((1000,), 2.0))
 
 
 @both
