@@ -196,7 +196,7 @@ class Frame:
         tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
         outer, self._wanted = self._wanted, wanted
         try:
-            with torch.enable_grad(), instead(None), enter(self._budget, replay.pack, _unpack), replaying(replay):
+            with torch.enable_grad(), instead(None), enter(self._budget, replay.pack, _Recomputed.load), replaying(replay):
                 self._replay(tensors)
             raise RecomputeMismatch(
                 f"checkpointed work saved {len(self._slots)} tensors in forward and {replay.count} when it was run again; it "
@@ -210,6 +210,7 @@ class Frame:
             raise
         finally:
             self._wanted = outer
+            replay.close()
 
     def forget(self) -> None:
         """Let go of all that was recomputed."""
@@ -231,20 +232,18 @@ class _Replay:
         self._wanted = wanted
         self._slots = {index: slot for index, ref in enumerate(frame._slots) if (slot := ref()) is not None}
         self._last = max(index for index, slot in self._slots.items() if slot.held is None)
-        self._made: list[weakref.ref[_Slot]] = []
+        self._made: list[weakref.ref[_Recomputed]] = []
         self._hold = holder_of(budget).hold
         self._budget = budget if budget is not None and "recompute" in budget.over_cap else None  # to offer slots to
         self.count = 0
 
-    def pack(self, tensor: torch.Tensor) -> _Slot:
+    def pack(self, tensor: torch.Tensor) -> _Recomputed:
         index = self.count
         self.count += 1
         slot = self._slots.get(index)
         waited_for = slot is not None
         if slot is None:
-            # Nobody waits for it, but the graph of the replay holds it for as long as it lives.
-            slot = _Slot(self._frame, index)
-            self._made.append(weakref.ref(slot))
+            slot = _Slot(self._frame, index)  # no longer needed by backward, but perhaps by a derivative inside the work
         else:
             _check(slot, tensor)
         if slot.held is None:
@@ -258,7 +257,20 @@ class _Replay:
                 self._budget.offer(slot)
         if index == self._last:
             raise _EarlyStop
-        return slot
+        made = _Recomputed(slot)
+        self._made.append(weakref.ref(made))
+        return made
+
+    def close(self) -> None:
+        """The replay is over. Its graph served derivatives inside the work; what user code keeps of it keeps no bytes."""
+        for ref in self._made:
+            made = ref()
+            if made is not None:
+                made.slot = None
+        self._made.clear()
+        self._slots.clear()
+        # Autograd keeps the hooks beside what they returned, and with `pack` this object.
+        self._frame = self._wanted = self._budget = self._hold = None  # type: ignore[assignment]
 
     def arrive(self, tensors: Sequence[torch.Tensor]) -> None:
         """`tensors` will be saved next, before anything else: take them now if nothing after them is waited for."""
@@ -269,8 +281,36 @@ class _Replay:
 
     def drop(self) -> None:
         """Let go of all that has arrived."""
-        for slot in [*self._slots.values(), *(slot for ref in self._made if (slot := ref()) is not None)]:
+        for slot in self._slots.values():
             slot.held = None
+
+
+class _Recomputed:
+    """Stands in the graph of a replay for a tensor that the replay saved, for as long as the replay runs.
+
+    Work that differentiates inside (forces, gradient penalties) goes backward through that graph then. A lock would not do
+    here: beyond 60 nested backwards autograd goes on in another thread, while the first one holds the frame's lock.
+    """
+
+    __slots__ = ("__weakref__", "slot")
+
+    def __init__(self, slot: _Slot) -> None:
+        self.slot: _Slot | None = slot
+
+    def load(self) -> torch.Tensor:
+        slot = self.slot
+        if slot is None:
+            raise RecomputeMismatch(
+                "backward reached a tensor that checkpointed work made when it was run again and that outlived the recompute "
+                "(kept in an attribute, a list or a hook); keep what the first forward makes, or detach() it"
+            )
+        held = slot.held
+        if held is None:  # given up to a full budget in the meantime
+            with slot.frame._lock:
+                slot.frame.recompute(slot)
+                held = slot.held
+        assert held is not None
+        return held.load()
 
 
 def _unpack(slot: _Slot) -> torch.Tensor:
