@@ -15,12 +15,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from gpuckpt.memory import CheckpointBudget
-from gpuckpt.pytorch.frame import Environment, Frame, Verify
+from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch.frame import Environment, Frame, Verify, check_verify
 from gpuckpt.pytorch.saved_tensors import current_budget, enter, holder_of
 
 __all__ = ["checkpoint"]
 
 
+@untraced
 def checkpoint(
     fn: Callable[..., Any],
     *args: Any,
@@ -46,8 +48,7 @@ def checkpoint(
         SavedTensorModified: an argument or a parameter was changed in place in between.
         TypeError: no arguments at all.
     """
-    if verify not in (None, "metadata", "bitwise"):
-        raise ValueError(f"verify={verify!r}: expected None, 'metadata' or 'bitwise'")
+    check_verify(verify)
     if not args and not kwargs:
         raise TypeError("checkpoint(fn, *args): expected at least one input to recompute from, got none")
     if not torch.is_grad_enabled():

@@ -8,7 +8,6 @@ plainly.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,13 +19,15 @@ from torch.utils import _pytree as pytree
 from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain
 from gpuckpt.memory import CheckpointBudget
 from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
-from gpuckpt.pytorch.frame import Verify
+from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch.call_hooks import Bypass, Interception, run_module, set_call
+from gpuckpt.pytorch.frame import Verify, check_verify
 from gpuckpt.pytorch.kinds import WallClock
 from gpuckpt.pytorch.measure import Measured, run_measured
 from gpuckpt.pytorch.promise import Promise
 from gpuckpt.pytorch.saved_tensors import mark_resident
 from gpuckpt.pytorch.spill import SPILL, Link, host_budget_of, measure_link
-from gpuckpt.pytorch.stages import set_call, tensors_in
+from gpuckpt.pytorch.stages import tensors_in
 from gpuckpt.pytorch.walk import Walk
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class Fitted:
         self._began = False  # whether there has been a step
         self._retained = False  # a graph was kept for a second backward, and its bytes with it
         self._local = threading.local()
-        self._undo: dict[nn.Module, Callable[[], None]] = {}
+        self._intercepted: dict[nn.Module, Interception] = {}
+        self._bypass: Any = None  # the handle of the hook that notices calls that were not intercepted
         self._parts = list(model.modules())
         self._parameters = list(model.parameters())
 
@@ -137,6 +139,9 @@ class Fitted:
 
         Raises `BudgetExceeded`, with the smallest budget that would do, where no plan fits.
         """
+        if not all(interception.active for interception in self._intercepted.values()):
+            self._unwrap()  # a block was compiled since: what was measured is not what runs
+            self._planned.clear()
         key = self._signature(args, kwargs)
         planned = self._planned.get(key)
         if planned is None:
@@ -183,14 +188,22 @@ class Fitted:
 
     def _wrap(self, modules: list[nn.Module]) -> None:
         for module in dict.fromkeys(modules):
-            self._undo[module] = set_call(module, self._model_call if module is self.model else self._stage_call)
+            self._intercepted[module] = set_call(module, self._model_call if module is self.model else self._stage_call)
+        if self._intercepted and self._bypass is None:
+            self._bypass = self.model.register_forward_pre_hook(Bypass(self._is_intercepted), prepend=True)
 
     def _unwrap(self) -> list[nn.Module]:
-        modules = list(self._undo)
-        for restore in self._undo.values():
-            restore()
-        self._undo.clear()
+        modules = list(self._intercepted)
+        for interception in self._intercepted.values():
+            interception.restore()
+        self._intercepted.clear()
+        if self._bypass is not None:
+            self._bypass.remove()
+            self._bypass = None
         return modules
+
+    def _is_intercepted(self) -> bool:
+        return not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None
 
     def unfit(self) -> nn.Module:
         """Give the model back as it was; it runs plainly again."""
@@ -198,6 +211,7 @@ class Fitted:
         self._planned.clear()
         return self.model
 
+    @untraced
     def check_promise(self) -> None:
         """Raise `PromiseBroken` if the budget has held more for the latest step than its plan promised.
 
@@ -235,9 +249,10 @@ class Fitted:
             if tensor.grad_fn is not None:
                 tensor.register_hook(backward_begins)
 
+    @untraced
     def _model_call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None:
-            return model._call_impl(*args, **kwargs)
+            return run_module(model, args, kwargs)
         planned = self.plan_for(*args, **kwargs)
         self._begin(planned)
         walk = Walk(planned.plan.tree, self.budget, self._verify, self._preserve_rng_state, host=self.host_budget)
@@ -246,7 +261,7 @@ class Fitted:
         try:
             with self.budget:
                 self.budget.step("forward")
-                out = model._call_impl(*args, **kwargs)
+                out = run_module(model, args, kwargs)
             if step.calls != len(planned.measured.modules):
                 raise InvalidChain(
                     f"{type(model).__name__} ran {step.calls} stages and {len(planned.measured.modules)} when it was measured "
@@ -258,14 +273,15 @@ class Fitted:
         self._watch(out)
         return out
 
+    @untraced
     def _stage_call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         step: _Step | None = getattr(self._local, "step", None)
         if step is None or not torch.is_grad_enabled():
-            return module._call_impl(*args, **kwargs)
+            return run_module(module, args, kwargs)
         measured = step.planned.measured
         number = step.calls
         if number >= len(measured.modules) or measured.modules[number] is not module:
-            return module._call_impl(*args, **kwargs)  # called once more, outside the chain
+            return run_module(module, args, kwargs)  # called once more, outside the chain
         step.calls += 1
         stage = measured.owned[number]
         self.budget.step(measured.chain.stages[stage].name)
@@ -323,13 +339,14 @@ def fit(
     Raises:
         BudgetExceeded: no plan fits; the error names the smallest budget that would do. The model is untouched.
         InvalidChain: the model has no chain of stages.
-        ValueError: a host budget that is not on the host, or is `budget` itself.
+        ValueError: a host budget that is not on the host, or is `budget` itself; an unknown `verify`.
     """
     args, kwargs = (
         ((), example_inputs)
         if isinstance(example_inputs, dict)
         else (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,), {})
     )
+    check_verify(verify)
     if not isinstance(budget, CheckpointBudget):
         device = next((parameter.device for parameter in model.parameters()), None)
         budget = CheckpointBudget(budget, device=device, hold=hold)  # type: ignore[arg-type]

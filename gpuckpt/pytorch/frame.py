@@ -26,6 +26,7 @@ import torch
 
 from gpuckpt.errors import BudgetExceeded, RecomputeMismatch
 from gpuckpt.memory import CheckpointBudget
+from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.early_stop import replaying
 from gpuckpt.pytorch.holdings import Held, Holding, modified
 from gpuckpt.pytorch.saved_tensors import enter, holder_of, holds_instead, instead, is_resident
@@ -34,9 +35,16 @@ from gpuckpt.pytorch.stale import drop_stale_nodes_after
 if TYPE_CHECKING:
     from gpuckpt.pytorch.spill import Spilled
 
-__all__ = ["Environment", "Frame", "Verify"]
+__all__ = ["Environment", "Frame", "Verify", "check_verify"]
 
 Verify = Literal["metadata", "bitwise"]
+
+
+def check_verify(verify: object) -> None:
+    """Raise `ValueError` for what is no way to verify a recompute: a typo would check less than was asked for."""
+    if not (verify is None or (isinstance(verify, str) and verify in ("metadata", "bitwise"))):
+        raise ValueError(f"verify={verify!r}: expected None, 'metadata' or 'bitwise'")
+
 
 _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _graph_task_id = torch._C._current_graph_task_id  # -1 outside of any backward
@@ -181,6 +189,7 @@ class Frame:
         """The context to do the work in; the frame's budget is the current one in it."""
         return enter(self._budget, self._number, _unpack)
 
+    @untraced
     def _number(self, tensor: torch.Tensor) -> _Slot:
         slot = _Slot(self, len(self._slots))
         slot.describe(tensor)
@@ -196,7 +205,12 @@ class Frame:
         tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
         outer, self._wanted = self._wanted, wanted
         try:
-            with torch.enable_grad(), instead(None), enter(self._budget, replay.pack, _Recomputed.load), replaying(replay):
+            with (
+                torch.enable_grad(),
+                instead(None),
+                enter(self._budget, replay.pack, _Recomputed.load),
+                replaying(replay),
+            ):
                 self._replay(tensors)
             raise RecomputeMismatch(
                 f"checkpointed work saved {len(self._slots)} tensors in forward and {replay.count} when it was run again; it "
@@ -237,13 +251,16 @@ class _Replay:
         self._budget = budget if budget is not None and "recompute" in budget.over_cap else None  # to offer slots to
         self.count = 0
 
+    @untraced
     def pack(self, tensor: torch.Tensor) -> _Recomputed:
         index = self.count
         self.count += 1
         slot = self._slots.get(index)
         waited_for = slot is not None
         if slot is None:
-            slot = _Slot(self._frame, index)  # no longer needed by backward, but perhaps by a derivative inside the work
+            slot = _Slot(
+                self._frame, index
+            )  # no longer needed by backward, but perhaps by a derivative inside the work
         else:
             _check(slot, tensor)
         if slot.held is None:
@@ -297,6 +314,7 @@ class _Recomputed:
     def __init__(self, slot: _Slot) -> None:
         self.slot: _Slot | None = slot
 
+    @untraced
     def load(self) -> torch.Tensor:
         slot = self.slot
         if slot is None:
@@ -313,6 +331,7 @@ class _Recomputed:
         return held.load()
 
 
+@untraced
 def _unpack(slot: _Slot) -> torch.Tensor:
     frame = slot.frame
     with frame._lock:

@@ -22,6 +22,7 @@ from gpuckpt.errors import BudgetExceeded, SavedTensorModified
 from gpuckpt.memory.cupy_pool import current_stream, import_cupy
 from gpuckpt.memory.forms import TorchForm
 from gpuckpt.memory.moves import CompressedForm, LooseBlock
+from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.stale import drop_stale_nodes_after
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Held:
         self.version = version
         self.holding = holding
 
+    @untraced
     def load(self) -> torch.Tensor:
         """The tensor as it was saved. Raises `SavedTensorModified` where it is not any more, `BudgetExceeded` where it was
         spilled and there is no room for it."""

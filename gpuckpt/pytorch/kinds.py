@@ -19,6 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
+from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch.call_hooks import run_module
 from gpuckpt.pytorch.cut import fresh
 from gpuckpt.pytorch.early_stop import replaying
 from gpuckpt.pytorch.frame import Environment
@@ -68,7 +70,7 @@ class Kind:
         for _ in range(wanted):
             args, kwargs = fresh(inputs)
             began_s = clock.now()
-            out = module._call_impl(*args, **kwargs)
+            out = run_module(module, args, kwargs)
             self.forward_s.append(clock.now() - began_s)
             roots, leaves = _ends(module, (args, kwargs), out)
             grads = [torch.ones_like(root) for root in roots]
@@ -89,6 +91,7 @@ class _StopWatch:
     def __init__(self, saved: int) -> None:
         self.left = saved
 
+    @untraced
     def pack(self, tensor: torch.Tensor) -> None:
         self.left -= 1
         if self.left <= 0:
@@ -107,7 +110,7 @@ def _stopped_s(module: nn.Module, inputs: Any, clock: Clock, saved: int) -> floa
     watch = _StopWatch(saved)
     began_s = clock.now()
     with suppress(_Stop), saved_tensors_hooks(watch.pack, identity), replaying(watch):
-        module._call_impl(*args, **kwargs)
+        run_module(module, args, kwargs)
     return clock.now() - began_s
 
 
@@ -119,7 +122,7 @@ def run_again(
     saved, live = Saved(), LiveBytes()
     torch.clear_autocast_cache()
     with environment.again(), live, saved.hooks():
-        out = module._call_impl(*args, **kwargs)
+        out = run_module(module, args, kwargs)
     if saved.shapes != shapes:
         raise InvalidChain(
             f"stage {name!r} ({type(module).__name__}) saved {len(shapes)} tensors when it ran and {len(saved.shapes)}, or of "

@@ -25,12 +25,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.planning import Chain, Stage
+from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch.call_hooks import intercept, run_module
 from gpuckpt.pytorch.cut import cut, fresh, have_drawn, random_states, unchanged
 from gpuckpt.pytorch.frame import Environment
 from gpuckpt.pytorch.kinds import Clock, Kind, WallClock, kind_key, run_again
 from gpuckpt.pytorch.live import LiveBytes
 from gpuckpt.pytorch.noted import Saved, Storages, identity, of_parameter
-from gpuckpt.pytorch.stages import Outputs, find_chain, intercept, tensors_in
+from gpuckpt.pytorch.stages import Outputs, find_chain, tensors_in
 
 __all__ = ["Measured", "measure", "run_chain", "run_measured"]
 
@@ -67,9 +69,10 @@ class _Measurement:
         self.inside = False
         self.outside_began_s = clock.now()
 
+    @untraced
     def stage(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.position >= len(self.expected) or self.expected[self.position] is not module:
-            return module._call_impl(*args, **kwargs)  # a call that is no part of the chain
+            return run_module(module, args, kwargs)  # a call that is no part of the chain
         self.close_outside("prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}")
         tensors = tensors_in((args, kwargs))
         linked = set(self.previous.unchanged())
@@ -87,7 +90,7 @@ class _Measurement:
         given = tensors_in((cut_args, cut_kwargs))
         before, states = (_versions(given), _buffer_versions(module)), random_states()
         with saved.hooks():
-            out = module._call_impl(*cut_args, **cut_kwargs)
+            out = run_module(module, cut_args, cut_kwargs)
         changed = [
             tensor for tensor, now, version in zip(tensors, given, before[0], strict=True) if now._version != version
         ]
@@ -175,6 +178,7 @@ class _Measurement:
         workspace_bytes = live.peak_bytes(0, live.mark(), gradients)
         self.stages[-1] = replace(self.stages[-1], backward_s=backward_s, workspace_bytes=workspace_bytes)
 
+    @untraced
     def note_outside(self, tensor: torch.Tensor) -> torch.Tensor:
         detached = tensor.detach()
         if not self.inside and not of_parameter(tensor):
@@ -277,7 +281,7 @@ def run_chain(
     run = _Measurement(modules, names, Storages(residents, copies), clock, repeats)
     hooks = saved_tensors_hooks(run.note_outside, identity)
     with torch.enable_grad(), intercept(dict.fromkeys(modules), run.stage), hooks:
-        out = model._call_impl(*args, **kwargs)
+        out = run_module(model, args, kwargs)
         run.close(out, list(model.parameters()))
     if run.position != len(modules):
         raise InvalidChain(

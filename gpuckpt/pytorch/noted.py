@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpuckpt.errors import InvalidChain
+from gpuckpt.pytorch._torch_internals import untraced
 
 __all__ = ["Saved", "Storages", "identity", "of_parameter"]
 
@@ -63,6 +64,7 @@ class Saved:
     def hooks(self) -> saved_tensors_hooks:
         return saved_tensors_hooks(self._pack, identity)
 
+    @untraced
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         self.shapes.append(tuple(tensor.shape))
         detached = tensor.detach()
@@ -76,5 +78,6 @@ def of_parameter(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
+@untraced
 def identity(tensor: torch.Tensor) -> torch.Tensor:
     return tensor

@@ -29,6 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import CheckpointBudget
+from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.holdings import Geometry, Held, Holding, MovableHolding, flat_bytes, modified
 from gpuckpt.pytorch.stale import drop_stale_nodes
 
@@ -94,6 +95,7 @@ class Holder:
         self._lock = moving or threading.RLock()
         self._copies_on = torch.device(budget.device) if budget is not None and budget.hold == "pool" else None
 
+    @untraced
     def hold(self, tensor: torch.Tensor) -> Held:
         """Charge (and under "pool" copy) the storage of `tensor`. Raises `BudgetExceeded`; then nothing has changed."""
         # detach: an output that its own node saves would otherwise hold itself alive through its grad_fn.

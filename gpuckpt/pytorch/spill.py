@@ -23,6 +23,7 @@ import torch
 
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import CheckpointBudget
+from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.saved_tensors import enter, holder_of, instead, is_resident
 from gpuckpt.pytorch.stale import drop_stale_nodes_after
 
@@ -94,6 +95,7 @@ class Spill:
         self._stay = {tensor.untyped_storage()._cdata for tensor in arguments if tensor.layout is torch.strided}
         return instead(self.hold) if replayed else enter(self._budget, self.hold, _load)
 
+    @untraced
     def hold(self, tensor: torch.Tensor) -> Held | Spilled:
         """Copy the storage of `tensor` to the host, or hold it where it is (see the module). Raises `BudgetExceeded`."""
         here = self._here
@@ -148,6 +150,7 @@ class Spill:
         return forget
 
 
+@untraced
 def _load(held: Held | Spilled) -> torch.Tensor:
     return held.load()
 

@@ -1,17 +1,13 @@
-"""A model's chain of stages: which submodule calls it consists of, and how one call is replaced by ours.
+"""A model's chain of stages: which submodule calls it consists of.
 
 A chain is found by what runs, not by how a class is written: children of `nn.Sequential` and `nn.ModuleList` containers are
 watched during one forward, and calls form a chain where each receives the very tensor that the one before returned. Extra
 arguments that every block gets (masks, positions, caches) do not matter.
-
-Calls are replaced through `nn.Module._compiled_call_impl`, torch's own per-module slot for the implementation of a call:
-parameter names, `state_dict`, hooks, `isinstance` and the class stay as they are, and pickling and copying leave it out.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +19,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt.errors import InvalidChain
+from gpuckpt.pytorch.call_hooks import intercept, run_module
 
-__all__ = ["Outputs", "find_chain", "intercept", "set_call", "statistics_frozen", "tensors_in"]
+__all__ = ["Outputs", "find_chain", "statistics_frozen", "tensors_in"]
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
@@ -46,36 +43,6 @@ class Outputs:
         """By id the index of each tensor that nobody has changed in place since it was returned."""
         pairs = zip(self.tensors, self._versions, strict=True)
         return {id(tensor): index for index, (tensor, version) in enumerate(pairs) if tensor._version == version}
-
-
-@contextmanager
-def intercept(modules: Iterable[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
-    """Within the context, calling one of `modules` calls `call(module, *args, **kwargs)` instead.
-
-    `call` reaches the module's own implementation, hooks included, as `module._call_impl(*args, **kwargs)`.
-    """
-    undo = [set_call(module, call) for module in modules]
-    try:
-        yield
-    finally:
-        for restore in reversed(undo):
-            restore()
-
-
-def set_call(module: nn.Module, call: Callable[..., Any]) -> Callable[[], None]:
-    """Replace what calling `module` does; returns a function that puts back what was there."""
-    before = module._compiled_call_impl
-    if before is not None:
-        raise ValueError(
-            f"{type(module).__name__} has been compiled with module.compile() or is fitted already; "
-            "call unfit() first, or fit before compiling"
-        )
-    module._compiled_call_impl = functools.partial(call, module)
-
-    def restore() -> None:
-        module._compiled_call_impl = None
-
-    return restore
 
 
 def candidates(model: nn.Module) -> dict[nn.Module, str]:
@@ -126,14 +93,14 @@ def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         record = Call(module, counter.position, frozenset(map(id, tensors_in((args, kwargs)))))
         calls.append(record)
-        out = module._call_impl(*args, **kwargs)
+        out = run_module(module, args, kwargs)
         record.end, record.outputs = counter.position, frozenset(map(id, tensors_in(out)))
         record.begun = len(calls)
         alive.append((args, kwargs, out))
         return out
 
     with torch.no_grad(), intercept(candidates(model), call), counter:
-        model._call_impl(*args, **kwargs)
+        run_module(model, args, kwargs)
     chain = heaviest_path(calls)
     if len(chain) < 2:
         raise InvalidChain(

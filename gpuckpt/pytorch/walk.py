@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from gpuckpt.errors import InvalidPlan
 from gpuckpt.memory import CheckpointBudget
 from gpuckpt.planning import KEEP, Node, Recompute
+from gpuckpt.pytorch.call_hooks import run_module
 from gpuckpt.pytorch.frame import Environment, Frame, Verify
 from gpuckpt.pytorch.spill import SPILL, Spill
 from gpuckpt.pytorch.stages import Outputs, statistics_frozen, tensors_in
@@ -170,7 +171,7 @@ class Walk:
                 linked = self.previous.unchanged()
                 shared = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) not in linked]
                 hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
-            out = module._call_impl(*args, **kwargs)
+            out = run_module(module, args, kwargs)
         self.previous = Outputs(tensors_in(out))
         self._calls += 1
         return out

@@ -10,7 +10,7 @@ import torch
 from pytorch.beside_plain import assert_same, plain_peak_bytes, train_step
 from torch import nn
 
-from gpuckpt import CheckpointBudget, fit
+from gpuckpt import CheckpointBudget, checkpoint, fit
 from gpuckpt.errors import BudgetExceeded, InvalidChain, PromiseBroken, RecomputeMismatch
 
 
@@ -406,3 +406,13 @@ def test_a_fitted_model_behind_another_trainable_module(front: nn.Module) -> Non
             assert h._version == version
             found.append(torch.autograd.grad(loss, [*front.parameters()]))
         assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("verify", ["bitwize", "Bitwise", True, 1, ["bitwise"], ""])
+def test_a_verify_that_is_none_is_refused(verify) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"verify=.*expected None, 'metadata' or 'bitwise'"):
+        fit(model, torch.randn(4, 8), "1MiB", verify=verify)
+    with pytest.raises(ValueError, match=r"verify=.*expected None, 'metadata' or 'bitwise'"):
+        checkpoint(model, torch.randn(4, 8), verify=verify)
+    assert model._compiled_call_impl is None

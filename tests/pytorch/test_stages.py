@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from gpuckpt.errors import InvalidChain
-from gpuckpt.pytorch.stages import Call, find_chain, heaviest_path, intercept, set_call, statistics_frozen
+from gpuckpt.pytorch.call_hooks import intercept, run_module, set_call
+from gpuckpt.pytorch.stages import Call, find_chain, heaviest_path, statistics_frozen
 
 
 def call(name: str, begin: int, end: int, inputs: set[int], outputs: set[int]) -> Call:
@@ -118,15 +119,31 @@ def test_calls_are_replaced_and_put_back_even_after_an_error() -> None:
     assert torch.equal(linear(x), expected)
 
 
-def test_what_is_compiled_or_fitted_already_is_refused() -> None:
+def test_what_is_fitted_already_is_refused() -> None:
     linear = nn.Linear(2, 2)
-    undo = set_call(linear, lambda module, x: x)
+    interception = set_call(linear, lambda module, x: x)
     with pytest.raises(ValueError, match="fitted already"):
         set_call(linear, lambda module, x: x)
-    undo()
-    linear.compile(backend="eager")
-    with pytest.raises(ValueError, match=r"compiled with module.compile\(\)"):
-        set_call(linear, lambda module, x: x)
+    interception.restore()
+    assert linear._compiled_call_impl is None
+
+
+def test_a_compiled_module_runs_compiled_and_is_compiled_afterwards() -> None:
+    linear = nn.Linear(2, 2)
+    slot = linear._compiled_call_impl = lambda x: x + 1
+    interception = set_call(linear, lambda module, x: run_module(module, (x,), {}) * 10)
+    assert torch.equal(linear(torch.ones(1)), torch.full((1,), 20.0))
+    interception.restore()
+    assert linear._compiled_call_impl is slot
+
+
+def test_what_takes_the_place_of_an_interception_stays() -> None:
+    linear = nn.Linear(2, 2)
+    interception = set_call(linear, lambda module, x: x)
+    slot = linear._compiled_call_impl = lambda x: x + 1
+    assert not interception.active
+    interception.restore()
+    assert linear._compiled_call_impl is slot
 
 
 def test_statistics_stay_bit_for_bit_and_the_output_is_the_same() -> None:
