@@ -32,10 +32,10 @@ from torch import nn
 
 from gpuckpt import CheckpointBudget, fit, format_bytes
 from gpuckpt.cli.transformer import Config, Transformer
+from gpuckpt.pytorch.engine.residency import mark_resident
 from gpuckpt.pytorch.functional import mlp
 from gpuckpt.pytorch.nn import FusedLinear, FusedMLP
-from gpuckpt.pytorch.saved_tensors import mark_resident
-from gpuckpt.pytorch.spill import Link
+from gpuckpt.pytorch.profiling.link_speed import Link
 
 Inputs = dict[str, torch.Tensor]
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

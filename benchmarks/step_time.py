@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py [--mlp fused|plain] [--layers 12] [--width 128] [--rounds 15] [--clock wall|cpu]
 
-A block ends in its MLP. Fused, it saves its input alone, and our replays stop before its work (gpuckpt.pytorch.early_stop), as
+A block ends in its MLP. Fused, it saves its input alone, and our replays stop before its work (engine/early_stop.py), as
 torch's cannot. Plain, in three torch modules, both stop before the last product: what is compared is plans and overhead.
 
 torch's best uniform choice under a budget: groups of equally many consecutive blocks, each group checkpointed (the last one

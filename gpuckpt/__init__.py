@@ -28,12 +28,14 @@ _HOME = {
         "RecomputeMismatch",
         "SavedTensorModified",
     ),
-    "gpuckpt.memory": ("CheckpointBudget", "MemoryUsageTracker", "format_bytes", "parse_bytes"),
+    "gpuckpt.budget": ("CheckpointBudget",),
+    "gpuckpt.memory": ("MemoryUsageTracker",),
+    "gpuckpt.units": ("format_bytes", "parse_bytes"),
     "gpuckpt.planning": ("Certificate", "Chain", "Keep", "Plan", "Recompute", "Stage", "plan_chain", "simulate"),
     "gpuckpt.pytorch.checkpoint": ("checkpoint",),
     "gpuckpt.pytorch.fit": ("Fitted", "fit"),
     "gpuckpt.pytorch.graph": ("checkpoint_graph",),
-    "gpuckpt.pytorch.measure": ("measure",),
+    "gpuckpt.pytorch.profiling.measure": ("measure",),
     "gpuckpt.segments": (
         "ActivationCheckpointer",
         "Chained",
@@ -66,6 +68,7 @@ _NAMES = {name: home for home, names in _HOME.items() for name in names}
 __all__ = ["__version__", *sorted(_MODULES), *sorted(_NAMES)]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors, which do not run __getattr__
+    from gpuckpt.budget import CheckpointBudget
     from gpuckpt.errors import (
         BackendUnavailable,
         BudgetClosed,
@@ -84,13 +87,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
         SavedTensorModified,
     )
     from gpuckpt.kernels import tune
-    from gpuckpt.memory import CheckpointBudget, MemoryUsageTracker, format_bytes, parse_bytes
+    from gpuckpt.memory import MemoryUsageTracker
     from gpuckpt.planning import Certificate, Chain, Keep, Plan, Recompute, Stage, plan_chain, simulate
     from gpuckpt.pytorch import functional, nn
     from gpuckpt.pytorch.checkpoint import checkpoint
     from gpuckpt.pytorch.fit import Fitted, fit
     from gpuckpt.pytorch.graph import checkpoint_graph
-    from gpuckpt.pytorch.measure import measure
+    from gpuckpt.pytorch.profiling.measure import measure
     from gpuckpt.segments import (
         ActivationCheckpointer,
         Chained,
@@ -112,6 +115,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
         plan_recomputation,
         vjp_checkpoint,
     )
+    from gpuckpt.units import format_bytes, parse_bytes
 
 
 def __getattr__(name: str) -> Any:

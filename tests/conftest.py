@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-import sys
 
 # Kernels run in Triton's interpreter on CPU tensors; it has to be chosen before triton is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # Two test processes on two cores: one intra-op thread each keeps them from fighting, and results repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# tests/ has no packages (importlib mode); what rooms share is imported by its folder.
-sys.path.insert(0, os.path.dirname(__file__))
-
-from hostcuda import loader
+from tests.hostcuda import loader
 
 # Before anybody imports CuPy: its one runtime module is then met over host memory. Nothing is built until then.
 loader.install()
 
-from faults import fail_request  # noqa: E402, F401
-from hostcuda.fixture import _hostcuda_runtime, hostcuda  # noqa: E402, F401
+from tests.faults import fail_request  # noqa: E402, F401
+from tests.hostcuda.fixture import _hostcuda_runtime, hostcuda  # noqa: E402, F401
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from gpuckpt.memory import CheckpointBudget, Ledger
+from gpuckpt import CheckpointBudget
+from gpuckpt.memory import Ledger
 
 
 class Fault:

@@ -1,6 +1,6 @@
 """`gpuckpt plan`: from a chain file, or the sizes of a transformer, to a plan, its report and the frontier's picture.
 
-Sizes need no such model: it is measured without memory (gpuckpt.pytorch.fake), for the named device.
+Sizes need no such model: it is measured without memory (gpuckpt.pytorch.profiling.fake_run), for the named device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def chain_of_sizes(
     import torch
 
     from gpuckpt.cli.transformer import Config, Transformer
-    from gpuckpt.pytorch.measure import measure
+    from gpuckpt.pytorch.profiling.measure import measure
 
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")

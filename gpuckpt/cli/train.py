@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gpuckpt import CheckpointBudget, format_bytes, parse_bytes
 from gpuckpt.cli.text import Batches, read_text
 from gpuckpt.cli.transformer import Config, Transformer
-from gpuckpt.memory import CheckpointBudget, format_bytes, parse_bytes
 from gpuckpt.memory.uncapped import uncapped
 from gpuckpt.planning import Chain, plan_chain
 from gpuckpt.pytorch.fit import Fitted, fit
-from gpuckpt.pytorch.measure import measure
+from gpuckpt.pytorch.profiling.measure import measure
 from gpuckpt.report.ledger import draw_ledger, one_step
 
 __all__ = ["DEFAULT_SHARE", "Options", "Report", "table", "train", "write_report"]

@@ -1,24 +1,30 @@
-"""Budgets in bytes: the books, the pools behind them, arrays held in them, and how a planned step is laid out."""
+"""Budgets in bytes: the ledger, the pools behind it, and arrays held in them. Knows neither torch nor Triton."""
 
-from gpuckpt.memory.budget import CheckpointBudget
+import sys
+from typing import Any
+
+from gpuckpt.memory.budget import Budget
 from gpuckpt.memory.dlpack import exchange
-from gpuckpt.memory.layout import Slab, lay_out
+from gpuckpt.memory.handles import Saved
 from gpuckpt.memory.ledger import Charge, Event, Ledger, Snapshot
-from gpuckpt.memory.saved import Saved
-from gpuckpt.memory.sizes import format_bytes, parse_bytes
 from gpuckpt.memory.tracker import MemoryUsageTracker
+from gpuckpt.units import format_bytes, parse_bytes
 
 __all__ = [
+    "Budget",
     "Charge",
-    "CheckpointBudget",
     "Event",
     "Ledger",
     "MemoryUsageTracker",
     "Saved",
-    "Slab",
     "Snapshot",
     "exchange",
     "format_bytes",
-    "lay_out",
     "parse_bytes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CheckpointBudget":  # it has moved up: a budget that autograd saves into knows torch
+        return sys.modules["gpuckpt"].CheckpointBudget
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

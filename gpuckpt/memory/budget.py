@@ -12,37 +12,32 @@ hold="pool"     moves bytes into the budget's own pool with its own limit: one c
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from gpuckpt.errors import BudgetClosed, BudgetExceeded
-from gpuckpt.memory.arrays import address_of, device_of, library_of, storage_bytes
+from gpuckpt.memory.adapters import form_of
+from gpuckpt.memory.adapters.inspect import address_of, device_of, library_of, storage_bytes
+from gpuckpt.memory.compression import parse_storage_dtype
 from gpuckpt.memory.devices import choose_device
-from gpuckpt.memory.forms import form_of
-from gpuckpt.memory.host_pool import HostPool
+from gpuckpt.memory.eviction import Holders, make_room, parse_policies
+from gpuckpt.memory.handles import Saved, SavedInPlace, SavedInPool
 from gpuckpt.memory.ledger import Charge, Event, Ledger, Snapshot
-from gpuckpt.memory.moves import parse_storage_dtype
-from gpuckpt.memory.over_cap import Evictable, Holders, make_room, parse_policies
-from gpuckpt.memory.saved import Saved, SavedInPlace, SavedInPool
-from gpuckpt.memory.sizes import format_bytes, parse_bytes
+from gpuckpt.memory.pools.host import HostPool
+from gpuckpt.memory.protocols import Evictable, Pool
+from gpuckpt.units import format_bytes, parse_bytes
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from types import TracebackType
-
-    from gpuckpt.memory.arena import Arena
-    from gpuckpt.memory.layout import Slab
-
-__all__ = ["CheckpointBudget"]
+__all__ = ["Budget"]
 
 _CUDA_UNIT_BYTES = 512  # CuPy's pools hand out multiples of this
 
 
-class CheckpointBudget:
+class Budget:
     """A cap of `max_bytes` (an int, or "256MiB"), its ledger and its pool. Thread-safe. Zero is legal and holds nothing.
 
     `device`: "cpu", "cuda", "cuda:N" or a torch device; None takes the current CUDA device where there is one.
     `hold`: "account" or "pool", see the module's docstring.
-    `over_cap`: what to do when a request does not fit, in this order: see `gpuckpt.memory.over_cap`. `spill_to`: the second
+    `over_cap`: what to do when a request does not fit, in this order: see `gpuckpt.memory.eviction`. `spill_to`: the second
     budget, on the host and with hold="pool", for "spill". `storage_dtype`: for "compress", "float16" or another.
     `allocator`: what a CUDA pool draws from (`torch_allocator()`), or a host pool (`pinned_buffer`); None: its own.
     `log_events`: how many events `events()` remembers.
@@ -58,7 +53,7 @@ class CheckpointBudget:
         device: Any = None,
         hold: Literal["account", "pool"] = "account",
         over_cap: Sequence[Any] | str = ("raise",),
-        spill_to: CheckpointBudget | None = None,
+        spill_to: Budget | None = None,
         storage_dtype: Any = None,
         allocator: Callable[..., Any] | None = None,
         log_events: int = 4096,
@@ -82,11 +77,10 @@ class CheckpointBudget:
             threading.RLock() if {"spill", "compress"} & {p for p in self.over_cap if isinstance(p, str)} else None
         )
         self.allocator = allocator
-        self._pool: Any = None
+        self._pool: Pool | None = None
         self._pool_lock = threading.RLock()
         # A refusal by the ledger is final and nothing has to be done around a request: the short way through.
         self._plain = self.over_cap == ("raise",)
-        self._entered = threading.local()
 
     @property
     def max_bytes(self) -> int:
@@ -208,13 +202,6 @@ class CheckpointBudget:
         self._admit(ask, footprint_bytes, what)
         return block
 
-    def reserve(self, slab: Slab, what: str = "planned step") -> Arena:
-        """One block for a whole planned step (`gpuckpt.memory.lay_out`), taken in one piece before the first step. Raises
-        `BudgetExceeded` where the slab does not fit."""
-        from gpuckpt.memory.arena import Arena
-
-        return Arena(self, slab, what)
-
     def prefetch(self, nbytes: int, like: Any = None) -> None:
         """Bring one piece of `nbytes` into the pool's cache, before the first step of a plan whose peak that is.
 
@@ -230,6 +217,7 @@ class CheckpointBudget:
         """A block for the compressed form `small`, which takes over `charge` from the larger block that it replaces."""
         self.ledger.shrink(charge, self.footprint(small.nbytes))
         try:
+            assert self._pool is not None, "what is compressed lay in the pool"
             with self._pool_lock:
                 outside_bytes = self._held_beside_pool() - self.footprint(small.nbytes)
                 block = self._pool.take(small.nbytes, outside_bytes=outside_bytes)
@@ -276,36 +264,21 @@ class CheckpointBudget:
             if self._pool is not None:
                 self._pool.trim()
 
-    def __enter__(self) -> CheckpointBudget:
-        self.ledger.check_open()
-        # The one place where memory/ reaches up: torch's hooks live in the torch room, and whoever never enters a budget
-        # never imports torch.
-        from gpuckpt.pytorch import saved_tensors
-
-        context = saved_tensors.enter(self)
-        self._stack().append(context)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack().pop().__exit__(kind, error, traceback)
-
     def __reduce__(self) -> Any:
         raise BudgetClosed(
-            "a CheckpointBudget does not travel to another process: its memory and its books stay in this one; "
+            "a budget does not travel to another process: its memory and its books stay in this one; "
             "make a budget of its own in the worker"
         )
 
-    def __copy__(self) -> CheckpointBudget:
+    def __copy__(self) -> Budget:
         return self  # there is one cap: a copied model lives under the same
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointBudget:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Budget:
         return self
 
     def __repr__(self) -> str:
         return (
-            f"CheckpointBudget({format_bytes(self.used_bytes)} of {format_bytes(self.max_bytes)} used, "
+            f"{type(self).__name__}({format_bytes(self.used_bytes)} of {format_bytes(self.max_bytes)} used, "
             f"device={self.device!r}, hold={self.hold!r})"
         )
 
@@ -313,13 +286,6 @@ class CheckpointBudget:
         if self.moving is not None:
             self.holders.add(saved)
         return saved
-
-    def _stack(self) -> list[Any]:
-        try:
-            stack: list[Any] = self._entered.stack
-        except AttributeError:
-            stack = self._entered.stack = []
-        return stack
 
     def _admit(self, ask: Callable[[], None], need_bytes: int, what: str) -> None:
         """Make a request: at once; after blocks that wait for their readers are back; after the policies made room."""
@@ -366,7 +332,7 @@ class CheckpointBudget:
             if self._pool is None and self.device == "cpu":
                 self._pool = HostPool(self.max_bytes, allocate=self.allocator)
             elif self._pool is None:
-                from gpuckpt.memory.cupy_pool import CupyPool
+                from gpuckpt.memory.pools.cupy import CupyPool  # CuPy takes a second to load
 
                 self._pool = CupyPool(self.max_bytes, int(self.device.removeprefix("cuda:")), allocator=self.allocator)
             self._plain = False

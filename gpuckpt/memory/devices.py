@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from typing import Any
@@ -34,15 +33,7 @@ def _cuda_is_there() -> bool:
     if torch is not None:
         return bool(torch.cuda.is_available())
     cupy = sys.modules.get("cupy")
-    if cupy is not None:
-        return bool(cupy.cuda.is_available())
-    if not (os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")):
-        return False
-    try:
-        import torch as loaded
-    except ImportError:
-        return False
-    return bool(loaded.cuda.is_available())
+    return cupy is not None and bool(cupy.cuda.is_available())
 
 
 def _current_cuda() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpuckpt.errors import BackendUnavailable, DLPackRefused
-from gpuckpt.memory.arrays import device_of, library_of
+from gpuckpt.memory.adapters.inspect import device_of, library_of
 
 __all__ = ["exchange"]
 

@@ -7,12 +7,51 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["untraced"]
+__all__ = [
+    "graph_task_id",
+    "keep_graph",
+    "pop_saved_tensors_hooks",
+    "push_saved_tensors_hooks",
+    "queue_callback",
+    "run_backward",
+    "set_versions",
+    "storage_use_count",
+    "tensor_use_count",
+    "top_saved_tensors_hooks",
+    "untraced",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _frames = torch._C._dynamo.eval_frame
 _SKIP = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP)
+
+graph_task_id = torch._C._current_graph_task_id
+"""The number of the backward that this thread is in, -1 outside of any."""
+
+keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
+"""Whether the backward that this thread is in leaves the graph to be used again."""
+
+push_saved_tensors_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+pop_saved_tensors_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
+top_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+"""`torch.autograd.graph.saved_tensors_hooks` without the context, so that entering and leaving need not nest; and a look at the
+innermost pair."""
+
+run_backward = torch.autograd.Variable._execution_engine.run_backward
+queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+"""Run a function when the backward that this thread is in ends."""
+
+storage_use_count = torch._C._storage_Use_Count
+"""How many tensors and storage objects share a storage, by its address."""
+
+set_versions = torch._C._autograd._unsafe_set_version_counter
+"""Give tensors the versions that are named."""
+
+
+def tensor_use_count(tensor: torch.Tensor) -> int:
+    """How many hold a tensor in C++, its Python object included."""
+    return int(tensor._use_count())  # type: ignore[attr-defined]
 
 
 def untraced(function: F) -> F:

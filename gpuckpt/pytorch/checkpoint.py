@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from gpuckpt.memory import CheckpointBudget
+from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import untraced
-from gpuckpt.pytorch.frame import Environment, Frame, Verify, check_verify
-from gpuckpt.pytorch.saved_tensors import current_budget, enter, holder_of
+from gpuckpt.pytorch.engine.fence import Environment
+from gpuckpt.pytorch.engine.frame import Frame, Verify, check_verify
+from gpuckpt.pytorch.engine.hooks import current_budget, enter
+from gpuckpt.pytorch.engine.storage_index import index_of
 
 __all__ = ["checkpoint"]
 
@@ -26,7 +28,7 @@ __all__ = ["checkpoint"]
 def checkpoint(
     fn: Callable[..., Any],
     *args: Any,
-    budget: CheckpointBudget | None = None,
+    budget: Budget | None = None,
     preserve_rng_state: bool = True,
     verify: Verify | None = None,
     **kwargs: Any,
@@ -62,7 +64,7 @@ def checkpoint(
     def replay(kept: list[torch.Tensor]) -> None:
         again = iter(kept)
         args, kwargs = pytree.tree_unflatten([next(again) if leaf is _HERE else leaf for leaf in others], spec)
-        with environment.again():
+        with environment.restored():
             fn(*args, **kwargs)
 
     if budget is None:
@@ -70,7 +72,7 @@ def checkpoint(
         frame.save(tensors)
     else:
         frame = Frame(replay, budget, verify)
-        with enter(budget, holder_of(budget).hold):
+        with enter(budget, index_of(budget).hold):
             frame.save(tensors)
     del tensors, leaves
     with frame.hooks():

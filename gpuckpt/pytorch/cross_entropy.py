@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.early_stop import about_to_save
+from gpuckpt.pytorch.engine.early_stop import about_to_save
 from gpuckpt.pytorch.loss_chunks import (
     LossOptions,
     backward_chunks,

@@ -16,19 +16,22 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from gpuckpt.budget import CheckpointBudget
 from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain
-from gpuckpt.memory import CheckpointBudget
+from gpuckpt.memory import Budget
 from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
-from gpuckpt.pytorch._torch_internals import untraced
-from gpuckpt.pytorch.call_hooks import Bypass, Interception, run_module, set_call
-from gpuckpt.pytorch.frame import Verify, check_verify
-from gpuckpt.pytorch.kinds import WallClock
-from gpuckpt.pytorch.measure import Measured, run_measured
-from gpuckpt.pytorch.promise import Promise
-from gpuckpt.pytorch.saved_tensors import mark_resident
-from gpuckpt.pytorch.spill import SPILL, Link, host_budget_of, measure_link
-from gpuckpt.pytorch.stages import tensors_in
-from gpuckpt.pytorch.walk import Walk
+from gpuckpt.pytorch._torch_internals import keep_graph, queue_callback, untraced
+from gpuckpt.pytorch.engine.frame import Verify, check_verify
+from gpuckpt.pytorch.engine.hooks import enter
+from gpuckpt.pytorch.engine.offload import SPILL
+from gpuckpt.pytorch.engine.residency import mark_resident
+from gpuckpt.pytorch.peak_check import Promise
+from gpuckpt.pytorch.plan_runner import Walk
+from gpuckpt.pytorch.profiling.call_hooks import Bypass, Interception, run_module, set_call
+from gpuckpt.pytorch.profiling.chain_finder import tensors_in
+from gpuckpt.pytorch.profiling.clock import WallClock
+from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
+from gpuckpt.pytorch.profiling.measure import Measured, run_measured
 
 if TYPE_CHECKING:
     from gpuckpt.report.plan_report import PlanReport
@@ -68,12 +71,12 @@ class Fitted:
     def __init__(
         self,
         model: nn.Module,
-        budget: CheckpointBudget,
+        budget: Budget,
         strategy: str,
         preserve_rng_state: bool,
         verify: Verify | None,
         repeats: int,
-        host_budget: CheckpointBudget | None = None,
+        host_budget: Budget | None = None,
     ) -> None:
         self.model = model
         self.budget = budget
@@ -223,7 +226,7 @@ class Fitted:
             for promise, budget in self._promises():
                 promise.check(budget, binding=not self._retained)
 
-    def _promises(self) -> list[tuple[Promise, CheckpointBudget]]:
+    def _promises(self) -> list[tuple[Promise, Budget]]:
         spilled = [] if self.host_budget is None else [(self._spilled, self.host_budget)]
         return [(self._held, self.budget), *spilled]
 
@@ -242,8 +245,8 @@ class Fitted:
         """See to it that the promise is checked when the backward from `out` ends."""
 
         def backward_begins(_: torch.Tensor) -> None:
-            self._retained = self._retained or torch._C._autograd._get_current_graph_task_keep_graph()
-            torch.autograd.Variable._execution_engine.queue_callback(self.check_promise)
+            self._retained = self._retained or keep_graph()
+            queue_callback(self.check_promise)
 
         for tensor in tensors_in(out):
             if tensor.grad_fn is not None:
@@ -259,7 +262,8 @@ class Fitted:
         step = _Step(planned, walk)
         self._local.step = step
         try:
-            with self.budget:
+            self.budget.ledger.check_open()
+            with enter(self.budget):
                 self.budget.step("forward")
                 out = run_module(model, args, kwargs)
             if step.calls != len(planned.measured.modules):
@@ -311,14 +315,14 @@ def _describe(leaf: Any) -> Any:
 def fit(
     model: nn.Module,
     example_inputs: Any,
-    budget: CheckpointBudget | int | str,
+    budget: Budget | int | str,
     *,
     strategy: str = "optimal",
     hold: str = "account",
     preserve_rng_state: bool = True,
     verify: Verify | None = None,
     repeats: int = 3,
-    host_budget: CheckpointBudget | int | str | None = None,
+    host_budget: Budget | int | str | None = None,
 ) -> Fitted:
     """Make `model` run under a plan that keeps what autograd saves within `budget`.
 
@@ -347,10 +351,35 @@ def fit(
         else (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,), {})
     )
     check_verify(verify)
-    if not isinstance(budget, CheckpointBudget):
+    if not isinstance(budget, Budget):
         device = next((parameter.device for parameter in model.parameters()), None)
-        budget = CheckpointBudget(budget, device=device, hold=hold)  # type: ignore[arg-type]
-    host = None if host_budget is None else host_budget_of(host_budget, budget)
+        budget = CheckpointBudget(budget, device=device, hold=hold)
+    host = None if host_budget is None else _host_budget_of(host_budget, budget)
     fitted = Fitted(model, budget, strategy, preserve_rng_state, verify, repeats, host)
     fitted.plan_for(*args, **kwargs)
     return fitted
+
+
+def _host_budget_of(host: Budget | int | str, budget: Budget) -> Budget:
+    """The budget on the host to spill to: `host` itself, or one of that size, pinned where it feeds a CUDA device.
+
+    Raises `ValueError` for a budget that is not on the host, keeps no copies, is `budget` itself, or the one that `budget`
+    spills to when it is full: the peak there would be nobody's promise.
+    """
+    if isinstance(host, Budget):
+        if host is budget:
+            raise ValueError("host_budget is the budget itself; spilling needs a second one")
+        if host is budget.spill_to:
+            raise ValueError("host_budget is the budget's own spill_to; what is spilled by plan needs one of its own")
+        if host.device != "cpu" or host.hold != "pool":
+            raise ValueError(
+                f"host_budget is on {host.device!r} with hold={host.hold!r}; expected a size, or "
+                'CheckpointBudget(..., device="cpu", hold="pool")'
+            )
+        return host
+    allocator = None
+    if budget.device != "cpu":
+        from gpuckpt.memory.pools.cupy import pinned_buffer
+
+        allocator = pinned_buffer
+    return CheckpointBudget(host, device="cpu", hold="pool", allocator=allocator)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.activations import check_activation
-from gpuckpt.pytorch.early_stop import about_to_save
+from gpuckpt.pytorch.engine.early_stop import about_to_save
 from gpuckpt.pytorch.gated_rows import (
     Form,
     Pair,

@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from gpuckpt.pytorch.checkpoint import checkpoint
-from gpuckpt.pytorch.stages import statistics_frozen
+from gpuckpt.pytorch.profiling.chain_finder import statistics_frozen
 from gpuckpt.segments.graph import GraphCheckpointConfig
 
 __all__ = ["checkpoint_graph"]

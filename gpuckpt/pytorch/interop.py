@@ -18,7 +18,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from gpuckpt.memory.arrays import device_of, library_of
+from gpuckpt.memory.adapters.inspect import device_of, library_of
 from gpuckpt.memory.dlpack import exchange
 
 __all__ = ["accepts_arrays", "vjp"]

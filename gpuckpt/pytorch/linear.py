@@ -19,7 +19,7 @@ from torch import Tensor
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.activations import check_activation
 from gpuckpt.pytorch.dropout import Mask, check_dropout, draw_seed
-from gpuckpt.pytorch.early_stop import about_to_save
+from gpuckpt.pytorch.engine.early_stop import about_to_save
 from gpuckpt.pytorch.norm import Norm, again, normalise
 from gpuckpt.pytorch.operands import (
     autocast_input,

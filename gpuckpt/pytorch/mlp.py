@@ -18,7 +18,7 @@ from torch import Tensor
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.activations import check_activation, differentiate, finish, keep_
-from gpuckpt.pytorch.early_stop import about_to_save
+from gpuckpt.pytorch.engine.early_stop import about_to_save
 from gpuckpt.pytorch.norm import Norm, again, normalise
 from gpuckpt.pytorch.operands import (
     autocast_input,

@@ -34,7 +34,7 @@ def limits(chunk_rows: int | None, scratch_bytes: int | None) -> tuple[int | Non
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")
     if chunk_rows is None and scratch_bytes is None and not torch.compiler.is_compiling():
-        from gpuckpt.pytorch.saved_tensors import current_budget
+        from gpuckpt.pytorch.engine.hooks import current_budget
 
         budget = current_budget()
         if budget is not None:

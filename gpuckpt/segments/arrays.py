@@ -13,7 +13,7 @@ import array_api_compat as compat
 import numpy as np
 
 from gpuckpt.errors import DimMismatch, DLPackRefused
-from gpuckpt.memory.arrays import device_of, library_of
+from gpuckpt.memory.adapters.inspect import device_of, library_of
 from gpuckpt.memory.dlpack import exchange
 
 __all__ = ["Array", "as_array", "check_last_dim", "like_array", "matching", "nbytes", "place_of"]

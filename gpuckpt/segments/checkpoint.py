@@ -15,7 +15,7 @@ from gpuckpt.segments.keep import Keeper, Kept, release_all
 from gpuckpt.segments.protocols import Recomputable, require_backward
 
 if TYPE_CHECKING:
-    from gpuckpt.memory import CheckpointBudget
+    from gpuckpt.memory import Budget
 
 __all__ = ["Chained", "Checkpoint", "CheckpointedActivation", "vjp_checkpoint"]
 
@@ -26,7 +26,7 @@ class Checkpoint:
     budget: where the input lives; None keeps a reference. Raises `BudgetExceeded` where the input does not fit.
     """
 
-    def __init__(self, recomputable: Recomputable, input: Array, budget: CheckpointBudget | None = None) -> None:
+    def __init__(self, recomputable: Recomputable, input: Array, budget: Budget | None = None) -> None:
         self.recomputable = recomputable
         self._kept = Keeper(budget).keep(as_array(input))
 
@@ -51,7 +51,7 @@ class Checkpoint:
 class CheckpointedActivation(Checkpoint):
     """A `Checkpoint` that also knows what it saves. `segment`: any `Recomputable`."""
 
-    def __init__(self, segment: Recomputable, input: Array, budget: CheckpointBudget | None = None) -> None:
+    def __init__(self, segment: Recomputable, input: Array, budget: Budget | None = None) -> None:
         super().__init__(segment, input, budget)
         self._output_bytes: int | None = None
 
@@ -87,7 +87,7 @@ class Chained:
     recomputed from it; None keeps references.
     """
 
-    def __init__(self, steps: Sequence[Any], budget: CheckpointBudget | None = None) -> None:
+    def __init__(self, steps: Sequence[Any], budget: Budget | None = None) -> None:
         if not steps:
             raise EmptySegments
         self.steps = list(steps)
@@ -109,9 +109,7 @@ class Chained:
         return nbytes(as_array(x))
 
 
-def vjp_checkpoint(
-    step: Any, *inputs: Array, budget: CheckpointBudget | None = None
-) -> tuple[Array, Callable[[Array], Any]]:
+def vjp_checkpoint(step: Any, *inputs: Array, budget: Budget | None = None) -> tuple[Array, Callable[[Array], Any]]:
     """Run `step` on `inputs`, keep the inputs alone, and return (output, pullback).
 
     step: has `forward(*inputs)` and `backward(*inputs, grad_output)`, which gives the gradient of the input, or a tuple of

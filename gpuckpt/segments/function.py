@@ -18,7 +18,7 @@ from gpuckpt.segments.keep import Keeper, Kept, release_all
 from gpuckpt.segments.storage import Packed, pack, storage_format, unpack
 
 if TYPE_CHECKING:
-    from gpuckpt.memory import CheckpointBudget
+    from gpuckpt.memory import Budget
 
 __all__ = ["ActivationCheckpointer", "CheckpointConfig"]
 
@@ -65,7 +65,7 @@ class ActivationCheckpointer:
     budget: where they live; None keeps references. One thread at a time.
     """
 
-    def __init__(self, config: CheckpointConfig | None = None, budget: CheckpointBudget | None = None) -> None:
+    def __init__(self, config: CheckpointConfig | None = None, budget: Budget | None = None) -> None:
         self.config = config or CheckpointConfig()
         self._format = storage_format(self.config.storage_dtype)
         self._keeper = Keeper(budget)

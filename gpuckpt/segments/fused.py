@@ -17,7 +17,7 @@ from typing import Any
 import array_api_compat as compat
 
 from gpuckpt.backend import backend_named
-from gpuckpt.memory.arrays import library_of
+from gpuckpt.memory.adapters.inspect import library_of
 from gpuckpt.memory.dlpack import exchange
 from gpuckpt.segments.arrays import Array
 from gpuckpt.segments.pointwise import activate, derivative

@@ -13,7 +13,7 @@ from gpuckpt.errors import NotCheckpointed
 from gpuckpt.segments.arrays import Array, nbytes
 
 if TYPE_CHECKING:
-    from gpuckpt.memory import CheckpointBudget, MemoryUsageTracker
+    from gpuckpt.memory import Budget, MemoryUsageTracker
 
 __all__ = ["Keeper", "Kept", "release_all"]
 
@@ -69,7 +69,7 @@ class Kept:
 class Keeper:
     """Where a class keeps its arrays. budget: their cap, or None. tracker: told of every array kept and freed, or None."""
 
-    def __init__(self, budget: CheckpointBudget | None = None, tracker: MemoryUsageTracker | None = None) -> None:
+    def __init__(self, budget: Budget | None = None, tracker: MemoryUsageTracker | None = None) -> None:
         self.budget = budget
         self.tracker = tracker
         # id(layer) -> (layer, its booked gradient bytes): a layer that occurs twice has one set of gradients.

@@ -12,7 +12,7 @@ from gpuckpt.segments.keep import Keeper, Kept
 from gpuckpt.segments.protocols import Layer
 
 if TYPE_CHECKING:
-    from gpuckpt.memory import CheckpointBudget, MemoryUsageTracker
+    from gpuckpt.memory import Budget, MemoryUsageTracker
 
 __all__ = ["CheckpointedLayer", "SegmentCheckpointer"]
 
@@ -34,7 +34,7 @@ class CheckpointedLayer:
         layer: Layer,
         tracker: MemoryUsageTracker | None = None,
         *,
-        budget: CheckpointBudget | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.inner = layer
         self._keeper = Keeper(budget, tracker)
@@ -142,7 +142,7 @@ class SegmentCheckpointer:
         layers: Iterable[Any] = (),
         checkpoint_every: int = 1,
         tracker: MemoryUsageTracker | None = None,
-        budget: CheckpointBudget | None = None,
+        budget: Budget | None = None,
     ) -> None:
         if checkpoint_every < 0:
             raise ValueError(f"checkpoint_every={checkpoint_every}: give 0 (the input only) or more")

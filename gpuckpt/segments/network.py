@@ -16,7 +16,7 @@ from gpuckpt.segments.keep import Keeper
 from gpuckpt.segments.strategy import CheckpointStrategy
 
 if TYPE_CHECKING:
-    from gpuckpt.memory import CheckpointBudget
+    from gpuckpt.memory import Budget
 
 __all__ = ["CheckpointedNetwork", "CheckpointedPipeline"]
 
@@ -33,7 +33,7 @@ class CheckpointedNetwork:
         self,
         segments: Sequence[Any],
         *,
-        budget: CheckpointBudget | None = None,
+        budget: Budget | None = None,
         strategy: CheckpointStrategy | None = None,
     ) -> None:
         if not segments:
@@ -86,7 +86,7 @@ class CheckpointedPipeline:
     `DimMismatch`. Raises `EmptyPipeline` without one. budget: as there.
     """
 
-    def __init__(self, segments: Sequence[Any], *, budget: CheckpointBudget | None = None) -> None:
+    def __init__(self, segments: Sequence[Any], *, budget: Budget | None = None) -> None:
         if not segments:
             raise EmptyPipeline
         for k, (left, right) in enumerate(itertools.pairwise(segments)):

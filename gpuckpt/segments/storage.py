@@ -28,7 +28,7 @@ import array_api_compat as compat
 import numpy as np
 
 from gpuckpt.errors import BackendUnavailable
-from gpuckpt.memory.arrays import library_of
+from gpuckpt.memory.adapters.inspect import library_of
 from gpuckpt.memory.dlpack import exchange
 from gpuckpt.segments.arrays import Array
 from gpuckpt.segments.fused import as_tensors

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hostcuda import loader
+
+from tests.hostcuda import loader
 
 CAPACITY_BYTES = 1 << 30
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hostcuda import build
+from tests.hostcuda import build
 
 RUNTIME = "cupy_backends.cuda.api.runtime"
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from sanitizer import Arena, Watch, watch
 from torch import Tensor
+
+from tests.sanitizer import Arena, Watch, watch
 
 __all__ = ["DTYPES", "Call"]
 

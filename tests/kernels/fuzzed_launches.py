@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from fuzzed_call import DTYPES, Call
-from sanitizer import Watch
 from torch import Tensor
+
+from tests.kernels.fuzzed_call import DTYPES, Call
+from tests.sanitizer import Watch
 
 
 def _linear(call: Call, tma: bool) -> tuple[tuple[int, int, int], torch.dtype, Tensor, Tensor]:

@@ -13,12 +13,13 @@ import torch
 import triton
 import triton.language as tl
 from gpuckpt.kernels.numerics import INTERPRETED
-from sanitizer import Arena, Fault, watch
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tests.sanitizer import Arena, Fault, watch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fuzzed_launches import CASES, SEVERAL, Call
+from tests.kernels.fuzzed_launches import CASES, SEVERAL, Call
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter"),

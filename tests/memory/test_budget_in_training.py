@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from gpuckpt import CheckpointBudget
 from gpuckpt.errors import BudgetClosed, BudgetExceeded
-from gpuckpt.memory import CheckpointBudget
 from gpuckpt.memory.uncapped import uncapped
 
 HOLDS = ["account", "pool"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpuckpt.memory import CheckpointBudget
-from gpuckpt.memory.forms import TorchForm
-from gpuckpt.pytorch.holdings import Holding
+from gpuckpt import CheckpointBudget
+from gpuckpt.memory.adapters.torch import TorchForm
+from gpuckpt.pytorch.engine.saved_storage import SavedStorage
 
 
 class OnGpu(torch.Tensor):
@@ -29,7 +29,7 @@ def on_gpu() -> OnGpu:
 
 
 def test_a_host_block_takes_the_bytes_of_a_cuda_tensor(host):
-    holding = Holding(1024)
+    holding = SavedStorage(1024)
     assert torch.equal(holding.copy_in(host, on_gpu()), on_gpu().detach())
     assert host.used_bytes == 1024
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from gpuckpt import CheckpointBudget
 from gpuckpt.errors import DLPackRefused
-from gpuckpt.memory import CheckpointBudget
 from gpuckpt.memory.dlpack import exchange
 
 

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
+from gpuckpt import CheckpointBudget
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.memory import CheckpointBudget, lay_out
 
 UNIT = 512
 CAP = 24 * UNIT
@@ -171,7 +171,7 @@ class HostBooks(Books):
     system_error = MemoryError
 
     def make_budget(self) -> CheckpointBudget:
-        from gpuckpt.memory.host_pool import aligned_buffer
+        from gpuckpt.memory.pools.host import aligned_buffer
 
         def allocate(nbytes):
             if self.broken:
@@ -281,46 +281,3 @@ def test_the_host_pool_under_a_million_operations():
 def test_cupys_pool_under_a_million_operations(hostcuda):
     CupyBooks.hostcuda = hostcuda
     run(CupyBooks, 1_000_000)
-
-
-def random_sequence(rng: random.Random, steps: int) -> list[tuple]:
-    sequence, alive, nesting = [], [], rng.random() < 0.3
-    for name in range(steps):
-        while alive and rng.random() < 0.45:
-            sequence.append(("free", alive.pop(-1 if nesting else rng.randrange(len(alive)))))
-        sequence.append(("alloc", name, rng.choice([0, 1, UNIT, rng.randrange(5000)])))
-        alive.append(name)
-    return sequence
-
-
-def replay(sequence, unit_bytes: int) -> None:
-    """No two arrays that are alive together share a byte, and nothing lies outside of the slab."""
-    slab = lay_out(sequence, unit_bytes=unit_bytes)
-    alive: dict[int, tuple[int, int]] = {}
-    most = 0
-    nested: list[int] = []
-    lifo = True
-    for step in sequence:
-        if step[0] == "free":
-            lifo = lifo and nested[-1] == step[1]
-            nested.remove(step[1])
-            del alive[step[1]]
-            continue
-        start = slab.offsets[step[1]]
-        end = start + -(-step[2] // unit_bytes) * unit_bytes
-        assert start % unit_bytes == 0
-        assert 0 <= start <= end <= slab.size_bytes
-        assert all(end <= low or high <= start for low, high in alive.values() if low < high and start < end)
-        alive[step[1]] = (start, end)
-        nested.append(step[1])
-        most = max(most, sum(high - low for low, high in alive.values()))
-    assert slab.peak_bytes == most <= slab.size_bytes
-    if lifo:
-        assert slab.size_bytes == most, "nested lifetimes leave no gap"
-
-
-@pytest.mark.parametrize("unit_bytes", [1, UNIT])
-def test_layouts_of_random_sequences_never_overlap(unit_bytes):
-    rng = random.Random(unit_bytes)
-    for _ in range(150):
-        replay(random_sequence(rng, rng.randrange(60)), unit_bytes)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from gpuckpt import CheckpointBudget, fit
+from gpuckpt.pytorch.engine.residency import mark_resident
 from gpuckpt.pytorch.fit import Fitted
-from gpuckpt.pytorch.saved_tensors import mark_resident
 
 
 @dataclass

@@ -8,14 +8,14 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from pytorch.steps import HOLDS, batch, bits, blocks, run
 from torch import Tensor, nn
 
 import gpuckpt
 from gpuckpt import BudgetExceeded, CheckpointBudget
 from gpuckpt.cli.transformer import Config, Transformer
-from gpuckpt.memory.host_pool import aligned_buffer
-from gpuckpt.pytorch.spill import Link
+from gpuckpt.memory.pools.host import aligned_buffer
+from gpuckpt.pytorch.profiling.link_speed import Link
+from tests.pytorch.steps import HOLDS, batch, bits, blocks, run
 
 both = pytest.mark.parametrize("hold", HOLDS)
 

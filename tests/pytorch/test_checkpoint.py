@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from pytorch.steps import HOLDS, batch, bits, blocks, gradients, run
 from torch import Tensor, nn
 
 import gpuckpt
 from gpuckpt import CheckpointBudget, RecomputeMismatch, SavedTensorModified
+from tests.pytorch.steps import HOLDS, batch, bits, blocks, gradients, run
 
 pytestmark = pytest.mark.parametrize("hold", HOLDS)
 

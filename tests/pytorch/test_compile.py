@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pytorch.steps import bits, blocks
 from torch import Tensor, nn
 
 from gpuckpt import CheckpointBudget, CheckpointError, checkpoint, fit
 from gpuckpt.pytorch.fit import Fitted
+from tests.pytorch.steps import bits, blocks
 
 BACKEND = "aot_eager"
 

@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-from pytorch.beside_plain import assert_same, plain_peak_bytes, train_step
 from torch import nn
 
 from gpuckpt import CheckpointBudget, checkpoint, fit
 from gpuckpt.errors import BudgetExceeded, InvalidChain, PromiseBroken, RecomputeMismatch
+from tests.pytorch.beside_plain import assert_same, plain_peak_bytes, train_step
 
 
 class Block(nn.Module):

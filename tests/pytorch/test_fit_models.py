@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch.beside_plain import beside_plain, plain_peak_bytes
 from torch import nn
 
 from gpuckpt import CheckpointBudget, SavedTensorModified, fit
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.planning import Recompute
+from tests.pytorch.beside_plain import beside_plain, plain_peak_bytes
 
 
 def recomputed(fitted) -> int:

@@ -7,11 +7,11 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from pytorch.fused import OPS, gradients
 
 from gpuckpt import functional
 from gpuckpt.errors import DimMismatch, DLPackRefused
 from gpuckpt.pytorch import interop
+from tests.pytorch.fused import OPS, gradients
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 PUBLIC = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pytorch.fused import OPS, LiveBytes, assert_as_good_as_torch, gradients
 
 from gpuckpt import CheckpointBudget, functional
 from gpuckpt.errors import BudgetExceeded, DimMismatch
 from gpuckpt.pytorch.scratch import LEAST_ROWS, settle_chunk
+from tests.pytorch.fused import OPS, LiveBytes, assert_as_good_as_torch, gradients
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 FORMULAS = {

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from pytorch.fused import OPS, Counter, gradients
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from gpuckpt import CheckpointBudget, functional
+from tests.pytorch.fused import OPS, Counter, gradients
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.fx import GraphModule, Tracer, symbolic_trace
 
+from gpuckpt import CheckpointBudget
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.memory import CheckpointBudget
 from gpuckpt.pytorch.graph import checkpoint_graph
 from gpuckpt.segments import GraphCheckpointConfig, GraphSegment, plan_recomputation
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
-from gpuckpt.memory import CheckpointBudget
+from gpuckpt import CheckpointBudget
 from gpuckpt.pytorch.graph import checkpoint_graph
 from gpuckpt.segments import GraphCheckpointConfig, GraphSegment
 

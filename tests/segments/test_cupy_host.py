@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpuckpt import CheckpointBudget, MemoryUsageTracker
 from gpuckpt.errors import BudgetExceeded, NotCheckpointed
-from gpuckpt.memory import CheckpointBudget, MemoryUsageTracker
 from gpuckpt.segments import (
     ActivationCheckpointer,
     Chained,

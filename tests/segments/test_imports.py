@@ -8,7 +8,7 @@ import sys
 SCRIPT = """
 import sys
 import gpuckpt.segments as s
-from gpuckpt.memory import CheckpointBudget
+from gpuckpt import CheckpointBudget
 import numpy as np
 net = s.CheckpointedNetwork([s.Dense(2, 2, "tanh")] * 3, budget=CheckpointBudget("1KiB", device="cpu"))
 net.backward(net.forward(np.ones(2, np.float32)))

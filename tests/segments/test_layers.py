@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpuckpt import CheckpointBudget, MemoryUsageTracker
 from gpuckpt.errors import BudgetExceeded, NotCheckpointed
-from gpuckpt.memory import CheckpointBudget, MemoryUsageTracker
 from gpuckpt.segments import CheckpointedLayer, Dense, Layer, SegmentCheckpointer
 
 HOLDS = ("account", "pool")
@@ -176,7 +176,7 @@ def test_the_replay_goes_segment_by_segment(counting: Any) -> None:
 
 @pytest.mark.parametrize("hold", HOLDS)
 def test_one_segments_activations_are_held_at_a_time(lib: Any, hold: str) -> None:
-    """12 layers in segments of 3: 4 inputs are kept, and a replay adds 2. Holding everything would be 12."""
+    """12 layers in segments of 3: 4 inputs are kept, and a replay adds 2. SavedStorage everything would be 12."""
     budget = CheckpointBudget(6 * 64, device="cpu", hold=hold)
     tracker = MemoryUsageTracker()
     checkpointer = SegmentCheckpointer(dense(lib, 12), 3, tracker, budget)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpuckpt import CheckpointBudget
 from gpuckpt.errors import BudgetExceeded, DimMismatch, EmptyPipeline, EmptySegments, NotCheckpointed
-from gpuckpt.memory import CheckpointBudget
 from gpuckpt.segments import (
     Checkpoint,
     CheckpointedActivation,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpuckpt.memory import CheckpointBudget, MemoryUsageTracker
+from gpuckpt import CheckpointBudget, MemoryUsageTracker
 from gpuckpt.segments import (
     ActivationCheckpointer,
     Chained,

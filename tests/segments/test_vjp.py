@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpuckpt import CheckpointBudget
 from gpuckpt.errors import BudgetExceeded, EmptySegments, NotCheckpointed
-from gpuckpt.memory import CheckpointBudget
 from gpuckpt.segments import Chained, Dense, Recomputable, vjp_checkpoint
 
 

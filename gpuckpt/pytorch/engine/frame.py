@@ -1,0 +1,349 @@
+"""The frame: what a checkpoint is made of, on `torch.autograd.graph.saved_tensors_hooks`.
+
+1. `save` puts the tensors to start from through `save_for_backward` of a small Function outside the frame's own hooks, so
+   that an enclosing budget or frame holds them like any other saved tensor.
+2. Under `hooks()` autograd's saved tensors are numbered, and nothing is kept.
+3. The first unpack replays the work under hooks that put tensor number i into the budget, and stops after the last one
+   that somebody still waits for (early stop; fused operations say what they will save before they compute, see early_stop.py).
+4. What was recomputed dies with the autograd node that asked for it; where the node outlives the backward, at the end of that
+   backward at the latest.
+
+A budget that is full may drop what was recomputed (the policy "recompute"), oldest first: it is then computed once more when
+it is asked for, so that a frame gets by with less than all its saved tensors, for more work.
+
+torch.utils.checkpoint keeps what it recomputes in a dictionary of its own, where no budget sees it; here nested frames,
+budgets and other hooks compose without a special case.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+
+from gpuckpt.errors import BudgetExceeded, RecomputeMismatch
+from gpuckpt.memory import Budget
+from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, queue_callback, untraced
+from gpuckpt.pytorch.engine.early_stop import replaying
+from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
+from gpuckpt.pytorch.engine.hooks import enter, redirect_saves, redirected_hold
+from gpuckpt.pytorch.engine.residency import is_resident
+from gpuckpt.pytorch.engine.saved_storage import SavedStorage, modified
+from gpuckpt.pytorch.engine.storage_index import index_of
+
+__all__ = ["Frame", "Verify", "check_verify"]
+
+Verify = Literal["metadata", "bitwise"]
+
+
+def check_verify(verify: object) -> None:
+    """Raise `ValueError` for what is no way to verify a recompute: a typo would check less than was asked for."""
+    if not (verify is None or (isinstance(verify, str) and verify in ("metadata", "bitwise"))):
+        raise ValueError(f"verify={verify!r}: expected None, 'metadata' or 'bitwise'")
+
+
+class _EarlyStop(BaseException):
+    """All that was waited for has been recomputed. A BaseException, so that user code does not catch it by mistake."""
+
+
+class _SaveInputs(torch.autograd.Function):
+    """Saves tensors through autograd, so that whatever hooks are active hold them; its node is never run."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise AssertionError("the node that keeps a checkpoint's inputs is no part of the graph")
+
+
+class Recoverable(Protocol):
+    """What fills a slot: a tensor that is held, here or on the host."""
+
+    @property
+    def holding(self) -> Any: ...
+
+    def load(self) -> torch.Tensor: ...
+
+
+class _Slot:
+    """Stands in the graph for saved tensor number `index` of a frame; filled by a recompute."""
+
+    __slots__ = ("__weakref__", "details", "frame", "held", "index", "resident", "shape")
+
+    def __init__(self, frame: Frame, index: int) -> None:
+        self.frame = frame
+        self.index = index
+        self.held: Recoverable | None = None
+
+    def describe(self, tensor: torch.Tensor) -> None:
+        """Note what a replay has to reproduce: always the shape, and of a parameter the version of its storage."""
+        self.shape = tensor.shape
+        self.resident = _version(tensor) if is_resident(tensor) else None
+        self.details = None if self.frame._verify is None else _details(tensor, self.frame._verify)
+
+    def evict(self, how: str) -> int:
+        """Drop what a recompute can bring again; see `gpuckpt.memory.eviction.Evictable`."""
+        lock = self.frame._lock
+        if how != "recompute" or not lock.acquire(blocking=False):
+            return 0
+        try:
+            held = self.held
+            if held is None or not isinstance(held.holding, SavedStorage) or self is self.frame._wanted:
+                return 0
+            holding = weakref.ref(held.holding)
+            nbytes = held.holding.nbytes
+            self.held = held = None
+            return nbytes if holding() is None else 0
+        finally:
+            lock.release()
+
+
+class Frame:
+    """One piece of work that is run now and replayed in backward.
+
+    `replay(tensors)` does the work again from the tensors that were given to `save`, in that order. It must not refer to
+    the frame. `budget` holds what is recomputed; None: nobody is charged.
+    """
+
+    def __init__(
+        self, replay: Callable[[list[torch.Tensor]], Any], budget: Budget | None, verify: Verify | None = None
+    ) -> None:
+        self._replay = replay
+        self._budget = budget
+        self._verify = verify
+        self._inputs: list[Any] = []
+        self._slots: list[weakref.ref[_Slot]] = []
+        self._wanted: _Slot | None = None
+        self._lock = threading.RLock()
+
+    def save(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Keep `tensors` to start from, in whatever the active hooks save into. Raises `BudgetExceeded`."""
+        if tensors:
+            # The anchor makes autograd record a node; the node holds the inputs, and nothing in the graph points to it.
+            anchor = torch.empty((), device="cpu", requires_grad=True)
+            self._inputs.append(_SaveInputs.apply(anchor, *tensors).grad_fn)
+
+    def hooks(self) -> enter:
+        """The context to do the work in; the frame's budget is the current one in it."""
+        return enter(self._budget, self._number, _unpack)
+
+    @untraced
+    def _number(self, tensor: torch.Tensor) -> _Slot:
+        slot = _Slot(self, len(self._slots))
+        slot.describe(tensor)
+        self._slots.append(weakref.ref(slot))
+        return slot
+
+    def recompute(self, wanted: _Slot) -> None:
+        """Replay, and fill the slots that somebody still waits for, `wanted` among them. After a failure no slot holds anything.
+
+        Raises `BudgetExceeded` where they do not fit, `RecomputeMismatch` where the work is not what it was.
+        """
+        replay = _Replay(self, wanted)
+        tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
+        outer, self._wanted = self._wanted, wanted
+        try:
+            with (
+                torch.enable_grad(),
+                redirect_saves(None),
+                enter(self._budget, replay.pack, _Recomputed.load),
+                replaying(replay),
+            ):
+                self._replay(tensors)
+            raise RecomputeMismatch(
+                f"checkpointed work saved {len(self._slots)} tensors in forward and {replay.count} when it was run again; it "
+                "must do the same both times (global state, data-dependent branches and caches are the usual reasons)"
+            )
+        except _EarlyStop:
+            return
+        except BaseException as error:
+            drop_stale_nodes_after(error)
+            replay.drop()
+            raise
+        finally:
+            self._wanted = outer
+            replay.close()
+
+    def forget(self) -> None:
+        """Let go of all that was recomputed."""
+        with self._lock:
+            for ref in self._slots:
+                slot = ref()
+                if slot is not None:
+                    slot.held = None
+
+
+class _Replay:
+    """One run of a frame's work once more: what autograd saves arrives in the order of forward and fills the slots that wait."""
+
+    __slots__ = ("__weakref__", "_budget", "_frame", "_hold", "_last", "_made", "_slots", "_wanted", "count")
+
+    def __init__(self, frame: Frame, wanted: _Slot) -> None:
+        budget = frame._budget
+        self._frame = frame
+        self._wanted = wanted
+        self._slots = {index: slot for index, ref in enumerate(frame._slots) if (slot := ref()) is not None}
+        self._last = max(index for index, slot in self._slots.items() if slot.held is None)
+        self._made: list[weakref.ref[_Recomputed]] = []
+        self._hold = index_of(budget).hold
+        self._budget = budget if budget is not None and "recompute" in budget.over_cap else None  # to offer slots to
+        self.count = 0
+
+    @untraced
+    def pack(self, tensor: torch.Tensor) -> _Recomputed:
+        index = self.count
+        self.count += 1
+        slot = self._slots.get(index)
+        waited_for = slot is not None
+        if slot is None:
+            slot = _Slot(
+                self._frame, index
+            )  # no longer needed by backward, but perhaps by a derivative inside the work
+        else:
+            _check(slot, tensor)
+        if slot.held is None:
+            try:
+                slot.held = (redirected_hold() or self._hold)(tensor)
+            except BudgetExceeded:
+                if self._budget is None or self._wanted.held is None:
+                    raise
+                raise _EarlyStop from None  # the rest when it is wanted
+            if self._budget is not None and waited_for:
+                self._budget.offer(slot)
+        if index == self._last:
+            raise _EarlyStop
+        made = _Recomputed(slot)
+        self._made.append(weakref.ref(made))
+        return made
+
+    def close(self) -> None:
+        """The replay is over. Its graph served derivatives inside the work; what user code keeps of it keeps no bytes."""
+        for ref in self._made:
+            made = ref()
+            if made is not None:
+                made.slot = None
+        self._made.clear()
+        self._slots.clear()
+        # Autograd keeps the hooks beside what they returned, and with `pack` this object.
+        self._frame = self._wanted = self._budget = self._hold = None  # type: ignore[assignment]
+
+    def arrive(self, tensors: Sequence[torch.Tensor]) -> None:
+        """`tensors` will be saved next, before anything else: take them now if nothing after them is waited for."""
+        if self.count + len(tensors) > self._last:
+            for tensor in tensors:
+                self.pack(tensor)
+            raise AssertionError("the last tensor ends a replay")
+
+    def drop(self) -> None:
+        """Let go of all that has arrived."""
+        for slot in self._slots.values():
+            slot.held = None
+
+
+class _Recomputed:
+    """Stands in the graph of a replay for a tensor that the replay saved, for as long as the replay runs.
+
+    Work that differentiates inside (forces, gradient penalties) goes backward through that graph then. A lock would not do
+    here: beyond 60 nested backwards autograd goes on in another thread, while the first one holds the frame's lock.
+    """
+
+    __slots__ = ("__weakref__", "slot")
+
+    def __init__(self, slot: _Slot) -> None:
+        self.slot: _Slot | None = slot
+
+    @untraced
+    def load(self) -> torch.Tensor:
+        slot = self.slot
+        if slot is None:
+            raise RecomputeMismatch(
+                "backward reached a tensor that checkpointed work made when it was run again and that outlived the recompute "
+                "(kept in an attribute, a list or a hook); keep what the first forward makes, or detach() it"
+            )
+        held = slot.held
+        if held is None:  # given up to a full budget in the meantime
+            with slot.frame._lock:
+                slot.frame.recompute(slot)
+                held = slot.held
+        assert held is not None
+        return held.load()
+
+
+@untraced
+def _unpack(slot: _Slot) -> torch.Tensor:
+    frame = slot.frame
+    with frame._lock:
+        in_backward = graph_task_id() >= 0
+        if slot.held is None:
+            if in_backward:
+                # What this backward turns out not to need would stay until the graph is gone.
+                _forget_after_backward(frame)
+            frame.recompute(slot)
+        held = slot.held
+        assert held is not None
+        if not in_backward:
+            frame.forget()  # somebody looks at a node's saved tensors: one is given, and none kept
+        elif keep_graph():
+            # The node outlives this backward (retain_graph), and would keep the bytes with it.
+            slot.held = None
+    return held.load()
+
+
+def _forget_after_backward(frame: Frame) -> None:
+    ref = weakref.ref(frame)  # the frame itself would keep its inputs that long
+
+    def forget() -> None:
+        frame = ref()
+        if frame is not None:
+            frame.forget()
+
+    queue_callback(forget)
+
+
+def _version(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Which storage a tensor is in, and how often that was changed in place."""
+    return (tensor.untyped_storage()._cdata, tensor._version) if tensor.layout is torch.strided else None
+
+
+def _details(tensor: torch.Tensor, verify: Verify) -> tuple:
+    stride = tensor.stride() if tensor.layout is torch.strided else None
+    seen = (tensor.dtype, tensor.device, stride)
+    return (*seen, _checksum(tensor)) if verify == "bitwise" else seen
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """64 bits that change with any byte of the tensor and, unlike an exclusive or, with their order."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+    weights = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)  # odd, so that no bit is multiplied away
+    return int((words * weights).sum())
+
+
+def _check(slot: _Slot, tensor: torch.Tensor) -> None:
+    verify = slot.frame._verify
+    details = None if verify is None else _details(tensor, verify)
+    if tensor.shape != slot.shape or details != slot.details:
+        names = ("shape", "dtype", "device", "strides", "contents")
+        before, now = (slot.shape, *(slot.details or ())), (tensor.shape, *(details or ()))
+        changes = [
+            f"{name} (contents differ)" if name == "contents" else f"{name} ({old} before, {new} now)"
+            for name, old, new in zip(names, before, now, strict=False)
+            if old != new
+        ]
+        raise RecomputeMismatch(
+            f"saved tensor number {slot.index} of checkpointed work is not the same when the work is run again: "
+            f"{', '.join(changes)}. It must do the same both times; with random numbers keep preserve_rng_state=True"
+        )
+    if slot.resident is not None:
+        version = _version(tensor)
+        # A leaf that the work makes itself, of an argument perhaps, is another storage each time, and its version says nothing.
+        if version is not None and version[0] == slot.resident[0] and version[1] != slot.resident[1]:
+            raise modified(tensor)

@@ -1,0 +1,211 @@
+"""Which storages a budget holds already: `StorageIndex` puts saved tensors into one budget, each storage once.
+
+The unit that is charged is the storage, because a storage is what a saved tensor keeps alive:
+
+- a storage that several saved tensors share is charged once, and given back when the last of them is gone;
+- what is resident (see residency.py) is never charged;
+- a tensor that already lies in a block of the budget's pool is not copied again;
+- of a sparse or nested tensor each part is charged.
+
+Two ways to hold (`CheckpointBudget(hold=...)`): "account" leaves the bytes where they are and charges them; "pool" copies
+the storage into the budget's pool, so that the pool's own limit guards it. An in-place change after saving is an error
+under "account" (backward would read the changed bytes) and harmless under "pool" (backward reads the copy). What a pool cannot
+hold (tensors on another device, sparse ones, subclasses) is charged where it is.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from gpuckpt.errors import BudgetExceeded
+from gpuckpt.memory import Budget
+from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch.engine.residency import is_resident
+from gpuckpt.pytorch.engine.saved_storage import Geometry, HeldTensor, MovableStorage, SavedStorage, flat_bytes
+
+__all__ = ["StorageIndex", "index_of"]
+
+
+class StorageIndex:
+    """Puts saved tensors into one budget; knows which storages the budget holds already."""
+
+    def __init__(self, budget: Budget | None) -> None:
+        self._budget = None if budget is None else weakref.ref(budget)
+        # By a storage's address: what holds that storage. By (address, version): what holds a copy of it.
+        self._holdings: dict[Any, weakref.ref[SavedStorage]] = {}
+        self._purge_at = 256
+        moving = None if budget is None else budget.moving
+        self._moves = moving is not None
+        self._lock = moving or threading.RLock()
+        self._copies_on = torch.device(budget.device) if budget is not None and budget.hold == "pool" else None
+
+    @untraced
+    def hold(self, tensor: torch.Tensor) -> HeldTensor:
+        """Charge (and under "pool" copy) the storage of `tensor`. Raises `BudgetExceeded`; then nothing has changed."""
+        # detach: an output that its own node saves would otherwise hold itself alive through its grad_fn.
+        if self._budget is None or is_resident(tensor):
+            return HeldTensor(tensor if tensor.is_leaf else tensor.detach(), tensor._version, None)
+        budget = self._budget()
+        assert budget is not None, "an index does not outlive the budget that it is used with"
+        try:
+            if tensor.layout is not torch.strided:
+                return self._hold_parts(budget, tensor)
+            if tensor.device == self._copies_on and type(tensor) is torch.Tensor:
+                return self._hold_copy(budget, tensor)
+            return self._held(tensor.detach(), self._holding(budget, tensor.untyped_storage()))
+        except BudgetExceeded as error:
+            node = "" if tensor.grad_fn is None else f" that {tensor.grad_fn.name()} is the backward of"
+            error.hint = f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}{node} cannot be saved: {error.hint}"
+            raise
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the storage of a strided `tensor` is held already, so that holding it costs nothing."""
+        budget = None if self._budget is None else self._budget()
+        if budget is None:
+            return False
+        storage = tensor.untyped_storage()
+        with self._lock:
+            if self._find(storage._cdata) is not None:
+                return True
+            copied = tensor.device == self._copies_on and type(tensor) is torch.Tensor
+            if not copied:
+                return False
+            if budget.owns(storage.data_ptr()):
+                return True
+            holding = self._find((storage._cdata, tensor._version))
+            return (
+                holding is not None
+                and holding.flat is not None
+                and torch.equal(holding.flat, flat_bytes(storage, tensor.device))
+            )
+
+    def hold_copy(self, tensor: torch.Tensor) -> HeldTensor:
+        """Hold a copy of a strided `tensor` of any device in the budget's pool. Raises `BudgetExceeded`."""
+        budget = None if self._budget is None else self._budget()
+        assert budget is not None, "whoever asks for a copy has a budget"
+        return self._hold_copy(budget, tensor)
+
+    def bring(
+        self, there: HeldTensor, device: torch.device, brought: dict[int, tuple[torch.Tensor, SavedStorage]]
+    ) -> HeldTensor:
+        """Hold on `device` what `there` holds a copy of elsewhere. `brought`: what is back already, by the copy's holding, so
+        that tensors that shared a storage share one again. Raises `BudgetExceeded`."""
+        budget = None if self._budget is None else self._budget()
+        assert budget is not None
+        assert isinstance(there.holding, SavedStorage)
+        assert there.tensor is not None
+        with self._lock:
+            known = brought.get(id(there.holding))
+            if known is None:
+                source = there.holding.flat
+                assert source is not None, "a copy lies in a pool"
+                holding = self._new(budget, there.holding.nbytes)
+                flat = holding.move_in(budget, source, device, self._copies_on == device)
+                self.remember(flat.untyped_storage()._cdata, holding)
+                known = brought[id(there.holding)] = flat, holding
+            flat, holding = known
+            return self._held(Geometry(there.tensor).of(flat), holding)
+
+    def remember(self, key: Any, holding: SavedStorage) -> None:
+        """`holding` holds the storage, or the copy, that `key` names."""
+        if len(self._holdings) >= self._purge_at:
+            self._holdings = {key: ref for key, ref in self._holdings.items() if ref() is not None}
+            self._purge_at = max(256, 2 * len(self._holdings))
+        self._holdings[key] = weakref.ref(holding)
+
+    def forget(self, key: Any) -> None:
+        """Nobody holds the storage that `key` names any more."""
+        self._holdings.pop(key, None)
+
+    @staticmethod
+    def _held(tensor: torch.Tensor, holding: SavedStorage | None) -> HeldTensor:
+        held = HeldTensor(tensor, tensor._version, holding)
+        if isinstance(holding, MovableStorage):
+            holding.look(held)
+        return held
+
+    def _find(self, key: Any) -> SavedStorage | None:
+        ref = self._holdings.get(key)
+        holding = None if ref is None else ref()
+        return holding if holding is None or holding.away is None else None
+
+    def _new(self, budget: Budget, nbytes: int) -> SavedStorage:
+        if not self._moves:
+            return SavedStorage(nbytes)
+        holding = MovableStorage(nbytes, budget, self)
+        budget.offer(holding)
+        return holding
+
+    def _holding(self, budget: Budget, storage: torch.UntypedStorage) -> SavedStorage:
+        """What charges `storage` where it is."""
+        key = storage._cdata
+        with self._lock:
+            holding = self._find(key)
+            if holding is None:
+                nbytes = storage.nbytes()
+                holding = self._new(budget, nbytes)
+                holding.charge = budget.charge(budget.footprint(nbytes), "saved tensor")
+                self.remember(key, holding)
+        return holding
+
+    def _hold_copy(self, budget: Budget, tensor: torch.Tensor) -> HeldTensor:
+        storage = tensor.untyped_storage()
+        nbytes = storage.nbytes()
+        if nbytes == 0:
+            return HeldTensor(tensor.detach(), tensor._version, None)
+        with self._lock:
+            holding = self._find(storage._cdata)
+            if holding is not None or budget.owns(storage.data_ptr()):
+                # The bytes lie in a block already: a load of something saved before, or the output of a kernel.
+                return self._held(tensor.detach(), holding)
+            key = (storage._cdata, tensor._version)
+            source = flat_bytes(storage, tensor.device)
+            holding = self._find(key)
+            # A version belongs to a tensor and not to a storage: the chunks of an RNN's gates share one storage, are changed
+            # in place one by one, and each counts for itself. Only the bytes tell whether a copy is still what is saved.
+            if holding is None or holding.flat is None or not torch.equal(holding.flat, source):
+                holding = self._new(budget, nbytes)
+                flat = holding.copy_in(budget, source)
+                holding.source = StorageWeakRef(storage)
+                self.remember(key, holding)
+                self.remember(flat.untyped_storage()._cdata, holding)
+            assert holding.flat is not None, "it is here"
+            return self._held(Geometry(tensor).of(holding.flat), holding)
+
+    def _hold_parts(self, budget: Budget, tensor: torch.Tensor) -> HeldTensor:
+        detached = tensor.detach()
+        if detached.layout is torch.sparse_coo:
+            parts = [detached._indices(), detached._values()]
+        elif detached.layout in (torch.sparse_csr, torch.sparse_bsr):
+            parts = [detached.crow_indices(), detached.col_indices(), detached.values()]
+        elif detached.layout in (torch.sparse_csc, torch.sparse_bsc):
+            parts = [detached.ccol_indices(), detached.row_indices(), detached.values()]
+        elif detached.layout is torch.jagged:
+            parts = [detached.values(), detached.offsets()]  # type: ignore[attr-defined]
+        else:
+            raise TypeError(
+                f"a budget cannot hold a saved tensor of layout {tensor.layout}; convert it to a strided one"
+            )
+        holdings = [self._holding(budget, part.untyped_storage()) for part in parts]
+        return HeldTensor(detached, tensor._version, holdings)
+
+
+_indexes: weakref.WeakKeyDictionary[Budget, StorageIndex] = weakref.WeakKeyDictionary()
+_uncharged = StorageIndex(None)
+_lock = threading.Lock()
+
+
+def index_of(budget: Budget | None) -> StorageIndex:
+    """The one `StorageIndex` of a budget; of None, one that keeps tensors and charges nobody."""
+    if budget is None:
+        return _uncharged
+    index = _indexes.get(budget)
+    if index is None:
+        with _lock:
+            index = _indexes.setdefault(budget, StorageIndex(budget))
+    return index

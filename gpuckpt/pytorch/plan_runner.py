@@ -1,0 +1,209 @@
+"""Runs a model's stages, one call at a time, under a plan's tree.
+
+The model calls its blocks itself; each call arrives here as `Walk.step`. Frames therefore open and close around calls that
+come one by one: a frame that covers stages i..j saves what stage i receives, and of the later ones what they receive
+besides their predecessor's output; its hooks are active inside the stages' calls only. In backward a frame replays its part
+of the tree through a walk of its own, so nesting needs no special case.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from gpuckpt.errors import InvalidPlan
+from gpuckpt.memory import Budget
+from gpuckpt.planning import KEEP, Node, Recompute
+from gpuckpt.pytorch.engine.fence import Environment
+from gpuckpt.pytorch.engine.frame import Frame, Verify
+from gpuckpt.pytorch.engine.offload import SPILL, Spill
+from gpuckpt.pytorch.profiling.call_hooks import run_module
+from gpuckpt.pytorch.profiling.chain_finder import Outputs, statistics_frozen, tensors_in
+
+__all__ = ["Walk"]
+
+
+class _Link:
+    """Stands among the arguments for output number `index` of the stage before."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class _Kept:
+    """Stands among the arguments for kept tensor number `index` of the frame."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A call of a stage: among the leaves of its arguments, tensors and other values, or `_Link`s, or (kept) `_Kept`s."""
+
+    module: torch.nn.Module
+    stage: int
+    leaves: Sequence[Any]
+    spec: Any
+    environment: Environment
+
+    def rewritten(self, kind: type, rewrite: Callable[[Any], Any]) -> _Arrival:
+        """The same call with `rewrite` applied to leaves of a kind. Most calls of a deep plan have none: they stay."""
+        if not any(isinstance(leaf, kind) for leaf in self.leaves):
+            return self
+        leaves = [rewrite(leaf) if isinstance(leaf, kind) else leaf for leaf in self.leaves]
+        return _Arrival(self.module, self.stage, leaves, self.spec, self.environment)
+
+
+class _Open:
+    """A frame whose stages are still arriving."""
+
+    def __init__(self, node: Recompute, walk: Walk) -> None:
+        self.program: list[_Arrival] = []
+        self.last = _last(node)
+        # By id and version: what is kept already, and its number.
+        self._known: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._count = 0
+        program, verify, preserve = self.program, walk.verify, walk.preserve_rng_state
+        budget, host = walk.budget, walk.host
+        children = node.children
+
+        def replay(kept: list[torch.Tensor]) -> None:
+            arrivals = [call.rewritten(_Kept, lambda leaf: kept[leaf.index]) for call in program]
+            inner = Walk(children, budget, verify, preserve, arrivals, host)
+            for call in arrivals:
+                leaves = call.rewritten(_Link, lambda leaf: inner.previous.tensors[leaf.index]).leaves
+                args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+                with call.environment.restored(), statistics_frozen(call.module.modules()):
+                    inner.step(call.stage, call.module, args, kwargs)
+
+        self.frame = Frame(replay, budget, verify)
+
+    def receive(self, calls: Iterable[_Arrival]) -> None:
+        """Save what the replay of the next stages needs besides the output of the stage before each."""
+        kept: list[torch.Tensor] = []
+        self.program += [call.rewritten(torch.Tensor, lambda leaf: self._keep(leaf, kept)) for call in calls]
+        self.frame.save(kept)
+
+    def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor]) -> _Kept:
+        key = id(tensor), tensor._version
+        known, number = self._known.get(key, (None, 0))
+        if known is None or known() is not tensor:
+            number = self._count
+            self._count += 1
+            self._known[key] = weakref.ref(tensor), number
+            kept.append(tensor)
+        return _Kept(number)
+
+
+class Walk:
+    """One pass over the stages that `nodes` cover.
+
+    `budget` holds what frames recompute. `previous`: what the latest stage returned. `ahead`: in a replay, the
+    calls that will come. Frames then save all that their stages will be given as soon as they open, so that a replay that
+    ends with a frame stops there (early stop) and does not run the frame's stages for the sake of the last one's arguments.
+    `host`: holds what stages save that are kept under the option "spill".
+    """
+
+    def __init__(
+        self,
+        nodes: Iterable[Node],
+        budget: Budget | None,
+        verify: Verify | None = None,
+        preserve_rng_state: bool = True,
+        ahead: Sequence[_Arrival] | None = None,
+        host: Budget | None = None,
+    ) -> None:
+        self.budget = budget
+        self.host = host
+        self.verify = verify
+        self.preserve_rng_state = preserve_rng_state
+        self.previous = Outputs()
+        self._ahead = ahead
+        self._stages = [] if ahead is None else [call.stage for call in ahead]
+        self._calls = 0
+        self._opens: dict[int, list[Recompute]] = {}
+        self._spilled: dict[int, Spill] = {}
+        self._collect(tuple(nodes))
+        self._open: list[_Open] = []
+
+    def _collect(self, nodes: tuple[Node, ...]) -> None:
+        """Which frames begin at which stage, outermost first, and which stages are spilled here; those within a frame are when
+        it replays them. Plans nest deeply: no recursion."""
+        for node in nodes:
+            if not isinstance(node, Recompute) and node.variant != KEEP:
+                if node.variant != SPILL or self.host is None or self.budget is None:
+                    raise InvalidPlan(
+                        f"the plan keeps stage {node.stage} under the option {node.variant!r}; what can be run is {KEEP!r}, "
+                        f"and {SPILL!r} with a host_budget"
+                    )
+                self._spilled[node.stage] = Spill(self.budget, self.host)
+        waiting = list(nodes[::-1])
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, Recompute):
+                self._opens.setdefault(_first(node), []).append(node)
+                waiting.extend(reversed(node.children))
+
+    def step(self, stage: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the next call, which is part of stage number `stage`: `module` with these arguments. A stage may be several
+        calls in a row."""
+        while self._open and self._open[-1].last < stage:
+            self._open.pop()
+        opening = [_Open(node, self) for node in self._opens.pop(stage, ())]
+        with ExitStack() as hooks:
+            if opening or self._open:
+                leaves, spec = pytree.tree_flatten((args, kwargs))
+                call = _Arrival(module, stage, leaves, spec, Environment(tensors_in(leaves), self.preserve_rng_state))
+                self._announce(call, opening, hooks)
+                del leaves, call
+            if stage in self._spilled:
+                linked = self.previous.unchanged()
+                shared = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) not in linked]
+                hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
+            out = run_module(module, args, kwargs)
+        self.previous = Outputs(tensors_in(out))
+        self._calls += 1
+        return out
+
+    def _announce(self, call: _Arrival, opening: list[_Open], hooks: ExitStack) -> None:
+        """Tell the open frames and those that open now of a call, and enter their hooks, outermost first."""
+        links = self.previous.unchanged()
+        later = call.rewritten(torch.Tensor, lambda leaf: _Link(links[id(leaf)]) if id(leaf) in links else leaf)
+        if self._ahead is None:
+            for opened in self._open:
+                opened.receive([later])
+                hooks.enter_context(opened.frame.hooks())
+        elif self._open:  # the hooks that count are the innermost
+            hooks.enter_context(self._open[-1].frame.hooks())
+        for opened in opening:
+            if self._ahead is None:
+                opened.receive([call])
+            else:
+                following = self._ahead[self._calls + 1 : bisect_right(self._stages, opened.last)]
+                opened.receive([call, *following])
+            hooks.enter_context(opened.frame.hooks())
+        self._open += opening
+
+
+def _first(node: Node) -> int:
+    while isinstance(node, Recompute):
+        node = node.children[0]
+    return node.stage
+
+
+def _last(node: Node) -> int:
+    while isinstance(node, Recompute):
+        node = node.children[-1]
+    return node.stage

@@ -1,0 +1,167 @@
+"""A model's chain of stages: which submodule calls it consists of.
+
+A chain is found by what runs, not by how a class is written: children of `nn.Sequential` and `nn.ModuleList` containers are
+watched during one forward, and calls form a chain where each receives the very tensor that the one before returned. Extra
+arguments that every block gets (masks, positions, caches) do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpuckpt.errors import InvalidChain
+from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
+
+__all__ = ["Outputs", "find_chain", "statistics_frozen", "tensors_in"]
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """The tensors in nested containers, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class Outputs:
+    """What a stage returned, and in which version: code between stages may change a tensor in place, and a recompute of the
+    stage would return it as it was before."""
+
+    __slots__ = ("_versions", "tensors")
+
+    def __init__(self, tensors: Sequence[torch.Tensor] = ()) -> None:
+        self.tensors = tensors
+        self._versions = [tensor._version for tensor in tensors]
+
+    def unchanged(self) -> dict[int, int]:
+        """By id the index of each tensor that nobody has changed in place since it was returned."""
+        pairs = zip(self.tensors, self._versions, strict=True)
+        return {id(tensor): index for index, (tensor, version) in enumerate(pairs) if tensor._version == version}
+
+
+def candidates(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that may be stages, with their names: the children of Sequentials and ModuleLists, at any depth."""
+    found: dict[nn.Module, str] = {}
+    for name, container in model.named_modules():
+        if isinstance(container, nn.Sequential | nn.ModuleList):
+            for child_name, child in container.named_children():
+                found.setdefault(child, f"{name}.{child_name}" if name else child_name)
+    return found
+
+
+@dataclass
+class Call:
+    """One call of a candidate module: where in the run it began and ended, by bytes produced; ids of tensors in and out;
+    how many calls had begun when it ended."""
+
+    module: nn.Module
+    begin: int
+    inputs: frozenset[int]
+    end: int = -1
+    outputs: frozenset[int] = frozenset()
+    begun: int = 0
+
+
+class _CountBytes(TorchDispatchMode):
+    """Counts the bytes that operators produce: a position in the run, and a measure of how much work lies in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.position += 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(out))
+        return out
+
+
+def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Module]:
+    """The modules whose calls form the model's chain, in calling order (one module may occur several times).
+
+    Runs one forward without autograd. Raises `InvalidChain` where fewer than two calls follow one another.
+    """
+    calls: list[Call] = []
+    alive: list[Any] = []  # ids name tensors for as long as these live
+    counter = _CountBytes()
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        record = Call(module, counter.position, frozenset(map(id, tensors_in((args, kwargs)))))
+        calls.append(record)
+        out = run_module(module, args, kwargs)
+        record.end, record.outputs = counter.position, frozenset(map(id, tensors_in(out)))
+        record.begun = len(calls)
+        alive.append((args, kwargs, out))
+        return out
+
+    with torch.no_grad(), intercept(candidates(model), call), counter:
+        run_module(model, args, kwargs)
+    chain = heaviest_path(calls)
+    if len(chain) < 2:
+        raise InvalidChain(
+            f"{type(model).__name__}: found no chain of stages to plan. Expected modules in an nn.Sequential or nn.ModuleList "
+            "of which each receives what the one before returned; wrap parts of the model in gpuckpt.checkpoint instead"
+        )
+    return [call.module for call in chain]
+
+
+def heaviest_path(calls: list[Call]) -> list[Call]:
+    """The run of calls, each beginning after the one before ended and receiving one of its outputs, that covers the most
+    work; among equals, the one with the most calls (inner blocks rather than the stages around them)."""
+    producers: dict[int, list[int]] = {}
+    # A call that does no work ends where it begins, and where it returns what it was given (a dropout that is off) it would
+    # follow itself, or what is around it: among equal positions the order in which calls began decides.
+    order = sorted(range(len(calls)), key=lambda number: (calls[number].begin, -calls[number].end, number))
+    rank = {number: place for place, number in enumerate(order)}
+    best, before = [(0, 0)] * len(calls), [-1] * len(calls)
+    waiting = sorted(range(len(calls)), key=lambda number: (calls[number].end, rank[number]))
+    ended = 0
+    for number in order:
+        call = calls[number]
+        while ended < len(waiting):
+            done = waiting[ended]
+            if calls[done].end > call.begin or rank[done] >= rank[number] or calls[done].begun > number:
+                break
+            for output in calls[done].outputs:
+                producers.setdefault(output, []).append(done)
+            ended += 1
+        previous = max(
+            (done for tensor in call.inputs for done in producers.get(tensor, ())),
+            key=lambda done: best[done],
+            default=-1,
+        )
+        covered, count = best[previous] if previous >= 0 else (0, 0)
+        best[number] = (covered + call.end - call.begin, count + 1)
+        before[number] = previous
+    number = max(range(len(calls)), key=lambda n: best[n], default=-1)
+    path = []
+    while number >= 0:
+        path.append(calls[number])
+        number = before[number]
+    return path[::-1]
+
+
+@contextmanager
+def statistics_frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run modules again without updating running statistics a second time (BatchNorm, InstanceNorm in training mode).
+
+    A momentum of zero leaves the running mean and variance bit for bit; the same kernel runs, so that the same tensors are
+    saved in the same order. The count of batches goes to a copy.
+    """
+    frozen: list[tuple[_NormBase, float | None, torch.Tensor | None]] = []
+    try:
+        for module in modules:
+            if isinstance(module, _NormBase) and module.training and module.track_running_stats:
+                count = module.num_batches_tracked
+                frozen.append((module, module.momentum, count))
+                module.momentum = 0.0
+                module.num_batches_tracked = None if count is None else count.clone()
+        yield
+    finally:
+        for norm, momentum, count in frozen:
+            norm.momentum, norm.num_batches_tracked = momentum, count

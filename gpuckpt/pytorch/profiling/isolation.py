@@ -1,0 +1,93 @@
+"""Running one part of a model by itself, and leaving no trace: tensors cut loose from their past, and the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gpuckpt.pytorch._torch_internals import set_versions
+
+__all__ = ["cut", "fresh", "have_drawn", "random_states", "unchanged"]
+
+
+class _Connect(torch.autograd.Function):
+    """Makes a tensor that is cut from its graph require a gradient without becoming a leaf (which autograd would take
+    for a parameter, and which must not be changed in place) and without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        # The same bytes with a version counter of their own: what autograd does to this one is not done to the caller's.
+        alias = tensor.data
+        set_versions((alias,), (tensor._version,))
+        return alias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, None]:
+        return None, None
+
+
+def cut(tree: Any) -> Any:
+    """The tensors of a nested value without their past, on the same bytes; each requires a gradient as before, and is no
+    leaf if it was none."""
+    return pytree.tree_map_only(torch.Tensor, _cut, tree)
+
+
+def _cut(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_leaf:
+        return tensor
+    return _Connect.apply(torch.empty((), requires_grad=True), tensor.detach())
+
+
+def fresh(tree: Any) -> Any:
+    """Like `cut`, on copies: a stage that changes its input in place does not change the original again."""
+    return pytree.tree_map_only(torch.Tensor, _fresh, tree)
+
+
+def _fresh(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    copy = tensor.detach().clone()
+    if not tensor.requires_grad:
+        return copy
+    return _Connect.apply(torch.empty((), requires_grad=True), copy)
+
+
+def random_states() -> list[torch.Tensor]:
+    """Where the random number generators stand, of the CPU and of the devices in use."""
+    with _disable_current_modes():  # real tensors, also where the rest is fake
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
+def have_drawn(before: list[torch.Tensor]) -> bool:
+    """Whether random numbers have been drawn since `random_states()` gave `before`."""
+    with _disable_current_modes():
+        return not all(map(torch.equal, before, random_states()))
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model's buffers (the same objects, with the same contents) and the random number generators are as
+    before, and autocast remembers no cast of a weight that was made meanwhile."""
+    owners = [(module, dict(module._buffers)) for module in model.modules()]
+    contents = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    cpu_rng, *cuda_rng = random_states()
+    try:
+        yield
+    finally:
+        for module, buffers in owners:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, before in contents.items():
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+        torch.set_rng_state(cpu_rng)
+        if cuda_rng:
+            torch.cuda.set_rng_state_all(cuda_rng)
+        torch.clear_autocast_cache()

@@ -1,0 +1,147 @@
+"""Kinds of stages: what has the same code and the same shapes is measured together.
+
+Of each kind the first stage runs a second time, for its workspace, and to see that it does the same twice; all of a kind
+share one median time, so that a planner sees N equal blocks as equal.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from gpuckpt.errors import InvalidChain
+from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch.engine.early_stop import replaying
+from gpuckpt.pytorch.engine.fence import Environment
+from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
+from gpuckpt.pytorch.profiling.call_hooks import run_module
+from gpuckpt.pytorch.profiling.chain_finder import tensors_in
+from gpuckpt.pytorch.profiling.clock import Clock
+from gpuckpt.pytorch.profiling.isolation import fresh
+from gpuckpt.pytorch.profiling.save_recorder import Saved, identity
+
+__all__ = ["StageKind", "kind_key", "run_again"]
+
+_MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
+
+
+@dataclass
+class StageKind:
+    """Stages of the same code and shapes: what is known of one holds for all."""
+
+    workspace_bytes: int
+    saved: int  # how many tensors autograd saves in it
+    calls: list[int] = field(default_factory=list)  # which of the chain's calls
+    forward_s: list[float] = field(default_factory=list)
+    backward_s: list[float] = field(default_factory=list)
+    stopped_s: list[float] = field(default_factory=list)  # of the forward up to the last saved tensor
+
+    @property
+    def tail_s(self) -> float:
+        """Seconds of the forward that a recompute is spared; none where the two medians differ by noise the other way."""
+        return max(0.0, statistics.median(self.forward_s) - statistics.median(self.stopped_s))
+
+    def time(self, module: nn.Module, inputs: Any, clock: Clock, repeats: int) -> None:
+        """Time one stage of this kind: `repeats` times for the first, once for each of the others up to a limit."""
+        wanted = min(repeats if not self.forward_s else 1, _MOST_SAMPLES * repeats - len(self.forward_s))
+        for _ in range(wanted):
+            args, kwargs = fresh(inputs)
+            began_s = clock.now()
+            out = run_module(module, args, kwargs)
+            self.forward_s.append(clock.now() - began_s)
+            roots, leaves = _ends(module, (args, kwargs), out)
+            grads = [torch.ones_like(root) for root in roots]
+            began_s = clock.now()
+            if roots and leaves:
+                torch.autograd.grad(roots, leaves, grads, allow_unused=True)
+            self.backward_s.append(clock.now() - began_s)
+            self.stopped_s.append(_stopped_s(module, inputs, clock, self.saved))
+
+
+class _Stop(BaseException):
+    """The last tensor has been saved."""
+
+
+class _StopWatch:
+    """Stops a run of a stage where a recompute would: at the last of `saved` tensors. Keeps none; nobody goes backward."""
+
+    def __init__(self, saved: int) -> None:
+        self.left = saved
+
+    @untraced
+    def pack(self, tensor: torch.Tensor) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            raise _Stop
+
+    def arrive(self, tensors: Sequence[torch.Tensor]) -> None:
+        if self.left <= len(tensors):
+            raise _Stop
+
+
+def _stopped_s(module: nn.Module, inputs: Any, clock: Clock, saved: int) -> float:
+    """Seconds until the last of `saved` tensors is saved; none where nothing is, since then nothing has to be run again."""
+    if not saved:
+        return 0.0
+    args, kwargs = fresh(inputs)
+    watch = _StopWatch(saved)
+    began_s = clock.now()
+    with suppress(_Stop), saved_tensors_hooks(watch.pack, identity), replaying(watch):
+        run_module(module, args, kwargs)
+    return clock.now() - began_s
+
+
+def run_again(
+    module: nn.Module, inputs: Any, environment: Environment, shapes: list[tuple[int, ...]], name: str
+) -> int:
+    """Run a stage a second time; it must save the same again. Returns the bytes of its workspace."""
+    args, kwargs = fresh(inputs)
+    saved, live = Saved(), LiveBytes()
+    torch.clear_autocast_cache()
+    with environment.restored(), live, saved.hooks():
+        out = run_module(module, args, kwargs)
+    if saved.shapes != shapes:
+        raise InvalidChain(
+            f"stage {name!r} ({type(module).__name__}) saved {len(shapes)} tensors when it ran and {len(saved.shapes)}, or of "
+            "other shapes, when it ran again on the same inputs, so that it cannot be recomputed. It keeps state between calls: "
+            "a cache (Hugging Face: use_cache=False), a counter, a data-dependent branch"
+        )
+    roots, leaves = _ends(module, (args, kwargs), out)
+    with live:
+        grads = [torch.ones_like(root) for root in roots]
+    forward_end = live.mark()
+    kept = live.numbers([*(tensor for tensor, _ in saved.tensors), *tensors_in(out)])
+    saved.tensors.clear()
+    del out
+    with live:
+        found = torch.autograd.grad(roots, leaves, grads, allow_unused=True) if roots and leaves else ()
+    gradients = live.numbers([*(grad for grad in found if grad is not None), *grads])
+    forward_bytes = live.peak_bytes(0, forward_end, kept | gradients)
+    return max(forward_bytes, live.peak_bytes(forward_end, live.mark(), gradients))
+
+
+def _ends(module: nn.Module, inputs: Any, out: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Where a stage's backward begins and what it leads to."""
+    roots = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
+    given = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return roots, list({id(tensor): tensor for tensor in [*given, *trained]}.values())
+
+
+def kind_key(module: nn.Module, inputs: Any, saved_bytes: list[int]) -> Any:
+    leaves, spec = pytree.tree_flatten(inputs)
+    given = tuple(
+        (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else type(leaf)
+        for leaf in leaves
+    )
+    parameters = tuple((p.shape, p.dtype, p.requires_grad) for p in module.parameters())
+    modes = tuple(part.training for part in module.modules())
+    return str(module), parameters, modes, given, str(spec), tuple(saved_bytes)
