@@ -30,6 +30,7 @@ from gpuckpt.pytorch.loss_chunks import (
     transient_bytes,
 )
 from gpuckpt.pytorch.operands import autocast_input, check_weight, rows_of
+from gpuckpt.pytorch.weight_grads import main_grad_of
 
 __all__ = ["REDUCTIONS", "chunk_rows_for", "linear_cross_entropy", "transient_bytes"]
 
@@ -42,6 +43,7 @@ def linear_cross_entropy_fwd(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    main: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -58,7 +60,7 @@ def linear_cross_entropy_fwd(
 
 @linear_cross_entropy_fwd.register_fake
 def _(
-    x, weight, bias, target, ignore_index, label_smoothing, z_loss, softcap, reduction, chunk_rows, scratch_bytes
+    x, weight, bias, target, main, ignore_index, label_smoothing, z_loss, softcap, reduction, chunk_rows, scratch_bytes
 ) -> Tensor:
     return x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=loss_dtype(x))
 
@@ -82,7 +84,8 @@ def linear_cross_entropy_bwd(
     """The gradients of x, weight and bias that `needs` asks for, in that order; each in its input's dtype."""
     what = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
     chunk_rows = chunk_rows or choose_rows(x, weight, scratch_bytes)
-    return backward_chunks(dloss, x, weight, bias, target, what, reduction, chunk_rows, needs)
+    grads = backward_chunks(dloss, x, weight, bias, target, what, reduction, chunk_rows, needs)
+    return [grad for grad in grads if grad is not None]
 
 
 @linear_cross_entropy_bwd.register_fake
@@ -110,14 +113,20 @@ def _saved(inputs, needs) -> tuple[Tensor | None, ...]:
 
 def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*_saved(inputs, ctx.needs_input_grad))
-    ctx.options = inputs[4:]
+    ctx.main, *ctx.options = inputs[4:]
 
 
 def _backward(ctx, dloss: Tensor):
     x, weight, bias, target = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
+    if ctx.main is not None and needs[1]:
+        *loss, reduction, chunk_rows, scratch_bytes = ctx.options
+        chunk_rows = chunk_rows or choose_rows(x, weight, scratch_bytes)
+        what = LossOptions(*loss)
+        found = backward_chunks(dloss, x, weight, bias, target, what, reduction, chunk_rows, needs, ctx.main)
+        return (*found, *(None,) * 9)
     grads = iter(linear_cross_entropy_bwd(dloss, x, weight, bias, target, *ctx.options, needs) if any(needs) else ())
-    return (*(next(grads) if need else None for need in needs), *(None,) * 8)
+    return (*(next(grads) if need else None for need in needs), *(None,) * 9)
 
 
 linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup)
@@ -141,7 +150,8 @@ def linear_cross_entropy(
 
     Args:
         x: (..., K), floating point: the last hidden states.
-        weight: (V, K), the head; a frozen one costs no dW.
+        weight: (V, K), the head; a frozen one costs no dW. Where it carries `main_grad`, its gradient is added there in
+            place and autograd sees none.
         target: (...), int64 classes from 0 to V - 1, or `ignore_index`.
         bias: (V,) or None.
         ignore_index, label_smoothing: as in `torch.nn.functional.cross_entropy`.
@@ -182,6 +192,7 @@ def linear_cross_entropy(
         weight,
         bias,
         target.reshape(-1),
+        main_grad_of(weight),
         ignore_index,
         float(label_smoothing),
         float(z_loss),
