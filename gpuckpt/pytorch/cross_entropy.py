@@ -29,7 +29,7 @@ from gpuckpt.pytorch.loss_chunks import (
     loss_dtype,
     transient_bytes,
 )
-from gpuckpt.pytorch.operands import autocast_input, check_weight, rows_of
+from gpuckpt.pytorch.operands import autocast_input, check_weight, no_double_backward, refuse_grad_transforms, rows_of
 from gpuckpt.pytorch.weight_grads import main_grad_of
 
 __all__ = ["REDUCTIONS", "chunk_rows_for", "linear_cross_entropy", "transient_bytes"]
@@ -105,6 +105,9 @@ def _(
     needs,
 ) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, need in zip((x, weight, bias), needs, strict=True) if need and t is not None]
+
+
+no_double_backward(linear_cross_entropy_bwd, "linear_cross_entropy")
 
 
 def _saved(inputs, needs) -> tuple[Tensor | None, ...]:
@@ -185,6 +188,7 @@ def linear_cross_entropy(
         raise ValueError(f"softcap={softcap}: expected a positive number, or None for no cap")
     if chunk_rows is not None and (chunk_rows < 1 or scratch_bytes is not None):
         raise ValueError(f"chunk_rows={chunk_rows}, scratch_bytes={scratch_bytes}: give one of them, at least 1")
+    refuse_grad_transforms("linear_cross_entropy", x, weight, bias)
     x = autocast_input(x)
     rows = rows_of(x)
     inputs = (
