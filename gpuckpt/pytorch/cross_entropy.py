@@ -21,6 +21,7 @@ from torch import Tensor
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.early_stop import about_to_save
 from gpuckpt.pytorch.loss_chunks import (
+    LEAST_LOGIT_ROWS,
     LossOptions,
     backward_chunks,
     choose_rows,
@@ -30,6 +31,7 @@ from gpuckpt.pytorch.loss_chunks import (
     transient_bytes,
 )
 from gpuckpt.pytorch.operands import autocast_input, check_weight, no_double_backward, refuse_grad_transforms, rows_of
+from gpuckpt.pytorch.scratch import limits
 from gpuckpt.pytorch.weight_grads import main_grad_of
 
 __all__ = ["REDUCTIONS", "chunk_rows_for", "linear_cross_entropy", "transient_bytes"]
@@ -54,7 +56,7 @@ def linear_cross_entropy_fwd(
 ) -> Tensor:
     """x (M, K), weight (V, K), bias (V,), target (M,) -> the loss, () or (M,) for "none", float32 (float64 for float64 x)."""
     what = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    chunk_rows = chunk_rows or choose_rows(x, weight, scratch_bytes)
+    chunk_rows = choose_rows(x, weight, chunk_rows, scratch_bytes)
     return forward_chunks(x, weight, bias, target, what, reduction, chunk_rows)
 
 
@@ -83,7 +85,7 @@ def linear_cross_entropy_bwd(
 ) -> list[Tensor]:
     """The gradients of x, weight and bias that `needs` asks for, in that order; each in its input's dtype."""
     what = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    chunk_rows = chunk_rows or choose_rows(x, weight, scratch_bytes)
+    chunk_rows = choose_rows(x, weight, chunk_rows, scratch_bytes)
     grads = backward_chunks(dloss, x, weight, bias, target, what, reduction, chunk_rows, needs)
     return [grad for grad in grads if grad is not None]
 
@@ -124,7 +126,7 @@ def _backward(ctx, dloss: Tensor):
     needs = list(ctx.needs_input_grad[:3])
     if ctx.main is not None and needs[1]:
         *loss, reduction, chunk_rows, scratch_bytes = ctx.options
-        chunk_rows = chunk_rows or choose_rows(x, weight, scratch_bytes)
+        chunk_rows = choose_rows(x, weight, chunk_rows, scratch_bytes)
         what = LossOptions(*loss)
         found = backward_chunks(dloss, x, weight, bias, target, what, reduction, chunk_rows, needs, ctx.main)
         return (*found, *(None,) * 9)
@@ -162,7 +164,8 @@ def linear_cross_entropy(
         softcap: c of c tanh(logits / c), or None.
         reduction: "mean" over the rows that are not ignored (NaN if there are none, as in torch), "sum" or "none".
         chunk_rows: rows of logits to hold at a time; by default `chunk_rows_for` chooses.
-        scratch_bytes: the most bytes of logits to hold, instead of `chunk_rows`.
+        scratch_bytes: the most bytes of logits to hold, instead of `chunk_rows`. Inside `with budget:` the default is the
+            budget's `max_bytes`, but never fewer than 16 rows at a time.
 
     Returns:
         () or target's shape for "none"; float32, whatever x is (float64 for float64 x).
@@ -186,8 +189,6 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing={label_smoothing}: expected 0 to 1")
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap={softcap}: expected a positive number, or None for no cap")
-    if chunk_rows is not None and (chunk_rows < 1 or scratch_bytes is not None):
-        raise ValueError(f"chunk_rows={chunk_rows}, scratch_bytes={scratch_bytes}: give one of them, at least 1")
     refuse_grad_transforms("linear_cross_entropy", x, weight, bias)
     x = autocast_input(x)
     rows = rows_of(x)
@@ -202,8 +203,7 @@ def linear_cross_entropy(
         float(z_loss),
         softcap,
         reduction,
-        chunk_rows,
-        scratch_bytes,
+        *limits(chunk_rows, scratch_bytes, LEAST_LOGIT_ROWS),
     )
     about_to_save(_saved, inputs)
     loss = linear_cross_entropy_fwd(*inputs)

@@ -21,6 +21,7 @@ from gpuckpt.pytorch.scratch import chunks
 from gpuckpt.pytorch.weight_grads import CUDA_BLOCK, BiasGrad, WeightGrad, sum_rows
 
 __all__ = [
+    "LEAST_LOGIT_ROWS",
     "LossOptions",
     "backward_chunks",
     "choose_rows",
@@ -30,6 +31,9 @@ __all__ = [
     "transient_bytes",
 ]
 
+LEAST_LOGIT_ROWS = 16
+"""Where a budget sets the limit no chunk is smaller. A row of logits is far larger than one of a hidden layer, so that whole
+tiles of 128 rows would not fit the small budgets; with 16 rows a GEMM still uses the tensor cores and reads the weight once."""
 _MIN_CHUNK_ROWS = 128  # fewer rows than a tile has leave a GEMM's tensor cores waiting for the weight
 
 
@@ -141,9 +145,16 @@ def backward_chunks(
     return [dx, None if dw is None else dw.result(), None if db is None else db.result()]
 
 
-def choose_rows(x: Tensor, weight: Tensor, scratch_bytes: int | None) -> int:
-    # Inside the operation, where sizes are numbers also when torch.compile traces symbols.
-    return chunk_rows_for(x.shape[0], x.shape[1], weight.shape[0], x.dtype.itemsize, scratch_bytes)
+def choose_rows(x: Tensor, weight: Tensor, least_rows: int | None, scratch_bytes: int | None) -> int:
+    """The rows of a chunk by what `limits` returned. Inside the operation, where sizes are numbers also when torch.compile
+    traces symbols."""
+    row_bytes = weight.shape[0] * x.dtype.itemsize
+    sizes = (x.shape[0], x.shape[1], weight.shape[0], x.dtype.itemsize)
+    if scratch_bytes is None:
+        return least_rows or chunk_rows_for(*sizes)
+    if least_rows is None:
+        return chunk_rows_for(*sizes, scratch_bytes)
+    return min(chunk_rows_for(*sizes), max(least_rows, scratch_bytes // row_bytes))
 
 
 def loss_dtype(x: Tensor) -> torch.dtype:

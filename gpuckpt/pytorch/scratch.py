@@ -21,7 +21,9 @@ LEAST_ROWS = 128
 """Where a budget sets the limit no chunk is smaller: GEMMs of fewer rows leave most of a tile empty."""
 
 
-def limits(chunk_rows: int | None, scratch_bytes: int | None) -> tuple[int | None, int | None]:
+def limits(
+    chunk_rows: int | None, scratch_bytes: int | None, least_rows: int = LEAST_ROWS
+) -> tuple[int | None, int | None]:
     """`chunk_rows` and `scratch_bytes` of a public function as the limits that `settle_chunk` takes.
 
     With neither given the budget that the caller has entered sets the limit: one operation's scratch stays below its
@@ -38,7 +40,7 @@ def limits(chunk_rows: int | None, scratch_bytes: int | None) -> tuple[int | Non
 
         budget = current_budget()
         if budget is not None:
-            return LEAST_ROWS, budget.max_bytes
+            return least_rows, budget.max_bytes
     return chunk_rows, scratch_bytes
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpuckpt import CheckpointBudget
 from gpuckpt.errors import BudgetExceeded, DimMismatch
 from gpuckpt.pytorch import loss_chunks as module
 from gpuckpt.pytorch.cross_entropy import chunk_rows_for, linear_cross_entropy, transient_bytes
@@ -153,6 +154,24 @@ def test_logits_are_never_held_for_all_rows(backend):
         module.backward_chunks(torch.tensor(1.0), x, weight, bias, target, what, "mean", chunk, [True, True, True])
     # The parameters and their gradients are the largest that remain: 16 KiB, where all logits would be 64 KiB.
     assert seen.nbytes == 4 * V * K > 4 * chunk * V
+
+
+@pytest.mark.parametrize(("cap_bytes", "rows"), [(0, 16), (100_000, 16), (160_000, 19), (1 << 20, 128)])
+def test_a_budget_sets_the_chunk(monkeypatch, cap_bytes, rows):
+    """128 rows of logits by default, 1 MiB; inside a budget no more than it has, and never fewer than 16 rows."""
+    V = 2048
+    (x, weight, bias), target = problem(M=300, V=V, K=24)
+    seen = []
+    logits = module._logits
+    monkeypatch.setattr(module, "_logits", lambda x, *rest: seen.append(len(x)) or logits(x, *rest))
+    budget = CheckpointBudget(cap_bytes + target.nbytes)
+    with budget:
+        loss = linear_cross_entropy(x, weight, target, bias)
+    got = gradients(loss, (x, weight, bias))
+    assert max(seen) == rows == min(128, max(16, budget.max_bytes // (4 * V)))
+    assert sum(seen) == 2 * 300
+    for a, b in zip(got, gradients(plain(x, weight, bias, target), (x, weight, bias)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_gradients_of_many_16_bit_chunks_are_summed_in_float32(backend):
