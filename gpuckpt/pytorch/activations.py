@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "GATED", "activate_", "check_activation", "differentiate", "finish", "keep_"]
+__all__ = ["ACTIVATIONS", "FUNCTIONS", "GATED", "activate_", "check_activation", "differentiate", "finish", "keep_"]
 
 aten = torch.ops.aten
 
@@ -55,6 +56,18 @@ _TABLE: dict[str, _Steps] = {
 
 ACTIVATIONS = tuple(_TABLE)
 """Names that `activation=` takes."""
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+"""The same out of place and differentiable, for a layer that cannot be fused."""
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 """Gated forms: the name of the form and the activation of its gate (Shazeer, "GLU variants improve transformer", 2020)."""

@@ -1,12 +1,18 @@
-"""Modules over `gpuckpt.functional`: drop-in replacements that keep their input for backward and nothing else."""
+"""Modules over `gpuckpt.functional`: drop-in replacements that keep their input for backward and nothing else.
+
+Where one of a module's projections is not a plain `nn.Linear` (replaced by LoRA or a quantised layer, hooked, parametrised,
+compiled by itself), the module calls its projections one after the other, as the layer it replaces would: the same values,
+and autograd keeps what it keeps there.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from gpuckpt.pytorch.activations import check_activation
+from gpuckpt.pytorch.activations import FUNCTIONS, check_activation
 from gpuckpt.pytorch.dropout import check_dropout
+from gpuckpt.pytorch.fusable import is_plain
 from gpuckpt.pytorch.gated import gated_mlp
 from gpuckpt.pytorch.linear import linear
 from gpuckpt.pytorch.mlp import mlp
@@ -75,6 +81,8 @@ class FusedMLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_plain(self.fc1, self.fc2):
+            return self.fc2(FUNCTIONS[self.activation](self.fc1(x)))
         return mlp(
             x,
             self.fc1.weight,
@@ -125,6 +133,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if not is_plain(gate, up, down):
+            z = gate(x) if self.gate_multiplier == 1.0 else gate(x) * self.gate_multiplier
+            y = down(FUNCTIONS[self.activation](z) * up(x))
+            return y if self.down_multiplier == 1.0 else y * self.down_multiplier
         return gated_mlp(
             x,
             gate.weight,
