@@ -32,8 +32,8 @@ from torch import nn
 
 from gpuckpt import CheckpointBudget, fit, format_bytes
 from gpuckpt.cli.transformer import Config, Transformer
-from gpuckpt.pytorch.functional import mlp
-from gpuckpt.pytorch.nn import FusedLinear, FusedMLP
+from gpuckpt.functional import mlp
+from gpuckpt.nn import FusedLinear, FusedMLP
 from gpuckpt.pytorch.saved_tensors import mark_resident
 from gpuckpt.pytorch.spill import Link
 

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from pytorch.fused import OPS
+from pytorch.ops.fused import OPS
 from pytorch.steps import HOLDS, bits
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
@@ -15,10 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import gpuckpt
 from gpuckpt import CheckpointBudget, functional
-from gpuckpt.pytorch import cross_entropy, early_stop, gated, linear, mlp
-from gpuckpt.pytorch.norm import Norm
+from gpuckpt.pytorch import early_stop
+from gpuckpt.pytorch.ops import gated_mlp, linear, linear_cross_entropy, mlp
+from gpuckpt.pytorch.ops.norm import Norm
 
-ROOMS = {"linear": linear, "mlp": mlp, "gated_mlp": gated}
+ROOMS = {"linear": linear, "mlp": mlp, "gated_mlp": gated_mlp}
 TARGET = torch.tensor([0, 3, -100, 1, 2])
 
 
@@ -88,7 +89,7 @@ def test_what_is_announced_is_what_autograd_saves(name, norm, monkeypatch):
 
 def test_what_a_loss_announces_is_what_autograd_saves(monkeypatch):
     x, w, b = OPS["linear"].draw()
-    said, packed = announced_and_packed(monkeypatch, cross_entropy, lambda: loss_of(x, w, b))
+    said, packed = announced_and_packed(monkeypatch, linear_cross_entropy, lambda: loss_of(x, w, b))
     assert [*map(id, said)] == [*map(id, packed)]
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from gpuckpt import Chain, Keep, measure, plan_chain, simulate
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.errors import InvalidChain
+from gpuckpt.nn import FusedMLP
 from gpuckpt.pytorch.live import LiveBytes
-from gpuckpt.pytorch.nn import FusedMLP
 
 
 class Mlp(nn.Module):

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.activations import check_activation
 from gpuckpt.pytorch.early_stop import about_to_save
-from gpuckpt.pytorch.gated_rows import (
+from gpuckpt.pytorch.ops._activations import check_activation
+from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
+from gpuckpt.pytorch.ops._gated_rows import (
     Form,
     Pair,
     backward_buffers,
@@ -26,8 +27,7 @@ from gpuckpt.pytorch.gated_rows import (
     hidden_of,
     partials_bytes,
 )
-from gpuckpt.pytorch.norm import Norm, again, normalise
-from gpuckpt.pytorch.operands import (
+from gpuckpt.pytorch.ops._operands import (
     autocast_input,
     cast,
     cast_bytes,
@@ -38,9 +38,8 @@ from gpuckpt.pytorch.operands import (
     rows_of,
     without_autocast,
 )
-from gpuckpt.pytorch.rows import affine_into
-from gpuckpt.pytorch.scratch import chunks, limits, settle_chunk
-from gpuckpt.pytorch.weight_grads import (
+from gpuckpt.pytorch.ops._rows import affine_into
+from gpuckpt.pytorch.ops._weight_grads import (
     BiasGrad,
     WeightGrad,
     bias_scratch,
@@ -48,6 +47,7 @@ from gpuckpt.pytorch.weight_grads import (
     sum_rows,
     weight_scratch,
 )
+from gpuckpt.pytorch.ops.norm import Norm, again, normalise
 
 __all__ = ["gated_mlp", "gated_mlp_scratch_bytes"]
 
@@ -126,7 +126,7 @@ def gated_mlp_fwd(
     rows, scaled = x.shape[0], down_multiplier != 1.0
     form = Form(activation, gate_multiplier, down_multiplier)
     # Backward holds more than forward does: the chunk that suits it suits both.
-    chunk = settle_chunk(
+    chunk = choose_chunk_rows(
         rows,
         lambda c: gated_mlp_scratch_bytes(x, wg, bg, wu, bu, wd, bd, c, scaled=scaled),
         chunk_rows,
@@ -195,7 +195,7 @@ def gradients(
     wg, bg, wu, bu, wd, bd = operands
     rows, scaled = dy.shape[0], form.down_multiplier != 1.0
     like = dy if x is None else x
-    chunk = settle_chunk(
+    chunk = choose_chunk_rows(
         rows,
         lambda c: gated_mlp_scratch_bytes(like, *operands, c, scaled=scaled, needs=needs, mains=mains),
         chunk_rows,

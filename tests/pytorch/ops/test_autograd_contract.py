@@ -6,17 +6,17 @@ import copy
 
 import pytest
 import torch
-from pytorch.fused import ALL_OPS, OPS, gradients
+from pytorch.ops.fused import ALL_OPS, OPS, gradients
 from torch import nn
 from torch.library import opcheck
 
 from gpuckpt import functional
 from gpuckpt.errors import SavedTensorModified
 from gpuckpt.memory import CheckpointBudget
-from gpuckpt.pytorch.gated import gated_mlp_bwd, gated_mlp_fwd
-from gpuckpt.pytorch.linear import linear_bwd, linear_fwd
-from gpuckpt.pytorch.mlp import mlp_bwd, mlp_fwd
-from gpuckpt.pytorch.nn import FusedLinear, FusedMLP, GatedMLP
+from gpuckpt.nn import FusedLinear, FusedMLP, GatedMLP
+from gpuckpt.pytorch.ops.gated_mlp import gated_mlp_bwd, gated_mlp_fwd
+from gpuckpt.pytorch.ops.linear import linear_bwd, linear_fwd
+from gpuckpt.pytorch.ops.mlp import mlp_bwd, mlp_fwd
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 ANY_OP = pytest.mark.parametrize("op", ALL_OPS.values(), ids=lambda op: op.name)

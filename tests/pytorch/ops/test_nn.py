@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch.fused import LiveBytes
+from pytorch.ops.fused import LiveBytes
 from torch import nn
 
 import gpuckpt
-from gpuckpt.pytorch.nn import FusedLinear, FusedMLP, GatedMLP
+from gpuckpt.nn import FusedLinear, FusedMLP, GatedMLP
 
 
 def same(module: nn.Module, reference: nn.Module, width: int) -> None:

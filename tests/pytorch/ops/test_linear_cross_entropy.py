@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt import CheckpointBudget
 from gpuckpt.errors import BudgetExceeded, DimMismatch
-from gpuckpt.pytorch import loss_chunks as module
-from gpuckpt.pytorch.cross_entropy import chunk_rows_for, linear_cross_entropy, transient_bytes
+from gpuckpt.pytorch.ops import _loss_chunks as module
+from gpuckpt.pytorch.ops.linear_cross_entropy import chunk_rows_for, linear_cross_entropy, transient_bytes
 
 
 @pytest.fixture(params=["torch", "triton"])

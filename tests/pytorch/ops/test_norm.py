@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch.fused import OPS, assert_as_good_as_torch, gradients
+from pytorch.ops.fused import OPS, assert_as_good_as_torch, gradients
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.library import opcheck
 
 from gpuckpt import CheckpointBudget, functional
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.norm import Norm, norm_bwd, norm_fwd
+from gpuckpt.pytorch.ops.norm import Norm, norm_bwd, norm_fwd
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 KIND = pytest.mark.parametrize("kind", ["rms", "layer"])

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gpuckpt.pytorch.activations import FUNCTIONS, check_activation
-from gpuckpt.pytorch.dropout import check_dropout
-from gpuckpt.pytorch.fusable import is_plain
-from gpuckpt.pytorch.gated import gated_mlp
-from gpuckpt.pytorch.linear import linear
-from gpuckpt.pytorch.mlp import mlp
+from gpuckpt.pytorch.ops._activations import FUNCTIONS, check_activation
+from gpuckpt.pytorch.ops._dropout import check_dropout
+from gpuckpt.pytorch.ops._projections import is_plain
+from gpuckpt.pytorch.ops.gated_mlp import gated_mlp
+from gpuckpt.pytorch.ops.linear import linear
+from gpuckpt.pytorch.ops.mlp import mlp
 
 __all__ = ["FusedLinear", "FusedMLP", "GatedMLP"]
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.activations import check_activation
-from gpuckpt.pytorch.dropout import Mask, check_dropout, draw_seed
 from gpuckpt.pytorch.early_stop import about_to_save
-from gpuckpt.pytorch.norm import Norm, again, normalise
-from gpuckpt.pytorch.operands import (
+from gpuckpt.pytorch.ops._activations import check_activation
+from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
+from gpuckpt.pytorch.ops._dropout import Mask, check_dropout, draw_seed
+from gpuckpt.pytorch.ops._operands import (
     autocast_input,
     cast,
     cast_bytes,
@@ -31,9 +31,8 @@ from gpuckpt.pytorch.operands import (
     rows_of,
     without_autocast,
 )
-from gpuckpt.pytorch.rows import dz_into, forward_into, partials_bytes
-from gpuckpt.pytorch.scratch import chunks, limits, settle_chunk
-from gpuckpt.pytorch.weight_grads import (
+from gpuckpt.pytorch.ops._rows import dz_into, forward_into, partials_bytes
+from gpuckpt.pytorch.ops._weight_grads import (
     BiasGrad,
     Scratch,
     WeightGrad,
@@ -42,6 +41,7 @@ from gpuckpt.pytorch.weight_grads import (
     sum_rows,
     weight_scratch,
 )
+from gpuckpt.pytorch.ops.norm import Norm, again, normalise
 
 __all__ = ["linear", "linear_scratch_bytes"]
 
@@ -153,7 +153,7 @@ def gradients(
     plain = activation == "identity" and mask is None
     rows = dy.shape[0]
     like = dy if x is None else x
-    chunk = settle_chunk(
+    chunk = choose_chunk_rows(
         rows,
         lambda c: linear_scratch_bytes(like, weight, bias, c, plain=plain, mask=mask, needs=needs, main=main),
         None if plain else chunk_rows,

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.activations import check_activation, differentiate, finish, keep_
 from gpuckpt.pytorch.early_stop import about_to_save
-from gpuckpt.pytorch.norm import Norm, again, normalise
-from gpuckpt.pytorch.operands import (
+from gpuckpt.pytorch.ops._activations import check_activation, differentiate, finish, keep_
+from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
+from gpuckpt.pytorch.ops._operands import (
     autocast_input,
     cast,
     cast_bytes,
@@ -31,9 +31,8 @@ from gpuckpt.pytorch.operands import (
     rows_of,
     without_autocast,
 )
-from gpuckpt.pytorch.rows import affine_into, forward_into
-from gpuckpt.pytorch.scratch import chunks, limits, settle_chunk
-from gpuckpt.pytorch.weight_grads import (
+from gpuckpt.pytorch.ops._rows import affine_into, forward_into
+from gpuckpt.pytorch.ops._weight_grads import (
     BiasGrad,
     Scratch,
     WeightGrad,
@@ -42,6 +41,7 @@ from gpuckpt.pytorch.weight_grads import (
     sum_rows,
     weight_scratch,
 )
+from gpuckpt.pytorch.ops.norm import Norm, again, normalise
 
 __all__ = ["mlp", "mlp_scratch_bytes"]
 
@@ -119,7 +119,7 @@ def mlp_fwd(
     """x (M, K) -> (M, N) in x's dtype. What else backward needs passes through here."""
     rows = x.shape[0]
     # Backward holds more than forward does: the chunk that suits it suits both.
-    chunk = settle_chunk(rows, lambda c: mlp_scratch_bytes(x, w1, b1, w2, b2, c), chunk_rows, scratch_bytes)
+    chunk = choose_chunk_rows(rows, lambda c: mlp_scratch_bytes(x, w1, b1, w2, b2, c), chunk_rows, scratch_bytes)
     w1, b1, w2, b2 = cast(w1, x), cast(b1, x), cast(w2, x), cast(b2, x)
     y = x.new_empty(rows, w2.shape[0])
     h = x.new_empty(min(chunk, rows), w1.shape[0])
@@ -217,7 +217,7 @@ def gradients(
         return [None, None, None, None, None if db2 is None else db2.result()]
 
     rows = x.shape[0]
-    chunk = settle_chunk(
+    chunk = choose_chunk_rows(
         rows,
         lambda c: mlp_scratch_bytes(x, w1, b1, w2, b2, c, needs=needs, mains=mains),
         chunk_rows,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pytorch.fused import ALL_OPS, OPS, LiveBytes, assert_as_good_as_torch, gradients
+from pytorch.ops.fused import ALL_OPS, OPS, LiveBytes, assert_as_good_as_torch, gradients
 
 from gpuckpt import CheckpointBudget, functional
 from gpuckpt.errors import BudgetExceeded, DimMismatch
-from gpuckpt.pytorch.scratch import LEAST_ROWS, settle_chunk
+from gpuckpt.pytorch.ops._chunking import LEAST_ROWS, choose_chunk_rows
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 FORMULAS = {
@@ -219,4 +219,4 @@ def test_scratch_with_main_grad_is_the_formula():
     ],
 )
 def test_the_chunk_follows_from_the_limits(rows, least, most, expected):
-    assert settle_chunk(rows, lambda chunk: 10 * chunk, least, most) == expected
+    assert choose_chunk_rows(rows, lambda chunk: 10 * chunk, least, most) == expected

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch.fused import ACTS
+from pytorch.ops.fused import ACTS
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpuckpt.pytorch.activations import FUNCTIONS
-from gpuckpt.pytorch.nn import FusedLinear, FusedMLP, GatedMLP
+from gpuckpt.nn import FusedLinear, FusedMLP, GatedMLP
+from gpuckpt.pytorch.ops._activations import FUNCTIONS
 
 WIDTH, HIDDEN = 6, 10
 

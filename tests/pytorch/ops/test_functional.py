@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from pytorch.fused import ACTS, OPS, assert_as_good_as_torch, gradients
+from pytorch.ops.fused import ACTS, OPS, assert_as_good_as_torch, gradients
 
 from gpuckpt import functional
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.activations import ACTIVATIONS, GATED
+from gpuckpt.pytorch.ops._activations import ACTIVATIONS, GATED
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.operands import cast, no_double_backward
+from gpuckpt.pytorch.ops._operands import cast, no_double_backward
 
 __all__ = ["Norm", "normalise"]
 

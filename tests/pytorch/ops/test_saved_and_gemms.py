@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from pytorch.fused import OPS, Counter, gradients
+from pytorch.ops.fused import OPS, Counter, gradients
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.pytorch.operands import cast, without_autocast
-from gpuckpt.pytorch.scratch import chunks
-from gpuckpt.pytorch.weight_grads import CUDA_BLOCK, BiasGrad, WeightGrad, sum_rows
+from gpuckpt.pytorch.ops._chunking import chunks
+from gpuckpt.pytorch.ops._operands import cast, without_autocast
+from gpuckpt.pytorch.ops._weight_grads import CUDA_BLOCK, BiasGrad, WeightGrad, sum_rows
 
 __all__ = [
     "LEAST_LOGIT_ROWS",

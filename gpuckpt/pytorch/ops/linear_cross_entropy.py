@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.early_stop import about_to_save
-from gpuckpt.pytorch.loss_chunks import (
+from gpuckpt.pytorch.ops._chunking import limits
+from gpuckpt.pytorch.ops._loss_chunks import (
     LEAST_LOGIT_ROWS,
     LossOptions,
     backward_chunks,
@@ -30,9 +31,14 @@ from gpuckpt.pytorch.loss_chunks import (
     loss_dtype,
     transient_bytes,
 )
-from gpuckpt.pytorch.operands import autocast_input, check_weight, no_double_backward, refuse_grad_transforms, rows_of
-from gpuckpt.pytorch.scratch import limits
-from gpuckpt.pytorch.weight_grads import main_grad_of
+from gpuckpt.pytorch.ops._operands import (
+    autocast_input,
+    check_weight,
+    no_double_backward,
+    refuse_grad_transforms,
+    rows_of,
+)
+from gpuckpt.pytorch.ops._weight_grads import main_grad_of
 
 __all__ = ["REDUCTIONS", "chunk_rows_for", "linear_cross_entropy", "transient_bytes"]
 
