@@ -17,7 +17,7 @@ from torch import Tensor
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.pytorch.ops._chunking import chunks
-from gpuckpt.pytorch.ops._operands import cast, without_autocast
+from gpuckpt.pytorch.ops._operands import cast
 from gpuckpt.pytorch.ops._weight_grads import CUDA_BLOCK, BiasGrad, WeightGrad, sum_rows
 
 __all__ = [
@@ -97,9 +97,8 @@ def forward_chunks(
     weight, bias = weight.to(x.dtype), cast(bias, x)
     losses = torch.empty(x.shape[0], dtype=loss_dtype(x), device=x.device)
     scratch = _scratch(x, weight, chunk_rows)
-    with without_autocast(x.device.type):
-        for rows in chunks(x.shape[0], chunk_rows):
-            _chunk_loss(_logits(x[rows], weight, bias, scratch), target[rows], losses[rows], what)
+    for rows in chunks(x.shape[0], chunk_rows):
+        _chunk_loss(_logits(x[rows], weight, bias, scratch), target[rows], losses[rows], what)
     if reduction == "none":
         return losses
     total = losses.sum()
@@ -132,16 +131,15 @@ def backward_chunks(
     dw = WeightGrad(weight, chunk_rows < x.shape[0], main) if needs_weight else None
     db = BiasGrad(bias) if needs_bias and bias is not None else None
     scratch = _scratch(x, used, chunk_rows)
-    with without_autocast(x.device.type):
-        for rows in chunks(x.shape[0], chunk_rows):
-            dlogits = _logits(x[rows], used, used_bias, scratch)
-            _chunk_grad(dlogits, target[rows], dloss[rows], what)
-            if dx is not None:
-                torch.mm(dlogits, used, out=dx[rows])
-            if dw is not None:
-                dw.add(dlogits, x[rows])
-            if db is not None:
-                db.add(sum_rows(dlogits))
+    for rows in chunks(x.shape[0], chunk_rows):
+        dlogits = _logits(x[rows], used, used_bias, scratch)
+        _chunk_grad(dlogits, target[rows], dloss[rows], what)
+        if dx is not None:
+            torch.mm(dlogits, used, out=dx[rows])
+        if dw is not None:
+            dw.add(dlogits, x[rows])
+        if db is not None:
+            db.add(sum_rows(dlogits))
     return [dx, None if dw is None else dw.result(), None if db is None else db.result()]
 
 

@@ -15,11 +15,12 @@ cuBLAS. Not here: class weights, probabilities as targets, a vocabulary split ov
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.early_stop import about_to_save
 from gpuckpt.pytorch.ops._chunking import limits
 from gpuckpt.pytorch.ops._loss_chunks import (
     LEAST_LOGIT_ROWS,
@@ -32,26 +33,20 @@ from gpuckpt.pytorch.ops._loss_chunks import (
     transient_bytes,
 )
 from gpuckpt.pytorch.ops._operands import (
-    autocast_input,
     check_weight,
-    no_double_backward,
-    refuse_grad_transforms,
-    rows_of,
 )
-from gpuckpt.pytorch.ops._weight_grads import main_grad_of
+from gpuckpt.pytorch.ops._register import FusedOp
 
 __all__ = ["REDUCTIONS", "chunk_rows_for", "linear_cross_entropy", "transient_bytes"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@torch.library.custom_op("gpuckpt::linear_cross_entropy_fwd", mutates_args=())
-def linear_cross_entropy_fwd(
+def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    main: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -62,20 +57,11 @@ def linear_cross_entropy_fwd(
 ) -> Tensor:
     """x (M, K), weight (V, K), bias (V,), target (M,) -> the loss, () or (M,) for "none", float32 (float64 for float64 x)."""
     what = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    chunk_rows = choose_rows(x, weight, chunk_rows, scratch_bytes)
-    return forward_chunks(x, weight, bias, target, what, reduction, chunk_rows)
+    return forward_chunks(x, weight, bias, target, what, reduction, choose_rows(x, weight, chunk_rows, scratch_bytes))
 
 
-@linear_cross_entropy_fwd.register_fake
-def _(
-    x, weight, bias, target, main, ignore_index, label_smoothing, z_loss, softcap, reduction, chunk_rows, scratch_bytes
-) -> Tensor:
-    return x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=loss_dtype(x))
-
-
-@torch.library.custom_op("gpuckpt::linear_cross_entropy_bwd", mutates_args=())
-def linear_cross_entropy_bwd(
-    dloss: Tensor,
+def gradients(
+    dy: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -88,59 +74,19 @@ def linear_cross_entropy_bwd(
     chunk_rows: int | None,
     scratch_bytes: int | None,
     needs: list[bool],
-) -> list[Tensor]:
-    """The gradients of x, weight and bias that `needs` asks for, in that order; each in its input's dtype."""
+    mains: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """(dx, dW, db) for dy, the gradient of the loss."""
     what = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    chunk_rows = choose_rows(x, weight, chunk_rows, scratch_bytes)
-    grads = backward_chunks(dloss, x, weight, bias, target, what, reduction, chunk_rows, needs)
-    return [grad for grad in grads if grad is not None]
+    rows = choose_rows(x, weight, chunk_rows, scratch_bytes)
+    return backward_chunks(dy, x, weight, bias, target, what, reduction, rows, needs, *mains)
 
 
-@linear_cross_entropy_bwd.register_fake
-def _(
-    dloss,
-    x,
-    weight,
-    bias,
-    target,
-    ignore_index,
-    label_smoothing,
-    z_loss,
-    softcap,
-    reduction,
-    chunk_rows,
-    scratch_bytes,
-    needs,
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, need in zip((x, weight, bias), needs, strict=True) if need and t is not None]
+def _fake(x, weight, bias, target, ignore_index, label_smoothing, z_loss, softcap, reduction, *limits) -> Tensor:
+    return x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=loss_dtype(x))
 
 
-no_double_backward(linear_cross_entropy_bwd, "linear_cross_entropy")
-
-
-def _saved(inputs, needs) -> tuple[Tensor | None, ...]:
-    return inputs[:4]
-
-
-def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*_saved(inputs, ctx.needs_input_grad))
-    ctx.main, *ctx.options = inputs[4:]
-
-
-def _backward(ctx, dloss: Tensor):
-    x, weight, bias, target = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    if ctx.main is not None and needs[1]:
-        *loss, reduction, chunk_rows, scratch_bytes = ctx.options
-        chunk_rows = choose_rows(x, weight, chunk_rows, scratch_bytes)
-        what = LossOptions(*loss)
-        found = backward_chunks(dloss, x, weight, bias, target, what, reduction, chunk_rows, needs, ctx.main)
-        return (*found, *(None,) * 9)
-    grads = iter(linear_cross_entropy_bwd(dloss, x, weight, bias, target, *ctx.options, needs) if any(needs) else ())
-    return (*(next(grads) if need else None for need in needs), *(None,) * 9)
-
-
-linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup)
+OP = FusedOp("linear_cross_entropy", forward, gradients, operands=("x", "weight", "bias"), fake=_fake)
 
 
 def linear_cross_entropy(
@@ -195,22 +141,6 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing={label_smoothing}: expected 0 to 1")
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap={softcap}: expected a positive number, or None for no cap")
-    refuse_grad_transforms("linear_cross_entropy", x, weight, bias)
-    x = autocast_input(x)
-    rows = rows_of(x)
-    inputs = (
-        rows,
-        weight,
-        bias,
-        target.reshape(-1),
-        main_grad_of(weight),
-        ignore_index,
-        float(label_smoothing),
-        float(z_loss),
-        softcap,
-        reduction,
-        *limits(chunk_rows, scratch_bytes, LEAST_LOGIT_ROWS),
-    )
-    about_to_save(_saved, inputs)
-    loss = linear_cross_entropy_fwd(*inputs)
+    options = ignore_index, float(label_smoothing), float(z_loss), softcap, reduction
+    loss = OP(x, weight, bias, target.reshape(-1), *options, *limits(chunk_rows, scratch_bytes, LEAST_LOGIT_ROWS))
     return loss.reshape(target.shape) if reduction == "none" else loss

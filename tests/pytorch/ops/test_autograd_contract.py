@@ -14,10 +14,11 @@ from gpuckpt import functional
 from gpuckpt.errors import SavedTensorModified
 from gpuckpt.memory import CheckpointBudget
 from gpuckpt.nn import FusedLinear, FusedMLP, GatedMLP
-from gpuckpt.pytorch.ops.gated_mlp import gated_mlp_bwd, gated_mlp_fwd
-from gpuckpt.pytorch.ops.linear import linear_bwd, linear_fwd
-from gpuckpt.pytorch.ops.mlp import mlp_bwd, mlp_fwd
+from gpuckpt.pytorch.ops import gated_mlp, linear, mlp
 
+linear_fwd, linear_bwd = linear.OP.fwd, linear.OP.bwd
+mlp_fwd, mlp_bwd = mlp.OP.fwd, mlp.OP.bwd
+gated_mlp_fwd, gated_mlp_bwd = gated_mlp.OP.fwd, gated_mlp.OP.bwd
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 ANY_OP = pytest.mark.parametrize("op", ALL_OPS.values(), ids=lambda op: op.name)
 # torch scripts parts of its own forward mode and of inductor when they are first used, and warns of itself.
