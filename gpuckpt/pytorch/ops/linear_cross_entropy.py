@@ -36,6 +36,7 @@ from gpuckpt.pytorch.ops._operands import (
     check_weight,
 )
 from gpuckpt.pytorch.ops._register import FusedOp
+from gpuckpt.pytorch.ops.norm import Norm
 
 __all__ = ["REDUCTIONS", "chunk_rows_for", "linear_cross_entropy", "transient_bytes"]
 
@@ -100,6 +101,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    norm: Norm | None = None,
     chunk_rows: int | None = None,
     scratch_bytes: int | None = None,
 ) -> Tensor:
@@ -115,6 +117,7 @@ def linear_cross_entropy(
         z_loss: weight of the squared log-sum-exp, averaged like the loss.
         softcap: c of c tanh(logits / c), or None.
         reduction: "mean" over the rows that are not ignored (NaN if there are none, as in torch), "sum" or "none".
+        norm: a `Norm` of x to compute with instead of x (a model's last norm). What is kept for backward is x itself.
         chunk_rows: rows of logits to hold at a time; by default `chunk_rows_for` chooses.
         scratch_bytes: the most bytes of logits to hold, instead of `chunk_rows`. Inside `with budget:` the default is the
             budget's `max_bytes`, but never fewer than 16 rows at a time.
@@ -142,5 +145,7 @@ def linear_cross_entropy(
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap={softcap}: expected a positive number, or None for no cap")
     options = ignore_index, float(label_smoothing), float(z_loss), softcap, reduction
-    loss = OP(x, weight, bias, target.reshape(-1), *options, *limits(chunk_rows, scratch_bytes, LEAST_LOGIT_ROWS))
+    loss = OP(
+        x, weight, bias, target.reshape(-1), *options, *limits(chunk_rows, scratch_bytes, LEAST_LOGIT_ROWS), norm=norm
+    )
     return loss.reshape(target.shape) if reduction == "none" else loss
