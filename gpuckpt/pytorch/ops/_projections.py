@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.modules.module as torch_module
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.module_tracker import ModuleTracker
 
-__all__ = ["calls_nothing_else", "is_plain"]
+from gpuckpt.pytorch.ops.norm import Norm
+
+__all__ = ["calls_nothing_else", "is_plain", "normed"]
 
 _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm)}
 
@@ -37,6 +39,15 @@ def is_plain(*modules: nn.Module | None) -> bool:
         if module.weight is not None and is_traceable_wrapper_subclass(module.weight):
             return False
     return True
+
+
+def normed(x: Tensor, norm: nn.Module | None) -> tuple[Tensor, Norm | None]:
+    """What a fused operation is given for norm(x): x and the norm, or norm(x) alone where the norm has to be called."""
+    if norm is None:
+        return x, None
+    if isinstance(norm, nn.LayerNorm | nn.RMSNorm) and is_plain(norm):
+        return x, Norm.of(norm)
+    return norm(x), None
 
 
 def calls_nothing_else() -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.ops._activations import check_activation
+from gpuckpt.pytorch.ops._activations import gate_activation
 from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
 from gpuckpt.pytorch.ops._gated_rows import (
     Form,
@@ -234,7 +234,7 @@ def gated_mlp(
         ValueError: an unknown activation.
         BudgetExceeded: `scratch_bytes` does not hold the scratch of one row.
     """
-    check_activation(activation)
+    activation = gate_activation(activation)
     check_weight(x, gate_weight, gate_bias, "gate_weight")
     check_weight(x, up_weight, up_bias, "up_weight")
     if up_weight.shape[0] != gate_weight.shape[0]:
