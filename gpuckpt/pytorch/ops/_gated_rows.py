@@ -22,7 +22,7 @@ __all__ = ["Form", "Pair", "backward_buffers", "forward_buffers", "gradients_of"
 
 
 class Form(NamedTuple):
-    """What is computed beside the GEMMs."""
+    """What is computed besides the GEMMs."""
 
     activation: str
     gate_multiplier: float

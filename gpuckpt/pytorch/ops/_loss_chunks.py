@@ -34,12 +34,12 @@ __all__ = [
 LEAST_LOGIT_ROWS = 16
 """Where a budget sets the limit no chunk is smaller. A row of logits is far larger than one of a hidden layer, so that whole
 tiles of 128 rows would not fit the small budgets; with 16 rows a GEMM still uses the tensor cores and reads the weight once."""
-_MIN_CHUNK_ROWS = 128  # fewer rows than a tile has leave a GEMM's tensor cores waiting for the weight
+_MIN_CHUNK_ROWS = 128  # with fewer rows than a tile has, a GEMM is bound by reading the weight
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the formula needs beside the logits."""
+    """What the formula needs besides the logits."""
 
     ignore_index: int
     label_smoothing: float
@@ -77,7 +77,7 @@ def transient_bytes(
     weight_dtype: torch.dtype | None = None,
     needs_weight: bool = True,
 ) -> int:
-    """Bytes of scratch that backward holds beside the gradients it returns, on the Triton path: the logits of one chunk, the
+    """Bytes of scratch that backward holds besides the gradients it returns, on the Triton path: the logits of one chunk, the
     weight in x's dtype where its own differs, and the float32 sum of dW and one block to add to it where there are several
     16-bit chunks. Forward holds no more."""
     logits_bytes = min(chunk_rows, rows) * vocab * dtype.itemsize

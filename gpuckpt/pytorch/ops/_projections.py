@@ -1,8 +1,8 @@
 """Whether a fused module may compute with its projections' parameters, or has to call them.
 
 A fused module takes weight and bias from its projections and computes without calling them. That is right as long as a
-projection is a plain `nn.Linear`. It is not where somebody replaced the projection (LoRA, quantisation), hooked it,
-parametrised it or gave it another forward: all of that happens in the call.
+projection is a plain `nn.Linear`. It is not where the projection was replaced (LoRA, quantisation), hooked, parametrised
+or given another forward: all of that happens in the call.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def main_grad_of(weight: Tensor) -> Tensor | None:
 
 
 class Scratch(NamedTuple):
-    """Bytes beside the gradients: `held` until the result is made, `passing` while one chunk is added."""
+    """Bytes in addition to the gradients: `held` until the result is made, `passing` while one chunk is added."""
 
     held: int
     passing: int

@@ -63,12 +63,12 @@ def gated_mlp_scratch_bytes(
     needs: Sequence[bool] = _ALL,
     mains: Sequence[Tensor | None] = _NONE,
 ) -> int:
-    """What backward holds beside the gradients it returns, with `chunk` rows at a time; forward holds less.
+    """Bytes that backward holds in addition to the gradients it returns, with `chunk` rows at a time; forward holds less.
 
     By torch three hidden-size buffers of one chunk (two where only dWd is wanted), by Triton dz_g, dz_u and h; dy of one chunk
     where it is `scaled` by a down_multiplier; weights and biases cast to x's dtype where theirs differs; the sums of dW and
     db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, wg, bg, wu, bu, wd and bd that are
-    wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients beside the float32 sums that they are made
+    wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients and the float32 sums that they are made
     from.
     """
     several = chunk < x.shape[0]
@@ -221,7 +221,8 @@ def gated_mlp(
         gate_weight, up_weight: (H, K); gate_bias, up_bias: (H,) or None.
         down_weight: (N, H); down_bias: (N,) or None. A weight that carries `main_grad` gets its gradient added there in
             place, and autograd sees none.
-        activation: of the gate: silu (SwiGLU), gelu (GEGLU), relu (ReGLU) or any other that `linear` takes.
+        activation: of the gate, any that `linear` takes; or the form's name: swiglu (silu), geglu (gelu), geglu_tanh (gelu_tanh),
+            reglu (relu), glu (sigmoid), bilinear (identity).
         gate_multiplier, down_multiplier: mg and md, as in Falcon-H1.
         norm: as in `mlp`.
         chunk_rows, scratch_bytes: as in `mlp`; `gated_mlp_scratch_bytes` says what backward holds.
@@ -233,6 +234,12 @@ def gated_mlp(
         DimMismatch: a dimension does not fit.
         ValueError: an unknown activation.
         BudgetExceeded: `scratch_bytes` does not hold the scratch of one row.
+        NotImplementedError: a second derivative, forward mode, or torch.func's grad, vjp, jvp and jacrev.
+        RuntimeError: a `main_grad` under torch.compile.
+
+    >>> x, gate, up, down = torch.ones(2, 3, requires_grad=True), torch.ones(5, 3), torch.ones(5, 3), torch.ones(4, 5)
+    >>> gated_mlp(x, gate, up, down, activation="reglu").tolist()
+    [[45.0, 45.0, 45.0, 45.0], [45.0, 45.0, 45.0, 45.0]]
     """
     activation = gate_activation(activation)
     check_weight(x, gate_weight, gate_bias, "gate_weight")

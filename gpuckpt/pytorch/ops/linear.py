@@ -54,12 +54,12 @@ def linear_scratch_bytes(
     needs: Sequence[bool] = (True, True, True),
     main: Tensor | None = None,
 ) -> int:
-    """What backward holds beside the gradients it returns, with `chunk` rows at a time.
+    """Bytes that backward holds in addition to the gradients it returns, with `chunk` rows at a time.
 
     dz of one chunk (nothing where the layer is `plain`, with neither activation nor dropout), the weight and bias cast to x's
     dtype where theirs differs, and the sums of dW and db. Of x (M, K), weight (N, K), bias and main only shape, dtype and
     device matter. needs: the gradients of x, weight and bias that are wanted. Exact in float32 by torch; else a bound, which
-    counts 16-bit gradients beside the float32 sums that they are made from.
+    counts 16-bit gradients as well as the float32 sums that they are made from.
     """
     several = chunk < x.shape[0]
     total = cast_bytes(x.dtype, weight, bias)
@@ -131,7 +131,7 @@ def gradients(
         if db is not None:
             assert total is not None
             db.add(total)
-        del total  # what follows would be made beside it
+        del total  # or it would still be held while dX and dW are made
         if dx is not None:
             torch.mm(dz, used_weight, out=dx[part])
         if dw is not None:
@@ -174,16 +174,23 @@ def linear(
         norm: a `Norm` of x to compute with instead of x. What is kept for backward is x itself, and backward normalises it again:
             one more transient of x's size.
         chunk_rows: rows for which backward holds dz at a time; by default all.
-        scratch_bytes: the most that backward may hold beside the gradients (`linear_scratch_bytes`), instead of `chunk_rows`.
-            Inside `with budget:` the default is the budget's `max_bytes`, but never fewer than 128 rows at a time.
+        scratch_bytes: the most that backward may hold in addition to the gradients (`linear_scratch_bytes`), instead of
+            `chunk_rows`. Inside `with budget:` the default is the budget's `max_bytes`, but never fewer than 128 rows at a time.
 
     Returns:
         (..., N), in x's dtype (autocast's where that is on).
 
     Raises:
         DimMismatch: a dimension does not fit.
-        ValueError: an unknown activation, a dropout that is no probability.
+        ValueError: an unknown activation, a dropout outside 0 to 1.
         BudgetExceeded: in backward, where `scratch_bytes` does not hold the scratch of one row.
+        NotImplementedError: a second derivative, forward mode, or torch.func's grad, vjp, jvp and jacrev.
+        RuntimeError: a `main_grad` under torch.compile.
+
+    >>> x, weight = torch.ones(2, 3, requires_grad=True), torch.ones(4, 3, requires_grad=True)
+    >>> linear(x, weight, activation="relu").sum().backward()
+    >>> x.grad.tolist()
+    [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
     """
     check_activation(activation)
     check_dropout(dropout)

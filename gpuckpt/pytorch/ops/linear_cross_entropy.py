@@ -130,6 +130,13 @@ def linear_cross_entropy(
         BudgetExceeded: `scratch_bytes` holds not even one row of logits.
         ValueError: an unknown reduction, an option out of range, a target out of range (on a CPU; on a GPU its loss is NaN).
         TypeError: targets that are not int64.
+        NotImplementedError: a second derivative, forward mode, or torch.func's grad, vjp, jvp and jacrev.
+        RuntimeError: a `main_grad` under torch.compile.
+
+    >>> x, head = torch.zeros(4, 3, requires_grad=True), torch.ones(10, 3)
+    >>> loss = linear_cross_entropy(x, head, torch.tensor([1, 2, 3, -100]))
+    >>> f"{loss.item():.4f}"  # log(10)
+    '2.3026'
     """
     check_weight(x, weight, bias)
     if target.shape != x.shape[:-1]:

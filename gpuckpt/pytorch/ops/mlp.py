@@ -53,11 +53,11 @@ def mlp_scratch_bytes(
     needs: Sequence[bool] = _ALL,
     mains: Sequence[Tensor | None] = (None, None),
 ) -> int:
-    """What backward holds beside the gradients it returns, with `chunk` rows at a time; forward holds less.
+    """Bytes that backward holds in addition to the gradients it returns, with `chunk` rows at a time; forward holds less.
 
     h and dz of one chunk (one of them suffices where the other is not wanted), weights and b1 cast to x's dtype where theirs
     differs, and the sums of dW and db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, w1, b1,
-    w2 and b2 that are wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients beside the
+    w2 and b2 that are wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients as well as the
     float32 sums that they are made from.
     """
     several = chunk < x.shape[0]
@@ -197,7 +197,7 @@ def gradients(
             if db1 is not None:
                 assert total is not None
                 db1.add(total)
-            del total  # what follows would be made beside it
+            del total  # or it would still be held while dX and dW are made
         if dw2 is not None:
             assert h is not None
             dw2.add(dy_part, h)
@@ -241,8 +241,8 @@ def mlp(
         norm: a `Norm` of x to compute with instead of x. What is kept for backward is x itself, and backward normalises it again:
             one more transient of x's size.
         chunk_rows: rows for which h (and in backward dz) is held at a time; by default all.
-        scratch_bytes: the most that backward may hold beside the gradients (`mlp_scratch_bytes`), instead of `chunk_rows`.
-            Inside `with budget:` the default is the budget's `max_bytes`, but never fewer than 128 rows at a time.
+        scratch_bytes: the most that backward may hold in addition to the gradients (`mlp_scratch_bytes`), instead of
+            `chunk_rows`. Inside `with budget:` the default is the budget's `max_bytes`, but never fewer than 128 rows at a time.
 
     Returns:
         (..., N), in x's dtype (autocast's where that is on).
@@ -251,6 +251,13 @@ def mlp(
         DimMismatch: a dimension does not fit.
         ValueError: an unknown activation.
         BudgetExceeded: `scratch_bytes` does not hold the scratch of one row.
+        NotImplementedError: a second derivative, forward mode, or torch.func's grad, vjp, jvp and jacrev.
+        RuntimeError: a `main_grad` under torch.compile.
+
+    >>> x, w1, w2 = torch.ones(2, 3, requires_grad=True), torch.ones(5, 3), torch.ones(4, 5)
+    >>> mlp(x, w1, None, w2, activation="relu").sum().backward()
+    >>> x.grad[0].tolist()
+    [20.0, 20.0, 20.0]
     """
     check_activation(activation)
     check_weight(x, w1, b1, "w1")

@@ -40,7 +40,11 @@ KINDS = ("rms", "layer")
 
 
 class Norm(NamedTuple):
-    """A norm over the last dimension. kind: "rms" or "layer"; weight, bias: (K,) or None; eps > 0."""
+    """A norm over the last dimension. kind: "rms" or "layer"; weight, bias: (K,) or None; eps > 0.
+
+    >>> Norm.of(nn.RMSNorm(8, eps=1e-6)).kind
+    'rms'
+    """
 
     kind: str
     weight: Tensor | None = None
