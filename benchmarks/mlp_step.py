@@ -29,7 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import gpuckpt.pytorch.functional as G
+import gpuckpt.functional as G
 
 
 def contenders(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:

@@ -32,9 +32,9 @@ from torch import nn
 
 from gpuckpt import CheckpointBudget, fit, format_bytes
 from gpuckpt.cli.transformer import Config, Transformer
+from gpuckpt.functional import mlp
+from gpuckpt.nn import FusedLinear, FusedMLP
 from gpuckpt.pytorch.engine.residency import mark_resident
-from gpuckpt.pytorch.functional import mlp
-from gpuckpt.pytorch.nn import FusedLinear, FusedMLP
 from gpuckpt.pytorch.profiling.link_speed import Link
 
 Inputs = dict[str, torch.Tensor]

@@ -59,8 +59,8 @@ _HOME = {
     ),
 }
 _MODULES = {
-    "functional": "gpuckpt.pytorch.functional",
-    "nn": "gpuckpt.pytorch.nn",
+    "functional": "gpuckpt.functional",
+    "nn": "gpuckpt.nn",
     "tune": "gpuckpt.kernels.tune",
 }
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
@@ -68,6 +68,7 @@ _NAMES = {name: home for home, names in _HOME.items() for name in names}
 __all__ = ["__version__", *sorted(_MODULES), *sorted(_NAMES)]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors, which do not run __getattr__
+    from gpuckpt import functional, nn
     from gpuckpt.budget import CheckpointBudget
     from gpuckpt.errors import (
         BackendUnavailable,
@@ -89,7 +90,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from gpuckpt.kernels import tune
     from gpuckpt.memory import MemoryUsageTracker
     from gpuckpt.planning import Certificate, Chain, Keep, Plan, Recompute, Stage, plan_chain, simulate
-    from gpuckpt.pytorch import functional, nn
     from gpuckpt.pytorch.checkpoint import checkpoint
     from gpuckpt.pytorch.fit import Fitted, fit
     from gpuckpt.pytorch.graph import checkpoint_graph

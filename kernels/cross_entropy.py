@@ -3,7 +3,7 @@
 One program owns one row. It reads the row once with an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) and either
 writes the row's loss, or reads it a second time and writes the loss's gradient over the logits. Nothing is kept from forward to
 backward: the chunk's logits are computed again, and the log-sum-exp with them, so that chunk by chunk all a training step holds
-is one chunk of logits. The GEMMs around this kernel belong to cuBLAS; `gpuckpt.pytorch.cross_entropy` puts them together.
+is one chunk of logits. The GEMMs around this kernel belong to cuBLAS; `gpuckpt.functional.linear_cross_entropy` joins them.
 
     z' = softcap tanh(z / softcap)                         (Gemma 2, arXiv:2408.00118), or z
     lse = log sum_v exp z'_v

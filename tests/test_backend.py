@@ -47,7 +47,7 @@ def test_too_late_for_the_interpreter(monkeypatch):
 RUN = """
 import sys
 import torch
-from gpuckpt.pytorch.functional import linear
+from gpuckpt.functional import linear
 print(linear(torch.ones(2, 3), torch.ones(4, 3), activation="relu")[0, 0].item(), "triton" in sys.modules)
 """
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpuckpt.pytorch.activations import ACTIVATIONS, GATED
-from gpuckpt.pytorch.nn import FusedMLP, GatedMLP
+from gpuckpt.nn import FusedMLP, GatedMLP
+from gpuckpt.pytorch.ops._activations import ACTIVATIONS, GATED
 
 __all__ = ["VOCABULARY", "Config", "Transformer"]
 

@@ -106,6 +106,21 @@ def test_the_cpu_side_works_without(missing, tmp_path):
     python(WITHOUT.format(missing=missing), tmp_path, "-W", "ignore")
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import gpuckpt.nn as gnn; gnn.GatedMLP",
+        "from gpuckpt.functional import mlp",
+        "from gpuckpt.nn import FusedMLP, GatedMLP",
+        "import gpuckpt; assert gpuckpt.nn.GatedMLP is __import__('gpuckpt.nn').nn.GatedMLP",
+        "import gpuckpt; gpuckpt.functional.linear",
+        "from gpuckpt import functional, nn; assert nn.__name__ == 'gpuckpt.nn'",
+    ],
+)
+def test_functions_and_modules_import_in_a_fresh_interpreter(code, tmp_path):
+    python(code, tmp_path)
+
+
 def test_every_public_name_is_there():
     import gpuckpt
 

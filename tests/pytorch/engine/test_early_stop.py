@@ -13,13 +13,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import gpuckpt
 from gpuckpt import CheckpointBudget, functional
-from gpuckpt.pytorch import cross_entropy, gated, linear, mlp
 from gpuckpt.pytorch.engine import early_stop
-from gpuckpt.pytorch.norm import Norm
-from tests.pytorch.fused import OPS
+from gpuckpt.pytorch.ops import _register
+from gpuckpt.pytorch.ops.norm import Norm
+from tests.pytorch.ops.fused import OPS
 from tests.pytorch.steps import HOLDS, bits
 
-ROOMS = {"linear": linear, "mlp": mlp, "gated_mlp": gated}
 TARGET = torch.tensor([0, 3, -100, 1, 2])
 
 
@@ -46,7 +45,7 @@ def noting(ran, name, fn):
     return run
 
 
-def announced_and_packed(monkeypatch, room, run) -> tuple[list[Tensor], list[Tensor]]:
+def announced_and_packed(monkeypatch, run) -> tuple[list[Tensor], list[Tensor]]:
     """What an operation says it will save, and what autograd is then given."""
     said: list[Tensor] = []
     packed: list[Tensor] = []
@@ -56,7 +55,7 @@ def announced_and_packed(monkeypatch, room, run) -> tuple[list[Tensor], list[Ten
         said.extend(tensor for tensor in saved(inputs, needs) if tensor is not None)
         packed.clear()  # what came before is not this operation's
 
-    monkeypatch.setattr(room, "about_to_save", about_to_save)
+    monkeypatch.setattr(_register, "about_to_save", about_to_save)
     with saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         run()
     return said, packed
@@ -79,7 +78,7 @@ def test_what_is_announced_is_what_autograd_saves(name, norm, monkeypatch):
             if name == "linear":
                 options |= {"dropout": 0.5, "residual": torch.ones(5, 4).double()}
             said, packed = announced_and_packed(
-                monkeypatch, ROOMS[name], lambda operands=operands, options=options: op.run(*operands, **options)
+                monkeypatch, lambda operands=operands, options=options: op.run(*operands, **options)
             )
             if not packed:  # nothing that has a value wants a gradient
                 continue
@@ -89,7 +88,7 @@ def test_what_is_announced_is_what_autograd_saves(name, norm, monkeypatch):
 
 def test_what_a_loss_announces_is_what_autograd_saves(monkeypatch):
     x, w, b = OPS["linear"].draw()
-    said, packed = announced_and_packed(monkeypatch, cross_entropy, lambda: loss_of(x, w, b))
+    said, packed = announced_and_packed(monkeypatch, lambda: loss_of(x, w, b))
     assert [*map(id, said)] == [*map(id, packed)]
 
 
@@ -161,7 +160,7 @@ def test_the_same_bytes_are_held(monkeypatch):
         return budget.peak_bytes
 
     with_stop = peak()
-    monkeypatch.setattr(mlp, "about_to_save", lambda saved, inputs: None)
+    monkeypatch.setattr(_register, "about_to_save", lambda saved, inputs: None)
     assert peak() == with_stop
 
 

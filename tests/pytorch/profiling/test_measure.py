@@ -12,7 +12,7 @@ from torch import nn
 from gpuckpt import Chain, Keep, measure, plan_chain, simulate
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.errors import InvalidChain
-from gpuckpt.pytorch.nn import FusedMLP
+from gpuckpt.nn import FusedMLP
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from tests.pytorch.beside_plain import plain_peak_bytes
 

@@ -13,11 +13,20 @@ from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
 
-__all__ = ["BiasGrad", "Scratch", "WeightGrad", "bias_scratch", "main_grad_of", "sum_rows", "weight_scratch"]
+__all__ = [
+    "CUDA_BLOCK",
+    "BiasGrad",
+    "Scratch",
+    "WeightGrad",
+    "bias_scratch",
+    "main_grad_of",
+    "sum_rows",
+    "weight_scratch",
+]
 
 _BLOCK = 256
 """Rows of a 16-bit matrix that the CPU widens to float32 at a time: there torch widens no products or sums by itself."""
-_CUDA_BLOCK = 8192
+CUDA_BLOCK = 8192
 """Rows of dW whose float32 product is made at a time on CUDA."""
 
 
@@ -36,7 +45,7 @@ def main_grad_of(weight: Tensor) -> Tensor | None:
 
 
 class Scratch(NamedTuple):
-    """Bytes beside the gradients: `held` until the result is made, `passing` while one chunk is added."""
+    """Bytes in addition to the gradients: `held` until the result is made, `passing` while one chunk is added."""
 
     held: int
     passing: int
@@ -51,7 +60,7 @@ def weight_scratch(weight: Tensor, dtype: torch.dtype, rows: int, several: bool,
     held = 0 if own == wide or main is not None else a * b * wide.itemsize
     if wide == dtype:
         return Scratch(held, 0)
-    block = min(_CUDA_BLOCK, a) * b if weight.is_cuda else min(_BLOCK, rows) * (a + b)
+    block = min(CUDA_BLOCK, a) * b if weight.is_cuda else min(_BLOCK, rows) * (a + b)
     return Scratch(held, wide.itemsize * block)
 
 
@@ -122,8 +131,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a.t(), b)
     elif a.is_cuda:
-        for first in range(0, total.shape[0], _CUDA_BLOCK):
-            part = slice(first, first + _CUDA_BLOCK)
+        for first in range(0, total.shape[0], CUDA_BLOCK):
+            part = slice(first, first + CUDA_BLOCK)
             total[part] += torch.mm(a[:, part].t(), b, out_dtype=total.dtype)
     else:
         for first in range(0, a.shape[0], _BLOCK):

@@ -9,15 +9,18 @@ import torch
 from torch import nn
 from torch.library import opcheck
 
-from gpuckpt import CheckpointBudget, functional
+from gpuckpt import functional
 from gpuckpt.errors import SavedTensorModified
-from gpuckpt.pytorch.gated import gated_mlp_bwd, gated_mlp_fwd
-from gpuckpt.pytorch.linear import linear_bwd, linear_fwd
-from gpuckpt.pytorch.mlp import mlp_bwd, mlp_fwd
-from gpuckpt.pytorch.nn import FusedLinear, FusedMLP, GatedMLP
-from tests.pytorch.fused import OPS, gradients
+from gpuckpt.memory import CheckpointBudget
+from gpuckpt.nn import FusedLinear, FusedMLP, GatedMLP
+from gpuckpt.pytorch.ops import gated_mlp, linear, mlp
+from tests.pytorch.ops.fused import ALL_OPS, OPS, gradients
 
+linear_fwd, linear_bwd = linear.OP.fwd, linear.OP.bwd
+mlp_fwd, mlp_bwd = mlp.OP.fwd, mlp.OP.bwd
+gated_mlp_fwd, gated_mlp_bwd = gated_mlp.OP.fwd, gated_mlp.OP.bwd
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+ANY_OP = pytest.mark.parametrize("op", ALL_OPS.values(), ids=lambda op: op.name)
 # torch scripts parts of its own forward mode and of inductor when they are first used, and warns of itself.
 SCRIPTS = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
@@ -143,13 +146,27 @@ def test_autocast_fixes_its_dtype_in_forward_and_saves_parameters_uncast(op):
         assert torch.equal(got, expected.to(t.dtype))
 
 
+@ANY_OP
+@pytest.mark.parametrize("chunk_rows", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_backward_inside_autocast_computes_what_forward_did(op, chunk_rows, dtype):
+    operands = op.draw(33, 17, 29, 11, dtype=dtype)
+    y = op.run(*operands, activation="gelu", chunk_rows=chunk_rows)
+    dy = torch.randn_like(y)
+    outside = torch.autograd.grad(y, operands, dy, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(y, operands, dy)
+    for got, expected in zip(inside, outside, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_autocast_leaves_float64_alone():
     x, w, b = OPS["linear"].draw()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert functional.linear(x, w, b, activation="gelu").dtype == torch.float64
 
 
-@OP
+@ANY_OP
 def test_double_backward_says_no(op):
     x, *others = op.draw()
     (dx,) = torch.autograd.grad(op.run(x, *others, activation="gelu").sum(), x, create_graph=True)
@@ -157,7 +174,7 @@ def test_double_backward_says_no(op):
         dx.sum().backward()
 
 
-@OP
+@ANY_OP
 @pytest.mark.parametrize(
     "transform",
     [
@@ -175,7 +192,7 @@ def test_func_transforms_say_no(op, transform):
         transform(lambda x: op.run(x, *others, activation="gelu").sum())(x.detach())
 
 
-@OP
+@ANY_OP
 @SCRIPTS
 def test_forward_mode_says_no(op):
     x, *others = (t.detach() for t in op.draw())
@@ -188,7 +205,7 @@ def test_forward_mode_says_no(op):
                 op.run(*operands, activation="gelu")
 
 
-@OP
+@ANY_OP
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_works(op):
     x, *others = (t.detach() for t in op.draw())
@@ -202,11 +219,11 @@ def test_vmap_works(op):
     torch.testing.assert_close(ours, plain)
 
 
-@OP
+@ANY_OP
 @pytest.mark.parametrize("chunk_rows", [None, 2])
 def test_nothing_that_is_given_or_saved_is_written(op, chunk_rows):
     operands = op.draw()
-    dy = torch.randn(5, 4, dtype=torch.float64)
+    dy = torch.randn_like(op.run(*operands, activation="gelu"))
     given = [*operands, dy]
     before = [t.detach().clone() for t in given]
     for activation in ("identity", "relu", "relu2", "gelu", "sigmoid"):
@@ -216,7 +233,7 @@ def test_nothing_that_is_given_or_saved_is_written(op, chunk_rows):
         assert t._version == 0
 
 
-@OP
+@ANY_OP
 def test_an_input_changed_in_place_is_an_error(op):
     operands = op.draw()
     x = operands[0].detach().clone()
@@ -232,11 +249,11 @@ def test_an_input_changed_in_place_is_an_error(op):
         y.sum().backward()
 
 
-@OP
+@ANY_OP
 @pytest.mark.parametrize("options", [{}, {"chunk_rows": 2}], ids=str)
 def test_second_backward_and_reruns_have_the_same_bits(op, options):
     operands = op.draw(33, 17, 29, 11, dtype=torch.float32)
-    dy = torch.randn(33, 11)
+    dy = torch.randn_like(op.run(*operands, activation="gelu"))
     y = op.run(*operands, activation="gelu", **options)
     first = torch.autograd.grad(y, operands, dy, retain_graph=True)
     second = torch.autograd.grad(y, operands, dy)

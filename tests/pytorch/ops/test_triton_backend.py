@@ -11,9 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gpuckpt import functional
 from gpuckpt.cli.transformer import Config, Transformer
-from gpuckpt.pytorch import activations
-from gpuckpt.pytorch.activations import ACTIVATIONS
-from tests.pytorch.fused import OPS, assert_as_good_as_torch, gradients
+from gpuckpt.pytorch.ops import _activations as activations
+from gpuckpt.pytorch.ops._activations import ACTIVATIONS
+from tests.pytorch.ops.fused import OPS, assert_as_good_as_torch, gradients
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter")
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)

@@ -15,12 +15,15 @@ cuBLAS. Not here: class weights, probabilities as targets, a vocabulary split ov
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.engine.early_stop import about_to_save
-from gpuckpt.pytorch.loss_chunks import (
+from gpuckpt.pytorch.ops._chunking import limits
+from gpuckpt.pytorch.ops._loss_chunks import (
+    LEAST_LOGIT_ROWS,
     LossOptions,
     backward_chunks,
     choose_rows,
@@ -29,15 +32,18 @@ from gpuckpt.pytorch.loss_chunks import (
     loss_dtype,
     transient_bytes,
 )
-from gpuckpt.pytorch.operands import autocast_input, check_weight, rows_of
+from gpuckpt.pytorch.ops._operands import (
+    check_weight,
+)
+from gpuckpt.pytorch.ops._register import FusedOp
+from gpuckpt.pytorch.ops.norm import Norm
 
 __all__ = ["REDUCTIONS", "chunk_rows_for", "linear_cross_entropy", "transient_bytes"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@torch.library.custom_op("gpuckpt::linear_cross_entropy_fwd", mutates_args=())
-def linear_cross_entropy_fwd(
+def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -52,20 +58,11 @@ def linear_cross_entropy_fwd(
 ) -> Tensor:
     """x (M, K), weight (V, K), bias (V,), target (M,) -> the loss, () or (M,) for "none", float32 (float64 for float64 x)."""
     what = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    chunk_rows = chunk_rows or choose_rows(x, weight, scratch_bytes)
-    return forward_chunks(x, weight, bias, target, what, reduction, chunk_rows)
+    return forward_chunks(x, weight, bias, target, what, reduction, choose_rows(x, weight, chunk_rows, scratch_bytes))
 
 
-@linear_cross_entropy_fwd.register_fake
-def _(
-    x, weight, bias, target, ignore_index, label_smoothing, z_loss, softcap, reduction, chunk_rows, scratch_bytes
-) -> Tensor:
-    return x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=loss_dtype(x))
-
-
-@torch.library.custom_op("gpuckpt::linear_cross_entropy_bwd", mutates_args=())
-def linear_cross_entropy_bwd(
-    dloss: Tensor,
+def gradients(
+    dy: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -78,49 +75,19 @@ def linear_cross_entropy_bwd(
     chunk_rows: int | None,
     scratch_bytes: int | None,
     needs: list[bool],
-) -> list[Tensor]:
-    """The gradients of x, weight and bias that `needs` asks for, in that order; each in its input's dtype."""
+    mains: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """(dx, dW, db) for dy, the gradient of the loss."""
     what = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    chunk_rows = chunk_rows or choose_rows(x, weight, scratch_bytes)
-    return backward_chunks(dloss, x, weight, bias, target, what, reduction, chunk_rows, needs)
+    rows = choose_rows(x, weight, chunk_rows, scratch_bytes)
+    return backward_chunks(dy, x, weight, bias, target, what, reduction, rows, needs, *mains)
 
 
-@linear_cross_entropy_bwd.register_fake
-def _(
-    dloss,
-    x,
-    weight,
-    bias,
-    target,
-    ignore_index,
-    label_smoothing,
-    z_loss,
-    softcap,
-    reduction,
-    chunk_rows,
-    scratch_bytes,
-    needs,
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, need in zip((x, weight, bias), needs, strict=True) if need and t is not None]
+def _fake(x, weight, bias, target, ignore_index, label_smoothing, z_loss, softcap, reduction, *limits) -> Tensor:
+    return x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=loss_dtype(x))
 
 
-def _saved(inputs, needs) -> tuple[Tensor | None, ...]:
-    return inputs[:4]
-
-
-def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*_saved(inputs, ctx.needs_input_grad))
-    ctx.options = inputs[4:]
-
-
-def _backward(ctx, dloss: Tensor):
-    x, weight, bias, target = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    grads = iter(linear_cross_entropy_bwd(dloss, x, weight, bias, target, *ctx.options, needs) if any(needs) else ())
-    return (*(next(grads) if need else None for need in needs), *(None,) * 8)
-
-
-linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup)
+OP = FusedOp("linear_cross_entropy", forward, gradients, operands=("x", "weight", "bias"), fake=_fake)
 
 
 def linear_cross_entropy(
@@ -134,6 +101,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    norm: Norm | None = None,
     chunk_rows: int | None = None,
     scratch_bytes: int | None = None,
 ) -> Tensor:
@@ -141,15 +109,18 @@ def linear_cross_entropy(
 
     Args:
         x: (..., K), floating point: the last hidden states.
-        weight: (V, K), the head; a frozen one costs no dW.
+        weight: (V, K), the head; a frozen one costs no dW. Where it carries `main_grad`, its gradient is added there in
+            place and autograd sees none.
         target: (...), int64 classes from 0 to V - 1, or `ignore_index`.
         bias: (V,) or None.
         ignore_index, label_smoothing: as in `torch.nn.functional.cross_entropy`.
         z_loss: weight of the squared log-sum-exp, averaged like the loss.
         softcap: c of c tanh(logits / c), or None.
         reduction: "mean" over the rows that are not ignored (NaN if there are none, as in torch), "sum" or "none".
+        norm: a `Norm` of x to compute with instead of x (a model's last norm). What is kept for backward is x itself.
         chunk_rows: rows of logits to hold at a time; by default `chunk_rows_for` chooses.
-        scratch_bytes: the most bytes of logits to hold, instead of `chunk_rows`.
+        scratch_bytes: the most bytes of logits to hold, instead of `chunk_rows`. Inside `with budget:` the default is the
+            budget's `max_bytes`, but never fewer than 16 rows at a time.
 
     Returns:
         () or target's shape for "none"; float32, whatever x is (float64 for float64 x).
@@ -159,6 +130,13 @@ def linear_cross_entropy(
         BudgetExceeded: `scratch_bytes` holds not even one row of logits.
         ValueError: an unknown reduction, an option out of range, a target out of range (on a CPU; on a GPU its loss is NaN).
         TypeError: targets that are not int64.
+        NotImplementedError: a second derivative, forward mode, or torch.func's grad, vjp, jvp and jacrev.
+        RuntimeError: a `main_grad` under torch.compile.
+
+    >>> x, head = torch.zeros(4, 3, requires_grad=True), torch.ones(10, 3)
+    >>> loss = linear_cross_entropy(x, head, torch.tensor([1, 2, 3, -100]))
+    >>> f"{loss.item():.4f}"  # log(10)
+    '2.3026'
     """
     check_weight(x, weight, bias)
     if target.shape != x.shape[:-1]:
@@ -173,23 +151,8 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing={label_smoothing}: expected 0 to 1")
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap={softcap}: expected a positive number, or None for no cap")
-    if chunk_rows is not None and (chunk_rows < 1 or scratch_bytes is not None):
-        raise ValueError(f"chunk_rows={chunk_rows}, scratch_bytes={scratch_bytes}: give one of them, at least 1")
-    x = autocast_input(x)
-    rows = rows_of(x)
-    inputs = (
-        rows,
-        weight,
-        bias,
-        target.reshape(-1),
-        ignore_index,
-        float(label_smoothing),
-        float(z_loss),
-        softcap,
-        reduction,
-        chunk_rows,
-        scratch_bytes,
+    options = ignore_index, float(label_smoothing), float(z_loss), softcap, reduction
+    loss = OP(
+        x, weight, bias, target.reshape(-1), *options, *limits(chunk_rows, scratch_bytes, LEAST_LOGIT_ROWS), norm=norm
     )
-    about_to_save(_saved, inputs)
-    loss = linear_cross_entropy_fwd(*inputs)
     return loss.reshape(target.shape) if reduction == "none" else loss

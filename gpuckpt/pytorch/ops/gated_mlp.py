@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.activations import check_activation
-from gpuckpt.pytorch.engine.early_stop import about_to_save
-from gpuckpt.pytorch.gated_rows import (
+from gpuckpt.pytorch.ops._activations import gate_activation
+from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
+from gpuckpt.pytorch.ops._gated_rows import (
     Form,
     Pair,
     backward_buffers,
@@ -26,28 +26,22 @@ from gpuckpt.pytorch.gated_rows import (
     hidden_of,
     partials_bytes,
 )
-from gpuckpt.pytorch.norm import Norm, again, normalise
-from gpuckpt.pytorch.operands import (
-    autocast_input,
+from gpuckpt.pytorch.ops._operands import (
     cast,
     cast_bytes,
     check_bias,
     check_weight,
-    no_double_backward,
-    refuse_grad_transforms,
-    rows_of,
-    without_autocast,
 )
-from gpuckpt.pytorch.rows import affine_into
-from gpuckpt.pytorch.scratch import chunks, limits, settle_chunk
-from gpuckpt.pytorch.weight_grads import (
+from gpuckpt.pytorch.ops._register import FusedOp
+from gpuckpt.pytorch.ops._rows import affine_into
+from gpuckpt.pytorch.ops._weight_grads import (
     BiasGrad,
     WeightGrad,
     bias_scratch,
-    main_grad_of,
     sum_rows,
     weight_scratch,
 )
+from gpuckpt.pytorch.ops.norm import Norm
 
 __all__ = ["gated_mlp", "gated_mlp_scratch_bytes"]
 
@@ -69,12 +63,12 @@ def gated_mlp_scratch_bytes(
     needs: Sequence[bool] = _ALL,
     mains: Sequence[Tensor | None] = _NONE,
 ) -> int:
-    """What backward holds beside the gradients it returns, with `chunk` rows at a time; forward holds less.
+    """Bytes that backward holds in addition to the gradients it returns, with `chunk` rows at a time; forward holds less.
 
     By torch three hidden-size buffers of one chunk (two where only dWd is wanted), by Triton dz_g, dz_u and h; dy of one chunk
     where it is `scaled` by a down_multiplier; weights and biases cast to x's dtype where theirs differs; the sums of dW and
     db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, wg, bg, wu, bu, wd and bd that are
-    wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients beside the float32 sums that they are made
+    wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients and the float32 sums that they are made
     from.
     """
     several = chunk < x.shape[0]
@@ -99,8 +93,7 @@ def _buffers(x: Tensor, needs: Sequence[bool]) -> int:
     return forward_buffers(x) if needs[5] else 0
 
 
-@torch.library.custom_op("gpuckpt::gated_mlp_fwd", mutates_args=())
-def gated_mlp_fwd(
+def forward(
     x: Tensor,
     wg: Tensor,
     bg: Tensor | None,
@@ -108,25 +101,17 @@ def gated_mlp_fwd(
     bu: Tensor | None,
     wd: Tensor,
     bd: Tensor | None,
-    main_g: Tensor | None,
-    main_u: Tensor | None,
-    main_d: Tensor | None,
     activation: str,
     gate_multiplier: float,
     down_multiplier: float,
     chunk_rows: int | None,
     scratch_bytes: int | None,
-    raw: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_kind: str = "rms",
-    norm_eps: float = 1.0,
 ) -> Tensor:
-    """x (M, K) -> (M, N) in x's dtype. What else backward needs passes through here."""
+    """x (M, K) -> (M, N) in x's dtype."""
     rows, scaled = x.shape[0], down_multiplier != 1.0
     form = Form(activation, gate_multiplier, down_multiplier)
     # Backward holds more than forward does: the chunk that suits it suits both.
-    chunk = settle_chunk(
+    chunk = choose_chunk_rows(
         rows,
         lambda c: gated_mlp_scratch_bytes(x, wg, bg, wu, bu, wd, bd, c, scaled=scaled),
         chunk_rows,
@@ -135,22 +120,15 @@ def gated_mlp_fwd(
     pair, wd, bd = Pair(cast(wg, x), cast(bg, x), cast(wu, x), cast(bu, x)), cast(wd, x), cast(bd, x)
     y = x.new_empty(rows, wd.shape[0])
     buffers = [x.new_empty(min(chunk, rows), wg.shape[0]) for _ in range(forward_buffers(x))]
-    with without_autocast(x.device.type):
-        for part in chunks(rows, chunk):
-            h = hidden_of([buffer[: part.stop - part.start] for buffer in buffers], x[part], pair, form)
-            out = affine_into(y[part], h, wd, bd)
-            if scaled:
-                out.mul_(down_multiplier)
+    for part in chunks(rows, chunk):
+        h = hidden_of([buffer[: part.stop - part.start] for buffer in buffers], x[part], pair, form)
+        out = affine_into(y[part], h, wd, bd)
+        if scaled:
+            out.mul_(down_multiplier)
     return y
 
 
-@gated_mlp_fwd.register_fake
-def _(x, wg, bg, wu, bu, wd, bd, main_g, main_u, main_d, activation, mg, md, chunk_rows, scratch, *recipe) -> Tensor:
-    return x.new_empty(x.shape[0], wd.shape[0])
-
-
-@torch.library.custom_op("gpuckpt::gated_mlp_bwd", mutates_args=())
-def gated_mlp_bwd(
+def gradients(
     dy: Tensor,
     x: Tensor | None,
     wg: Tensor,
@@ -165,39 +143,15 @@ def gated_mlp_bwd(
     chunk_rows: int | None,
     scratch_bytes: int | None,
     needs: list[bool],
-) -> list[Tensor]:
-    """The gradients of x, wg, bg, wu, bu, wd, bd that `needs` asks for, in that order; each in its input's dtype."""
-    form = Form(activation, gate_multiplier, down_multiplier)
-    grads = gradients(dy, x, (wg, bg, wu, bu, wd, bd), form, chunk_rows, scratch_bytes, needs, _NONE)
-    return [grad for grad in grads if grad is not None]
-
-
-@gated_mlp_bwd.register_fake
-def _(dy, x, wg, bg, wu, bu, wd, bd, activation, mg, md, chunk_rows, scratch_bytes, needs) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, need in zip((x, wg, bg, wu, bu, wd, bd), needs, strict=True) if need]
-
-
-no_double_backward(gated_mlp_bwd, "gated_mlp")
-
-
-def gradients(
-    dy: Tensor,
-    x: Tensor | None,
-    operands: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None],
-    form: Form,
-    chunk_rows: int | None,
-    scratch_bytes: int | None,
-    needs: Sequence[bool],
     mains: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradients of x and the six operands, None where not needed, and for a weight whose gradient was added to its
-    `main_grad`. x may be None where only that of bd is wanted."""
-    wg, bg, wu, bu, wd, bd = operands
+    """(dx, dwg, dbg, dwu, dbu, dwd, dbd). x may be None where only dbd is wanted."""
+    form = Form(activation, gate_multiplier, down_multiplier)
     rows, scaled = dy.shape[0], form.down_multiplier != 1.0
     like = dy if x is None else x
-    chunk = settle_chunk(
+    chunk = choose_chunk_rows(
         rows,
-        lambda c: gated_mlp_scratch_bytes(like, *operands, c, scaled=scaled, needs=needs, mains=mains),
+        lambda c: gated_mlp_scratch_bytes(like, wg, bg, wu, bu, wd, bd, c, scaled=scaled, needs=needs, mains=mains),
         chunk_rows,
         scratch_bytes,
     )
@@ -213,55 +167,35 @@ def gradients(
     ]
     pair, used_wd = Pair(cast(wg, dy), cast(bg, dy), cast(wu, dy), cast(bu, dy)), cast(wd, dy)
     buffers = [dy.new_empty(min(chunk, rows), wg.shape[0]) for _ in range(_buffers(dy, needs))]
-    with without_autocast(dy.device.type):
-        for part in chunks(rows, chunk):
-            g = dy[part] * form.down_multiplier if scaled else dy[part]
-            if dbs[2] is not None:
-                dbs[2].add(sum_rows(g))
-            if x is None:
-                continue
-            x_part = x[part]
-            held = [buffer[: part.stop - part.start] for buffer in buffers]
-            if not hidden:
-                assert dws[2] is not None
-                dws[2].add(g, hidden_of(held, x_part, pair, form))
-                continue
-            dz_g, dz_u = gradients_of(held, g, x_part, pair, used_wd, form, dws[2], dbs[0], dbs[1])
-            if dx is not None:
-                torch.mm(dz_g, pair.wg, out=dx[part]).addmm_(dz_u, pair.wu)
-            for dw, dz in ((dws[0], dz_g), (dws[1], dz_u)):
-                if dw is not None:
-                    dw.add(dz, x_part)
+    for part in chunks(rows, chunk):
+        g = dy[part] * form.down_multiplier if scaled else dy[part]
+        if dbs[2] is not None:
+            dbs[2].add(sum_rows(g))
+        if x is None:
+            continue
+        x_part = x[part]
+        held = [buffer[: part.stop - part.start] for buffer in buffers]
+        if not hidden:
+            assert dws[2] is not None
+            dws[2].add(g, hidden_of(held, x_part, pair, form))
+            continue
+        dz_g, dz_u = gradients_of(held, g, x_part, pair, used_wd, form, dws[2], dbs[0], dbs[1])
+        if dx is not None:
+            torch.mm(dz_g, pair.wg, out=dx[part]).addmm_(dz_u, pair.wu)
+        for dw, dz in ((dws[0], dz_g), (dws[1], dz_u)):
+            if dw is not None:
+                dw.add(dz, x_part)
     results = [None if grad is None else grad.result() for pair in zip(dws, dbs, strict=True) for grad in pair]
     return [dx, *results]
 
 
-def _saved(inputs, needs) -> tuple[Tensor | None, ...]:
-    kept = (inputs[0], None, None, None) if inputs[15] is None else (None, *inputs[15:18])
-    return (*inputs[1:7], *(kept if any(needs[:6]) else (None,) * 4))
-
-
-def _setup(ctx, inputs, output) -> None:
-    needs = ctx.needs_input_grad
-    ctx.save_for_backward(*_saved(inputs, needs))
-    ctx.mains = [main if need else None for main, need in zip(inputs[7:10], needs[1:7:2], strict=True)]
-    ctx.options, ctx.norm = inputs[10:15], inputs[18:]
-
-
-def _backward(ctx, dy: Tensor):
-    needs = list(ctx.needs_input_grad[:7])
-    *operands, x, raw, norm_weight, norm_bias = ctx.saved_tensors
-    x = again(x, (raw, norm_weight, norm_bias, *ctx.norm))
-    if any(main is not None for main in ctx.mains):
-        activation, gate_multiplier, down_multiplier, chunk_rows, scratch_bytes = ctx.options
-        form = Form(activation, gate_multiplier, down_multiplier)
-        grads = gradients(dy, x, tuple(operands), form, chunk_rows, scratch_bytes, needs, ctx.mains)
-        return (*grads, *(None,) * 13)
-    found = iter(gated_mlp_bwd(dy, x, *operands, *ctx.options, needs) if any(needs) else ())
-    return (*(next(found) if need else None for need in needs), *(None,) * 13)
-
-
-gated_mlp_fwd.register_autograd(_backward, setup_context=_setup)
+OP = FusedOp(
+    "gated_mlp",
+    forward,
+    gradients,
+    operands=("x", "wg", "bg", "wu", "bu", "wd", "bd"),
+    keeps_input=lambda needs, saved, options: any(needs[:6]),
+)
 
 
 def gated_mlp(
@@ -287,7 +221,8 @@ def gated_mlp(
         gate_weight, up_weight: (H, K); gate_bias, up_bias: (H,) or None.
         down_weight: (N, H); down_bias: (N,) or None. A weight that carries `main_grad` gets its gradient added there in
             place, and autograd sees none.
-        activation: of the gate: silu (SwiGLU), gelu (GEGLU), relu (ReGLU) or any other that `linear` takes.
+        activation: of the gate, any that `linear` takes; or the form's name: swiglu (silu), geglu (gelu), geglu_tanh (gelu_tanh),
+            reglu (relu), glu (sigmoid), bilinear (identity).
         gate_multiplier, down_multiplier: mg and md, as in Falcon-H1.
         norm: as in `mlp`.
         chunk_rows, scratch_bytes: as in `mlp`; `gated_mlp_scratch_bytes` says what backward holds.
@@ -299,8 +234,14 @@ def gated_mlp(
         DimMismatch: a dimension does not fit.
         ValueError: an unknown activation.
         BudgetExceeded: `scratch_bytes` does not hold the scratch of one row.
+        NotImplementedError: a second derivative, forward mode, or torch.func's grad, vjp, jvp and jacrev.
+        RuntimeError: a `main_grad` under torch.compile.
+
+    >>> x, gate, up, down = torch.ones(2, 3, requires_grad=True), torch.ones(5, 3), torch.ones(5, 3), torch.ones(4, 5)
+    >>> gated_mlp(x, gate, up, down, activation="reglu").tolist()
+    [[45.0, 45.0, 45.0, 45.0], [45.0, 45.0, 45.0, 45.0]]
     """
-    check_activation(activation)
+    activation = gate_activation(activation)
     check_weight(x, gate_weight, gate_bias, "gate_weight")
     check_weight(x, up_weight, up_bias, "up_weight")
     if up_weight.shape[0] != gate_weight.shape[0]:
@@ -310,26 +251,7 @@ def gated_mlp(
             gate_weight.shape[0], down_weight.shape[-1], "last dimension of down_weight (the hidden size)"
         )
     check_bias(down_bias, down_weight, "down_weight")
-    refuse_grad_transforms("gated_mlp", x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
-    x = autocast_input(x)
-    rows, *recipe = normalise(rows_of(x), norm)
-    inputs = (
-        rows,
-        gate_weight,
-        gate_bias,
-        up_weight,
-        up_bias,
-        down_weight,
-        down_bias,
-        main_grad_of(gate_weight),
-        main_grad_of(up_weight),
-        main_grad_of(down_weight),
-        activation,
-        float(gate_multiplier),
-        float(down_multiplier),
-        *limits(chunk_rows, scratch_bytes),
-        *recipe,
-    )
-    about_to_save(_saved, inputs)
-    y = gated_mlp_fwd(*inputs)
+    operands = gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
+    options = activation, float(gate_multiplier), float(down_multiplier), *limits(chunk_rows, scratch_bytes)
+    y = OP(x, *operands, *options, norm=norm)
     return y.reshape(*x.shape[:-1], down_weight.shape[0])

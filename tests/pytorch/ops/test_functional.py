@@ -9,8 +9,8 @@ import torch
 
 from gpuckpt import functional
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.activations import ACTIVATIONS, GATED
-from tests.pytorch.fused import ACTS, OPS, assert_as_good_as_torch, gradients
+from gpuckpt.pytorch.ops._activations import ACTIVATIONS, GATED
+from tests.pytorch.ops.fused import ACTS, OPS, assert_as_good_as_torch, gradients
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 

@@ -12,6 +12,7 @@ Shapes: x, xn, dxn, dx (M, K), weight and bias (K,).
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -19,15 +20,31 @@ from torch import Tensor, nn
 
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.operands import cast, no_double_backward
+from gpuckpt.pytorch.ops._operands import cast, no_double_backward
 
-__all__ = ["Norm", "normalise"]
+__all__ = ["RECIPE", "Norm", "normalise", "restored"]
+
+RECIPE = [
+    inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation, default=default)
+    for name, annotation, default in (
+        ("raw", Tensor | None, None),
+        ("norm_weight", Tensor | None, None),
+        ("norm_bias", Tensor | None, None),
+        ("norm_kind", str, "rms"),
+        ("norm_eps", float, 1.0),
+    )
+]
+"""The arguments of an operator that say how its x was made; see `normalise`."""
 
 KINDS = ("rms", "layer")
 
 
 class Norm(NamedTuple):
-    """A norm over the last dimension. kind: "rms" or "layer"; weight, bias: (K,) or None; eps > 0."""
+    """A norm over the last dimension. kind: "rms" or "layer"; weight, bias: (K,) or None; eps > 0.
+
+    >>> Norm.of(nn.RMSNorm(8, eps=1e-6)).kind
+    'rms'
+    """
 
     kind: str
     weight: Tensor | None = None
@@ -168,7 +185,7 @@ def normalise(
     return norm_fwd(rows, weight, bias, kind, eps), rows, weight, bias, kind, eps
 
 
-def again(x: Tensor | None, recipe: tuple[Tensor | None, Tensor | None, Tensor | None, str, float]) -> Tensor | None:
+def restored(x: Tensor | None, recipe: tuple[Tensor | None, Tensor | None, Tensor | None, str, float]) -> Tensor | None:
     """In backward: the saved rows x, or where `recipe` has raw rows the normalised ones once more."""
     raw, weight, bias, kind, eps = recipe
     if raw is None:

@@ -87,6 +87,32 @@ OPS = {
 }
 
 
+def _target(x, w):
+    return (torch.arange(x.shape[:-1].numel()) % w.shape[0]).reshape(x.shape[:-1])
+
+
+def _loss(x, w, b, activation="identity", **options):
+    return functional.linear_cross_entropy(x, w, _target(x, w), b, reduction="none", **options)
+
+
+def _plain_loss(x, w, b, activation="identity"):
+    logits = F.linear(x, w, b)
+    logits = logits.float() if x.dtype.itemsize == 2 else logits
+    return F.cross_entropy(logits, _target(x, w), reduction="none")
+
+
+ALL_OPS = OPS | {
+    "linear_cross_entropy": Op(
+        "linear_cross_entropy",
+        ("x", "w", "b"),
+        _loss,
+        _plain_loss,
+        lambda M, K, H, N: ((M, K), (N, K), (N,)),
+    )
+}
+"""Those that take an activation, and the loss: what holds for one of them holds for all."""
+
+
 def gradients(fn: Callable[..., Tensor], operands: Sequence[Tensor | None], dy: Tensor, **options: Any) -> list[Tensor]:
     """[y, *gradients of those operands that want one]."""
     y = fn(*operands, **options)

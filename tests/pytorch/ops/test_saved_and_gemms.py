@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from gpuckpt import CheckpointBudget, functional
-from tests.pytorch.fused import OPS, Counter, gradients
+from tests.pytorch.ops.fused import OPS, Counter, gradients
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
-from gpuckpt.pytorch.activations import activate_, differentiate, finish, keep_
-from gpuckpt.pytorch.operands import cast
-from gpuckpt.pytorch.rows import affine_into
-from gpuckpt.pytorch.weight_grads import BiasGrad, WeightGrad, sum_rows
+from gpuckpt.pytorch.ops._activations import activate_, differentiate, finish, keep_
+from gpuckpt.pytorch.ops._operands import cast
+from gpuckpt.pytorch.ops._rows import affine_into
+from gpuckpt.pytorch.ops._weight_grads import BiasGrad, WeightGrad, sum_rows
 
 __all__ = ["Form", "Pair", "backward_buffers", "forward_buffers", "gradients_of", "hidden_of"]
 
 
 class Form(NamedTuple):
-    """What is computed beside the GEMMs."""
+    """What is computed besides the GEMMs."""
 
     activation: str
     gate_multiplier: float

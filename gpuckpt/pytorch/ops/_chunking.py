@@ -15,14 +15,16 @@ import torch
 
 from gpuckpt.errors import BudgetExceeded
 
-__all__ = ["LEAST_ROWS", "chunks", "limits", "settle_chunk"]
+__all__ = ["LEAST_ROWS", "choose_chunk_rows", "chunks", "limits"]
 
 LEAST_ROWS = 128
 """Where a budget sets the limit no chunk is smaller: GEMMs of fewer rows leave most of a tile empty."""
 
 
-def limits(chunk_rows: int | None, scratch_bytes: int | None) -> tuple[int | None, int | None]:
-    """`chunk_rows` and `scratch_bytes` of a public function as the limits that `settle_chunk` takes.
+def limits(
+    chunk_rows: int | None, scratch_bytes: int | None, least_rows: int = LEAST_ROWS
+) -> tuple[int | None, int | None]:
+    """`chunk_rows` and `scratch_bytes` of a public function as the limits that `choose_chunk_rows` takes.
 
     With neither given the budget that the caller has entered sets the limit: one operation's scratch stays below its
     `max_bytes`, which is a constant of the run; what happens to be free at the moment is not, and would change the bits.
@@ -38,11 +40,13 @@ def limits(chunk_rows: int | None, scratch_bytes: int | None) -> tuple[int | Non
 
         budget = current_budget()
         if budget is not None:
-            return LEAST_ROWS, budget.max_bytes
+            return least_rows, budget.max_bytes
     return chunk_rows, scratch_bytes
 
 
-def settle_chunk(rows: int, bytes_of: Callable[[int], int], least_rows: int | None, scratch_bytes: int | None) -> int:
+def choose_chunk_rows(
+    rows: int, bytes_of: Callable[[int], int], least_rows: int | None, scratch_bytes: int | None
+) -> int:
     """Rows to take at a time: all; or `least_rows`; or as many as keep `bytes_of(chunk)` within `scratch_bytes`, but no fewer
     than `least_rows`.
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import gpuckpt
-from gpuckpt.pytorch.nn import FusedLinear, FusedMLP, GatedMLP
-from tests.pytorch.fused import LiveBytes
+from gpuckpt.nn import FusedLinear, FusedMLP, GatedMLP
+from gpuckpt.pytorch.ops._activations import GATED
+from tests.pytorch.ops.fused import ACTS, LiveBytes
 
 
 def same(module: nn.Module, reference: nn.Module, width: int) -> None:
@@ -142,8 +143,73 @@ def test_output_sizes_devices_and_dtypes():
 
 @pytest.mark.parametrize("make", [FusedLinear, FusedMLP, GatedMLP])
 def test_wrong_activations_are_refused_when_built(make):
-    with pytest.raises(ValueError, match="activation='swiglu': expected one of"):
-        make(4, 4, activation="swiglu")
+    with pytest.raises(ValueError, match="activation='swish': expected one of"):
+        make(4, 4, activation="swish")
+    if make is not GatedMLP:  # the names of gated forms are understood where there is a gate
+        with pytest.raises(ValueError, match="activation='swiglu': expected one of"):
+            make(4, 4, activation="swiglu")
+    with pytest.raises(ValueError, match="norm='batch': expected one of rms, layer, or None"):
+        make(4, 4, norm="batch")
+
+
+@pytest.mark.parametrize(("form", "activation"), GATED.items())
+def test_gated_forms_are_understood_by_their_names(form, activation):
+    ours, by_activation = GatedMLP(6, 8, activation=form), GatedMLP(6, 8, activation=activation)
+    ours.load_state_dict(by_activation.state_dict())
+    x = torch.randn(3, 6)
+    assert torch.equal(ours(x), by_activation(x))
+    weights = [p.detach() for p in ours.parameters()]
+    y = gpuckpt.functional.gated_mlp(x, *weights, activation=form)
+    torch.testing.assert_close(
+        y, F.linear(ACTS[activation](F.linear(x, weights[0])) * (x @ weights[1].t()), weights[2])
+    )
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_norm_in_front(norm, hooked):
+    """Against torch's own norm and layers; a norm with a hook is called, and so is one in front of a projection with a hook."""
+    makers = {
+        "linear": (lambda **o: FusedLinear(6, 6, activation="gelu", **o), lambda m: lambda x: F.gelu(linear(x, m))),
+        "mlp": (lambda **o: FusedMLP(6, 8, **o), lambda m: lambda x: linear(F.gelu(linear(x, m.fc1)), m.fc2)),
+        "gated": (
+            lambda **o: GatedMLP(6, 8, **o),
+            lambda m: lambda x: linear(F.silu(linear(x, m.gate_proj)) * linear(x, m.up_proj), m.down_proj),
+        ),
+    }
+    for make, plain in makers.values():
+        module = make(norm=norm, norm_eps=1e-3).double()
+        nn.init.normal_(module.norm.weight)
+        called = []
+        for child in (module.norm, *list(module.children())[-1:]) if hooked else ():
+            child.register_forward_hook(lambda *args, called=called: called.append(1))
+        x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+        weight, bias = module.norm.weight, getattr(module.norm, "bias", None)
+        xn = F.rms_norm(x, (6,), weight, 1e-3) if norm == "rms" else F.layer_norm(x, (6,), weight, bias, 1e-3)
+        found = []
+        for y in (module(x), plain(module)(xn)):
+            found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])])
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected)
+        assert bool(called) == hooked
+
+
+def linear(x, module):
+    return F.linear(x, module.weight, module.bias)
+
+
+def test_a_norm_costs_no_saved_tensor():
+    x = torch.randn(4, 6).requires_grad_() * 2
+    for module in (
+        FusedLinear(6, 6, activation="gelu", norm="rms"),
+        FusedMLP(6, 8, norm="layer"),
+        GatedMLP(6, 8, norm="rms"),
+    ):
+        budget = gpuckpt.CheckpointBudget(x.nbytes)
+        with budget:
+            y = module(x)
+        assert budget.used_bytes == x.nbytes
+        del y
 
 
 def test_wrong_dropout_is_refused_when_built():

@@ -7,6 +7,7 @@ No autograd here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.pytorch.linear import cast
+from gpuckpt.pytorch.ops._chunking import chunks
+from gpuckpt.pytorch.ops._operands import cast
+from gpuckpt.pytorch.ops._weight_grads import CUDA_BLOCK, BiasGrad, WeightGrad, sum_rows
 
 __all__ = [
+    "LEAST_LOGIT_ROWS",
     "LossOptions",
     "backward_chunks",
     "choose_rows",
@@ -27,13 +31,15 @@ __all__ = [
     "transient_bytes",
 ]
 
-_MIN_CHUNK_ROWS = 128  # fewer rows than a tile has leave a GEMM's tensor cores waiting for the weight
-_SUM_ROWS = 8192  # rows of dW summed at a time, so that the float32 product of a chunk stays small
+LEAST_LOGIT_ROWS = 16
+"""Where a budget sets the limit no chunk is smaller. A row of logits is far larger than one of a hidden layer, so that whole
+tiles of 128 rows would not fit the small budgets; with 16 rows a GEMM still uses the tensor cores and reads the weight once."""
+_MIN_CHUNK_ROWS = 128  # with fewer rows than a tile has, a GEMM is bound by reading the weight
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the formula needs beside the logits."""
+    """What the formula needs besides the logits."""
 
     ignore_index: int
     label_smoothing: float
@@ -71,7 +77,7 @@ def transient_bytes(
     weight_dtype: torch.dtype | None = None,
     needs_weight: bool = True,
 ) -> int:
-    """Bytes of scratch that backward holds beside the gradients it returns, on the Triton path: the logits of one chunk, the
+    """Bytes of scratch that backward holds besides the gradients it returns, on the Triton path: the logits of one chunk, the
     weight in x's dtype where its own differs, and the float32 sum of dW and one block to add to it where there are several
     16-bit chunks. Forward holds no more."""
     logits_bytes = min(chunk_rows, rows) * vocab * dtype.itemsize
@@ -79,7 +85,7 @@ def transient_bytes(
     sum_bytes = 0
     if needs_weight and chunk_rows < rows and dtype.itemsize < 4:
         own = weight_dtype or dtype
-        sum_bytes = 4 * width * ((0 if own == torch.float32 else vocab) + min(_SUM_ROWS, vocab))
+        sum_bytes = 4 * width * ((0 if own == torch.float32 else vocab) + min(CUDA_BLOCK, vocab))
     return logits_bytes + cast_bytes + sum_bytes
 
 
@@ -91,8 +97,7 @@ def forward_chunks(
     weight, bias = weight.to(x.dtype), cast(bias, x)
     losses = torch.empty(x.shape[0], dtype=loss_dtype(x), device=x.device)
     scratch = _scratch(x, weight, chunk_rows)
-    for first in range(0, x.shape[0], chunk_rows):
-        rows = slice(first, first + chunk_rows)
+    for rows in chunks(x.shape[0], chunk_rows):
         _chunk_loss(_logits(x[rows], weight, bias, scratch), target[rows], losses[rows], what)
     if reduction == "none":
         return losses
@@ -109,9 +114,13 @@ def backward_chunks(
     what: LossOptions,
     reduction: str,
     chunk_rows: int,
-    needs: list[bool],
-) -> list[Tensor]:
-    """The operation's gradients: logits again, their gradient in place, then dX and dW of the chunk."""
+    needs: Sequence[bool],
+    main: Tensor | None = None,
+) -> list[Tensor | None]:
+    """The operation's gradients: logits again, their gradient in place, then dX and dW of the chunk.
+
+    (dx, dW, db), None where not needed, and for dW where it was added to `main`.
+    """
     needs_x, needs_weight, needs_bias = needs
     if reduction == "mean":
         dloss = dloss / (target != what.ignore_index).sum()
@@ -119,42 +128,35 @@ def backward_chunks(
         dloss = dloss.expand(x.shape[0])
     used, used_bias = weight.to(x.dtype), cast(bias, x)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-    dw = torch.zeros(weight.shape, dtype=_sum_dtype(x, chunk_rows), device=x.device) if needs_weight else None
-    db = torch.zeros(weight.shape[0], dtype=loss_dtype(x), device=x.device) if needs_bias else None
+    dw = WeightGrad(weight, chunk_rows < x.shape[0], main) if needs_weight else None
+    db = BiasGrad(bias) if needs_bias and bias is not None else None
     scratch = _scratch(x, used, chunk_rows)
-    for first in range(0, x.shape[0], chunk_rows):
-        rows = slice(first, first + chunk_rows)
+    for rows in chunks(x.shape[0], chunk_rows):
         dlogits = _logits(x[rows], used, used_bias, scratch)
         _chunk_grad(dlogits, target[rows], dloss[rows], what)
         if dx is not None:
             torch.mm(dlogits, used, out=dx[rows])
         if dw is not None:
-            _add_product(dw, dlogits, x[rows])
+            dw.add(dlogits, x[rows])
         if db is not None:
-            db += dlogits.sum(0, dtype=db.dtype)
-    grads = []
-    if dx is not None:
-        grads.append(dx)
-    if dw is not None:
-        grads.append(dw.to(weight.dtype))
-    if db is not None:
-        assert bias is not None
-        grads.append(db.to(bias.dtype))
-    return grads
+            db.add(sum_rows(dlogits))
+    return [dx, None if dw is None else dw.result(), None if db is None else db.result()]
 
 
-def choose_rows(x: Tensor, weight: Tensor, scratch_bytes: int | None) -> int:
-    # Inside the operation, where sizes are numbers also when torch.compile traces symbols.
-    return chunk_rows_for(x.shape[0], x.shape[1], weight.shape[0], x.dtype.itemsize, scratch_bytes)
+def choose_rows(x: Tensor, weight: Tensor, least_rows: int | None, scratch_bytes: int | None) -> int:
+    """The rows of a chunk by what `limits` returned. Inside the operation, where sizes are numbers also when torch.compile
+    traces symbols."""
+    row_bytes = weight.shape[0] * x.dtype.itemsize
+    sizes = (x.shape[0], x.shape[1], weight.shape[0], x.dtype.itemsize)
+    if scratch_bytes is None:
+        return least_rows or chunk_rows_for(*sizes)
+    if least_rows is None:
+        return chunk_rows_for(*sizes, scratch_bytes)
+    return min(chunk_rows_for(*sizes), max(least_rows, scratch_bytes // row_bytes))
 
 
 def loss_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _sum_dtype(x: Tensor, chunk_rows: int) -> torch.dtype:
-    """Of dW while it is summed: 16-bit sums of many chunks would lose what each of them adds."""
-    return x.dtype if x.shape[0] <= chunk_rows else loss_dtype(x)
 
 
 def _scratch(x: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
@@ -167,19 +169,6 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> 
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
-
-
-def _add_product(dw: Tensor, dlogits: Tensor, x: Tensor) -> None:
-    """dw += dlogits^T x. With 16-bit operands the product stays in float32 until it is added, a block of rows at a time:
-    rounding it to 16 bits for each chunk made the error of dW 2.7 times torch's in our tests."""
-    if dw.dtype == x.dtype:
-        dw.addmm_(dlogits.t(), x)
-        return
-    for first in range(0, dw.shape[0], _SUM_ROWS):
-        part = slice(first, first + _SUM_ROWS)
-        block = dlogits[:, part].t()
-        # torch has GEMMs that widen their output on CUDA only.
-        dw[part] += torch.mm(block, x, out_dtype=dw.dtype) if x.is_cuda else block.to(dw.dtype) @ x.to(dw.dtype)
 
 
 def _check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from gpuckpt import functional
 from gpuckpt.errors import DimMismatch, DLPackRefused
-from gpuckpt.pytorch import interop
-from tests.pytorch.fused import OPS, gradients
+from gpuckpt.pytorch.ops import foreign_arrays
+from tests.pytorch.ops.fused import OPS, gradients
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 PUBLIC = {
@@ -38,8 +38,8 @@ def to_array(request, monkeypatch):
             return cupy.asarray(array.numpy()) if library == "cupy" else array
         return torch.from_numpy(cupy.asnumpy(array))
 
-    monkeypatch.setattr(interop, "exchange", exchange)
-    monkeypatch.setattr(interop, "_stream_of", lambda library, array: contextlib.nullcontext())
+    monkeypatch.setattr(foreign_arrays, "exchange", exchange)
+    monkeypatch.setattr(foreign_arrays, "_stream_of", lambda library, array: contextlib.nullcontext())
     return lambda t: cupy.asarray(t.numpy()), lambda a: torch.from_numpy(cupy.asnumpy(a))
 
 
@@ -89,7 +89,7 @@ def test_nothing_is_copied_on_the_way_in():
         return x @ w
 
     x, w = np.ones((3, 4), np.float32), np.ones((4, 5), np.float32)
-    y, _ = interop.vjp(operation, x, w)
+    y, _ = foreign_arrays.vjp(operation, x, w)
     assert seen == [a.__array_interface__["data"][0] for a in (x, w)]
     assert y.flags.owndata is False
 

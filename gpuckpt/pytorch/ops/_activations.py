@@ -15,9 +15,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "GATED", "activate_", "check_activation", "differentiate", "finish", "keep_"]
+__all__ = [
+    "ACTIVATIONS",
+    "FUNCTIONS",
+    "GATED",
+    "activate_",
+    "check_activation",
+    "differentiate",
+    "finish",
+    "gate_activation",
+    "keep_",
+]
 
 aten = torch.ops.aten
 
@@ -56,8 +67,35 @@ _TABLE: dict[str, _Steps] = {
 ACTIVATIONS = tuple(_TABLE)
 """Names that `activation=` takes."""
 
-GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+"""The same out of place and differentiable, for a layer that cannot be fused."""
+
+GATED = {
+    "swiglu": "silu",
+    "geglu": "gelu",
+    "geglu_tanh": "gelu_tanh",
+    "reglu": "relu",
+    "glu": "sigmoid",
+    "bilinear": "identity",
+}
 """Gated forms: the name of the form and the activation of its gate (Shazeer, "GLU variants improve transformer", 2020)."""
+
+
+def gate_activation(name: str) -> str:
+    """The activation of the gate of a gated form, which may be told by its own name ("silu") or the form's ("swiglu"). Raises
+    `ValueError` for a name that is neither."""
+    if name not in _TABLE and name not in GATED:
+        raise ValueError(f"activation={name!r}: expected one of {', '.join((*ACTIVATIONS, *GATED))}")
+    return GATED.get(name, name)
 
 
 def check_activation(name: str) -> None:

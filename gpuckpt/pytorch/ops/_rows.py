@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
-from gpuckpt.pytorch.activations import activate_, differentiate, keep_
-from gpuckpt.pytorch.dropout import Mask
-from gpuckpt.pytorch.operands import cast
-from gpuckpt.pytorch.weight_grads import sum_rows
+from gpuckpt.pytorch.ops._activations import activate_, differentiate, keep_
+from gpuckpt.pytorch.ops._dropout import Mask
+from gpuckpt.pytorch.ops._operands import cast
+from gpuckpt.pytorch.ops._weight_grads import sum_rows
 
 __all__ = ["affine_into", "dz_into", "forward_into", "partials_bytes"]
 

@@ -7,8 +7,8 @@ import torch
 
 from gpuckpt import CheckpointBudget, functional
 from gpuckpt.errors import BudgetExceeded, DimMismatch
-from gpuckpt.pytorch.scratch import LEAST_ROWS, settle_chunk
-from tests.pytorch.fused import OPS, LiveBytes, assert_as_good_as_torch, gradients
+from gpuckpt.pytorch.ops._chunking import LEAST_ROWS, choose_chunk_rows
+from tests.pytorch.ops.fused import ALL_OPS, OPS, LiveBytes, assert_as_good_as_torch, gradients
 
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 FORMULAS = {
@@ -147,12 +147,12 @@ def test_many_16_bit_chunks_lose_nothing(op):
     assert_as_good_as_torch(gradients(op.run, operands, dy, activation="gelu", chunk_rows=2), truth, torchs)
 
 
-@OP
+@pytest.mark.parametrize("op", ALL_OPS.values(), ids=lambda op: op.name)
 @pytest.mark.parametrize("chunk_rows", [None, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_main_grad_takes_the_gradients_of_weights(op, chunk_rows, dtype):
     operands = op.draw(M, K, H, N, dtype=dtype)
-    dy = torch.randn(M, N).to(dtype)
+    dy = torch.randn_like(op.run(*operands, activation="gelu"))
     exact = [t.detach().double().requires_grad_() for t in operands]
     _, *truth = gradients(op.plain, exact, dy.double(), activation="gelu")
     _, *torchs = gradients(op.plain, operands, dy, activation="gelu")
@@ -219,4 +219,4 @@ def test_scratch_with_main_grad_is_the_formula():
     ],
 )
 def test_the_chunk_follows_from_the_limits(rows, least, most, expected):
-    assert settle_chunk(rows, lambda chunk: 10 * chunk, least, most) == expected
+    assert choose_chunk_rows(rows, lambda chunk: 10 * chunk, least, most) == expected

@@ -57,6 +57,13 @@ def vjp(operation: Callable[..., Tensor], *arrays: Any, **options: Any) -> tuple
     Raises:
         TypeError: arrays of different libraries.
         DLPackRefused: an array cannot be shown to torch without a copy.
+
+    >>> import numpy as np
+    >>> from gpuckpt.functional import linear, vjp
+    >>> y, pull = vjp(linear, np.ones((2, 3)), np.ones((4, 3)), activation="relu")
+    >>> dx, dw = pull(np.ones_like(y))
+    >>> dx[0].tolist(), dw.shape
+    ([4.0, 4.0, 4.0], (4, 3))
     """
     library = _one_library(*arrays)
     with torch.enable_grad(), _stream_of(library, arrays[0]):

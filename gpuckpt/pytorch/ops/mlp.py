@@ -17,31 +17,25 @@ from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.activations import check_activation, differentiate, finish, keep_
-from gpuckpt.pytorch.engine.early_stop import about_to_save
-from gpuckpt.pytorch.norm import Norm, again, normalise
-from gpuckpt.pytorch.operands import (
-    autocast_input,
+from gpuckpt.pytorch.ops._activations import check_activation, differentiate, finish, keep_
+from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
+from gpuckpt.pytorch.ops._operands import (
     cast,
     cast_bytes,
     check_bias,
     check_weight,
-    no_double_backward,
-    refuse_grad_transforms,
-    rows_of,
-    without_autocast,
 )
-from gpuckpt.pytorch.rows import affine_into, forward_into
-from gpuckpt.pytorch.scratch import chunks, limits, settle_chunk
-from gpuckpt.pytorch.weight_grads import (
+from gpuckpt.pytorch.ops._register import FusedOp
+from gpuckpt.pytorch.ops._rows import affine_into, forward_into
+from gpuckpt.pytorch.ops._weight_grads import (
     BiasGrad,
     Scratch,
     WeightGrad,
     bias_scratch,
-    main_grad_of,
     sum_rows,
     weight_scratch,
 )
+from gpuckpt.pytorch.ops.norm import Norm
 
 __all__ = ["mlp", "mlp_scratch_bytes"]
 
@@ -59,11 +53,11 @@ def mlp_scratch_bytes(
     needs: Sequence[bool] = _ALL,
     mains: Sequence[Tensor | None] = (None, None),
 ) -> int:
-    """What backward holds beside the gradients it returns, with `chunk` rows at a time; forward holds less.
+    """Bytes that backward holds in addition to the gradients it returns, with `chunk` rows at a time; forward holds less.
 
     h and dz of one chunk (one of them suffices where the other is not wanted), weights and b1 cast to x's dtype where theirs
     differs, and the sums of dW and db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, w1, b1,
-    w2 and b2 that are wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients beside the
+    w2 and b2 that are wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients as well as the
     float32 sums that they are made from.
     """
     several = chunk < x.shape[0]
@@ -98,66 +92,26 @@ def _partials_bytes(x: Tensor, w1: Tensor, w2: Tensor, chunk: int) -> int:
     return 4 * math.prod(kernel.db_partials_shape(x[:chunk], cast(w1, x), cast(w2, x)))
 
 
-@torch.library.custom_op("gpuckpt::mlp_fwd", mutates_args=())
-def mlp_fwd(
+def forward(
     x: Tensor,
     w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    main1: Tensor | None,
-    main2: Tensor | None,
     activation: str,
     chunk_rows: int | None,
     scratch_bytes: int | None,
-    raw: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_kind: str = "rms",
-    norm_eps: float = 1.0,
 ) -> Tensor:
-    """x (M, K) -> (M, N) in x's dtype. What else backward needs passes through here."""
+    """x (M, K) -> (M, N) in x's dtype."""
     rows = x.shape[0]
     # Backward holds more than forward does: the chunk that suits it suits both.
-    chunk = settle_chunk(rows, lambda c: mlp_scratch_bytes(x, w1, b1, w2, b2, c), chunk_rows, scratch_bytes)
+    chunk = choose_chunk_rows(rows, lambda c: mlp_scratch_bytes(x, w1, b1, w2, b2, c), chunk_rows, scratch_bytes)
     w1, b1, w2, b2 = cast(w1, x), cast(b1, x), cast(w2, x), cast(b2, x)
     y = x.new_empty(rows, w2.shape[0])
     h = x.new_empty(min(chunk, rows), w1.shape[0])
-    with without_autocast(x.device.type):
-        for part in chunks(rows, chunk):
-            affine_into(y[part], forward_into(h[: part.stop - part.start], x[part], w1, b1, activation), w2, b2)
+    for part in chunks(rows, chunk):
+        affine_into(y[part], forward_into(h[: part.stop - part.start], x[part], w1, b1, activation), w2, b2)
     return y
-
-
-@mlp_fwd.register_fake
-def _(x, w1, b1, w2, b2, main1, main2, activation, chunk_rows, scratch_bytes, *recipe) -> Tensor:
-    return x.new_empty(x.shape[0], w2.shape[0])
-
-
-@torch.library.custom_op("gpuckpt::mlp_bwd", mutates_args=())
-def mlp_bwd(
-    dy: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    activation: str,
-    chunk_rows: int | None,
-    scratch_bytes: int | None,
-    needs: list[bool],
-) -> list[Tensor]:
-    """The gradients of x, w1, b1, w2, b2 that `needs` asks for, in that order; each in its input's dtype."""
-    grads = gradients(dy, x, w1, b1, w2, b2, activation, chunk_rows, scratch_bytes, needs, (None, None))
-    return [grad for grad in grads if grad is not None]
-
-
-@mlp_bwd.register_fake
-def _(dy, x, w1, b1, w2, b2, activation, chunk_rows, scratch_bytes, needs) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, need in zip((x, w1, b1, w2, b2), needs, strict=True) if need]
-
-
-no_double_backward(mlp_bwd, "mlp")
 
 
 def hidden_into(
@@ -204,11 +158,10 @@ def gradients(
     activation: str,
     chunk_rows: int | None,
     scratch_bytes: int | None,
-    needs: Sequence[bool],
+    needs: list[bool],
     mains: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """(dx, dw1, db1, dw2, db2), None where not needed, and for a weight whose gradient was added to its `main_grad`. x may
-    be None where only db2 is wanted."""
+    """(dx, dw1, db1, dw2, db2). x may be None where only db2 is wanted."""
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
     db2 = BiasGrad(b2) if needs_b2 and b2 is not None else None
     if x is None:
@@ -217,7 +170,7 @@ def gradients(
         return [None, None, None, None, None if db2 is None else db2.result()]
 
     rows = x.shape[0]
-    chunk = settle_chunk(
+    chunk = choose_chunk_rows(
         rows,
         lambda c: mlp_scratch_bytes(x, w1, b1, w2, b2, c, needs=needs, mains=mains),
         chunk_rows,
@@ -229,59 +182,40 @@ def gradients(
     db1 = BiasGrad(b1) if needs_b1 and b1 is not None else None
     used1, bias, used2 = cast(w1, x), cast(b1, x), cast(w2, x)
     buffers = [x.new_empty(min(chunk, rows), w1.shape[0]) for _ in range(_hidden_buffers(x, needs))]
-    with without_autocast(x.device.type):
-        for part in chunks(rows, chunk):
-            dy_part, x_part = dy[part], x[part]
-            if db2 is not None:
-                db2.add(sum_rows(dy_part))
-            held = iter(buffer[: part.stop - part.start] for buffer in buffers)
-            dz = next(held) if any(needs[:3]) else None
-            h = next(held, None)
-            if dz is None:
-                assert h is not None
-                forward_into(h, x_part, used1, bias, activation)
-            else:
-                total = hidden_into(h, dz, x_part, used1, bias, dy_part, used2, activation, needs_w2, db1 is not None)
-                if db1 is not None:
-                    assert total is not None
-                    db1.add(total)
-                del total  # what follows would be made beside it
-            if dw2 is not None:
-                assert h is not None
-                dw2.add(dy_part, h)
-            if dz is not None:
-                if dx is not None:
-                    torch.mm(dz, used1, out=dx[part])
-                if dw1 is not None:
-                    dw1.add(dz, x_part)
+    for part in chunks(rows, chunk):
+        dy_part, x_part = dy[part], x[part]
+        if db2 is not None:
+            db2.add(sum_rows(dy_part))
+        held = iter(buffer[: part.stop - part.start] for buffer in buffers)
+        dz = next(held) if any(needs[:3]) else None
+        h = next(held, None)
+        if dz is None:
+            assert h is not None
+            forward_into(h, x_part, used1, bias, activation)
+        else:
+            total = hidden_into(h, dz, x_part, used1, bias, dy_part, used2, activation, needs_w2, db1 is not None)
+            if db1 is not None:
+                assert total is not None
+                db1.add(total)
+            del total  # or it would still be held while dX and dW are made
+        if dw2 is not None:
+            assert h is not None
+            dw2.add(dy_part, h)
+        if dz is not None:
+            if dx is not None:
+                torch.mm(dz, used1, out=dx[part])
+            if dw1 is not None:
+                dw1.add(dz, x_part)
     return [dx, *(None if grad is None else grad.result() for grad in (dw1, db1, dw2, db2))]
 
 
-def _saved(inputs, needs) -> tuple[Tensor | None, ...]:
-    x, *weights = inputs[:5]
-    kept = (x, None, None, None) if inputs[10] is None else (None, *inputs[10:13])
-    return (*weights, *(kept if any(needs[:4]) else (None,) * 4))
-
-
-def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*_saved(inputs, ctx.needs_input_grad))
-    ctx.mains = [main if need else None for main, need in zip(inputs[5:7], ctx.needs_input_grad[1:4:2], strict=True)]
-    ctx.options, ctx.norm = inputs[7:10], inputs[13:]
-
-
-def _backward(ctx, dy: Tensor):
-    needs = list(ctx.needs_input_grad[:5])
-    w1, b1, w2, b2, x, *raw = ctx.saved_tensors
-    x = again(x, (*raw, *ctx.norm))
-    if any(main is not None for main in ctx.mains):
-        activation, chunk_rows, scratch_bytes = ctx.options
-        grads = gradients(dy, x, w1, b1, w2, b2, activation, chunk_rows, scratch_bytes, needs, ctx.mains)
-        return (*grads, *(None,) * 10)
-    found = iter(mlp_bwd(dy, x, w1, b1, w2, b2, *ctx.options, needs) if any(needs) else ())
-    return (*(next(found) if need else None for need in needs), *(None,) * 10)
-
-
-mlp_fwd.register_autograd(_backward, setup_context=_setup)
+OP = FusedOp(
+    "mlp",
+    forward,
+    gradients,
+    operands=("x", "w1", "b1", "w2", "b2"),
+    keeps_input=lambda needs, saved, options: any(needs[:4]),
+)
 
 
 def mlp(
@@ -307,8 +241,8 @@ def mlp(
         norm: a `Norm` of x to compute with instead of x. What is kept for backward is x itself, and backward normalises it again:
             one more transient of x's size.
         chunk_rows: rows for which h (and in backward dz) is held at a time; by default all.
-        scratch_bytes: the most that backward may hold beside the gradients (`mlp_scratch_bytes`), instead of `chunk_rows`.
-            Inside `with budget:` the default is the budget's `max_bytes`, but never fewer than 128 rows at a time.
+        scratch_bytes: the most that backward may hold in addition to the gradients (`mlp_scratch_bytes`), instead of
+            `chunk_rows`. Inside `with budget:` the default is the budget's `max_bytes`, but never fewer than 128 rows at a time.
 
     Returns:
         (..., N), in x's dtype (autocast's where that is on).
@@ -317,18 +251,18 @@ def mlp(
         DimMismatch: a dimension does not fit.
         ValueError: an unknown activation.
         BudgetExceeded: `scratch_bytes` does not hold the scratch of one row.
+        NotImplementedError: a second derivative, forward mode, or torch.func's grad, vjp, jvp and jacrev.
+        RuntimeError: a `main_grad` under torch.compile.
+
+    >>> x, w1, w2 = torch.ones(2, 3, requires_grad=True), torch.ones(5, 3), torch.ones(4, 5)
+    >>> mlp(x, w1, None, w2, activation="relu").sum().backward()
+    >>> x.grad[0].tolist()
+    [20.0, 20.0, 20.0]
     """
     check_activation(activation)
     check_weight(x, w1, b1, "w1")
     if w2.dim() != 2 or w2.shape[1] != w1.shape[0]:
         raise DimMismatch(w1.shape[0], w2.shape[-1], "last dimension of w2 (the hidden size)")
     check_bias(b2, w2, "w2")
-    refuse_grad_transforms("mlp", x, w1, b1, w2, b2)
-    least_rows, most_bytes = limits(chunk_rows, scratch_bytes)
-    x = autocast_input(x)
-    rows, *recipe = normalise(rows_of(x), norm)
-    mains = main_grad_of(w1), main_grad_of(w2)
-    inputs = (rows, w1, b1, w2, b2, *mains, activation, least_rows, most_bytes, *recipe)
-    about_to_save(_saved, inputs)
-    y = mlp_fwd(*inputs)
+    y = OP(x, w1, b1, w2, b2, activation, *limits(chunk_rows, scratch_bytes), norm=norm)
     return y.reshape(*x.shape[:-1], w2.shape[0])
