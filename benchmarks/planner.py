@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from rival_planners import Rival, load_rivals, rotor_seconds
 
 from gpuckpt.planning import Chain, Stage, plan_chain, plan_frontier, simulate, strategies
-from gpuckpt.planning._problem import build_problem
-from gpuckpt.planning.optimal import solve
+from gpuckpt.planning.solver import solve
+from gpuckpt.planning.solver.problem import build_problem
 from gpuckpt.report.frontier import draw_frontier
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -97,8 +97,8 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="print the report as JSON, and nothing else")] = False,
 ) -> None:
     """Plan a chain, or a transformer of given sizes, under a budget. Needs no GPU and no memory."""
+    from gpuckpt.planning.report import explain
     from gpuckpt.report.frontier import draw_frontier
-    from gpuckpt.report.plan_report import explain
 
     console = Console(stderr=json)
     if chain_file is None:

@@ -15,13 +15,11 @@ from dataclasses import dataclass, replace
 from math import isinf
 
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.planning._least import least_tree
-from gpuckpt.planning._problem import build_problem
 from gpuckpt.planning.chain import Chain
-from gpuckpt.planning.optimal import solve
 from gpuckpt.planning.plan import Node, Plan
 from gpuckpt.planning.planner import certify
 from gpuckpt.planning.simulate import simulate
+from gpuckpt.planning.solver import build_problem, min_peak_tree, solve
 from gpuckpt.planning.strategies import keep_all
 
 __all__ = ["PipelinePlan", "RankPlan", "cut_chain", "in_flight", "plan_pipeline", "split_chain", "step_seconds"]
@@ -167,7 +165,7 @@ def _fit_rank(parts: Sequence[Chain], held: int, budget_bytes: int, who: str) ->
     if _rank_peak(parts, trees, held) <= budget_bytes:
         return trees
     problems = [build_problem(part) for part in parts]
-    least = [least_tree(part, problem) for part, problem in zip(parts, problems, strict=True)]
+    least = [min_peak_tree(part, problem) for part, problem in zip(parts, problems, strict=True)]
     need = _rank_peak(parts, least, held)
     best = least if need <= budget_bytes else None
     solutions = [solve(part, problem, budget_bytes) for part, problem in zip(parts, problems, strict=True)]

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain
 from gpuckpt.memory import CheckpointBudget
 from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
+from gpuckpt.planning.report import PlanReport, explain
 from gpuckpt.pytorch.frame import Verify
 from gpuckpt.pytorch.kinds import WallClock
 from gpuckpt.pytorch.measure import Measured, run_measured
@@ -28,9 +29,6 @@ from gpuckpt.pytorch.saved_tensors import mark_resident
 from gpuckpt.pytorch.spill import SPILL, Link, host_budget_of, measure_link
 from gpuckpt.pytorch.stages import set_call, tensors_in
 from gpuckpt.pytorch.walk import Walk
-
-if TYPE_CHECKING:
-    from gpuckpt.report.plan_report import PlanReport
 
 __all__ = ["Fitted", "Planned", "fit"]
 
@@ -152,9 +150,6 @@ class Fitted:
 
     def report(self) -> PlanReport:
         """What the latest plan does with each stage, and why; promised against measured. Print it, or take `to_json()`."""
-        # The report room lies above this one; only this method reaches up to it.
-        from gpuckpt.report.plan_report import explain
-
         if not self._began:
             return explain(self.chain, self.plan)
         return explain(self.chain, self.plan, self.measured_peak_bytes, self.measured_host_peak_bytes)

@@ -1,8 +1,8 @@
-"""The solver's tables, compiled: the recurrences of `_tables_numpy` on all cores, for chains of hundreds of stages and more.
+"""The solver's tables, compiled: the recurrences of `dp_numpy` on all cores, for chains of hundreds of stages and more.
 
 Importing this module imports Numba (about half a second) and loads the compiled code from its cache, or compiles it once.
 Nothing here is `parallel=True`: Numba's threads would be those of OpenMP, which are torch's too, and starting them sets how many
-torch uses. The threads are ours (`_team`), and the compiled code lets go of the interpreter's lock.
+torch uses. The threads are ours (`threads`), and the compiled code lets go of the interpreter's lock.
 
 Pieces of one length do not depend on each other and run in parallel; where there are fewer of them than cores (a body of equal
 blocks has one) the slots are split instead, since a sum over frames at m slots reads only m slots of shorter pieces.
@@ -19,10 +19,10 @@ from itertools import pairwise
 import numpy as np
 from numba import config, njit
 
-from gpuckpt.planning._grid import Grid, Pieces
-from gpuckpt.planning._problem import Problem
-from gpuckpt.planning._tables_numpy import Tables
-from gpuckpt.planning._team import Team
+from gpuckpt.planning.solver.dp_numpy import Tables
+from gpuckpt.planning.solver.problem import Problem
+from gpuckpt.planning.solver.slots import Grid, Pieces
+from gpuckpt.planning.solver.threads import Team
 
 __all__ = ["fill_tables"]
 
@@ -34,7 +34,7 @@ _SERIAL_SUMS = 20_000_000
 
 
 def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
-    """As `_tables_numpy.fill_tables`."""
+    """As `dp_numpy.fill_tables`."""
     width = grid.slots + 1
     tables = Tables(np.empty((2, pieces.rows, width), np.float32), np.empty((2, 2, problem.n + 1, width), np.float32))
     option_s = problem.option_s.astype(np.float32)

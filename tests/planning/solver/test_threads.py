@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from gpuckpt.planning import Chain, Stage
-from gpuckpt.planning._problem import build_problem
-from gpuckpt.planning._team import Team
-from gpuckpt.planning.optimal import solve
+from gpuckpt.planning.solver import solve
+from gpuckpt.planning.solver.problem import build_problem
+from gpuckpt.planning.solver.threads import Team
 
 _KEEPS_TORCHS_THREADS = """
 import sys
@@ -56,7 +56,7 @@ def chain_of_sizes(seed: int, n: int) -> Chain:
 
 def test_solves_at_once_equal_solves_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("numba.config.NUMBA_NUM_THREADS", 3)
-    monkeypatch.setattr("gpuckpt.planning._tables_numba._SERIAL_SUMS", 0)
+    monkeypatch.setattr("gpuckpt.planning.solver.dp_numba._SERIAL_SUMS", 0)
     chains = [chain_of_sizes(seed, 20 + 9 * seed) for seed in range(6)]
 
     def seconds(chain: Chain, engine: str = "numba") -> np.ndarray:
