@@ -11,12 +11,12 @@ from gpuckpt.planning.pipeline import (
     cut_chain,
     in_flight,
     plan_pipeline,
-    split_chain,
     step_seconds,
 )
-from gpuckpt.planning.plan import Certificate, Keep, Node, Plan, Recompute, parse_tree, tree_text
+from gpuckpt.planning.plan import Certificate, Plan
 from gpuckpt.planning.planner import STRATEGIES, certify, plan_chain
 from gpuckpt.planning.simulate import Simulation, simulate
+from gpuckpt.planning.tree import Keep, Node, Recompute, parse_tree, tree_text
 from gpuckpt.planning.variants import LINK_BYTES_PER_S, with_spill
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "plan_frontier",
     "plan_pipeline",
     "simulate",
-    "split_chain",
     "step_seconds",
     "tree_text",
     "with_spill",

@@ -14,9 +14,10 @@ from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning import strategies
 from gpuckpt.planning._host_limit import plan_within_host
 from gpuckpt.planning.chain import Chain
-from gpuckpt.planning.plan import Certificate, Node, Plan
+from gpuckpt.planning.plan import Certificate, Plan
 from gpuckpt.planning.simulate import Simulation, simulate
 from gpuckpt.planning.solver import Problem, Solution, build_problem, min_peak_tree, solve
+from gpuckpt.planning.tree import Node
 
 __all__ = ["STRATEGIES", "certify", "plan_chain"]
 

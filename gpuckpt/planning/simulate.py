@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from gpuckpt.planning.chain import KEEP, Chain, Variant
-from gpuckpt.planning.plan import Node, Step, check_tree
+from gpuckpt.planning.tree import Node, Step, check_tree
 
 __all__ = ["Simulation", "simulate"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpuckpt.errors import NotCheckpointed
 from gpuckpt.segments.arrays import Array, as_array
-from gpuckpt.segments.chain import ReplayChain
+from gpuckpt.segments.chain import ReplayChain, Replaying
 from gpuckpt.segments.keep import Keeper, Kept
 from gpuckpt.segments.protocols import Layer
 
@@ -127,7 +127,7 @@ class CheckpointedLayer:
         return self.layer_description
 
 
-class SegmentCheckpointer:
+class SegmentCheckpointer(Replaying):
     """Layers in order, cut into segments of `checkpoint_every`; each segment keeps its input and nothing else.
 
     layers: objects with `forward(x)` and `backward(x, grad_out)`; an empty sequence is the identity.
@@ -167,27 +167,12 @@ class SegmentCheckpointer:
         """The last layer's output. Raises `BudgetExceeded` where an input does not fit; nothing is kept then."""
         return self._chain.forward(x)
 
-    def backward(self, grad_output: Array) -> Array:
-        """The gradient of the input; each segment is replayed once, the last one first. Everything kept is freed.
-
-        Raises `NotCheckpointed` without a forward before it.
-        """
-        return self._chain.backward(grad_output)
-
     def update(self, lr: float) -> None:
         """Update every layer that can be updated; gradients that they release leave the tracker's books."""
         for layer in {id(layer): layer for layer in self._layers}.values():
             if hasattr(layer, "update"):
                 layer.update(lr)
         self._chain.settle_gradients()
-
-    def release(self) -> None:
-        """Free what forward kept, where no backward will follow."""
-        self._chain.release()
-
-    def memory_bytes(self) -> int:
-        """Bytes of the inputs kept at this moment."""
-        return self._chain.kept_bytes
 
     def __len__(self) -> int:
         return len(self._layers)

@@ -13,7 +13,6 @@ from gpuckpt.planning import (
     cut_chain,
     in_flight,
     plan_pipeline,
-    split_chain,
     step_seconds,
 )
 
@@ -113,10 +112,3 @@ def test_a_thousand_layers_on_64_ranks() -> None:
     assert max(rank.peak_bytes for rank in plan.ranks) <= 9000
     assert any(rank.plans[0].certificate.recompute_s > 0 for rank in plan.ranks)
     assert plan.ranks[-1].plans[0].certificate.recompute_s == 0
-
-
-def test_splits_divide_bytes_and_seconds() -> None:
-    chain = split_chain(blocks(4), data=2, tensor=2, whole=range(5), collective_s=0.5)
-    assert chain.storages == (2,) * 5 + (3,) * 4
-    assert chain.stages[0].forward_s == 0.25 + 0.5
-    assert chain.stages[0].output_bytes == 2

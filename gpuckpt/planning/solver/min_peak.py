@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuckpt.planning.chain import Chain
-from gpuckpt.planning.plan import Keep, Node, Token, build_tree
 from gpuckpt.planning.solver.problem import Problem
+from gpuckpt.planning.tree import Keep, Node, Token, build_tree
 
 __all__ = ["min_peak_tree", "run_ends"]
 

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuckpt.planning.chain import Chain
-from gpuckpt.planning.plan import Node, build_tree
 from gpuckpt.planning.solver.dp_numpy import Tables
 from gpuckpt.planning.solver.dp_numpy import fill_tables as fill_tables_plainly
 from gpuckpt.planning.solver.problem import Problem
 from gpuckpt.planning.solver.slots import Grid, Pieces, common_unit, make_grid, make_pieces
 from gpuckpt.planning.solver.traceback import Traceback
+from gpuckpt.planning.tree import Node, build_tree
 
 __all__ = ["Solution", "solve"]
 

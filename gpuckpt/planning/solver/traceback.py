@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuckpt.planning.chain import Chain
-from gpuckpt.planning.plan import Keep, Token
 from gpuckpt.planning.solver.dp_numpy import Tables
 from gpuckpt.planning.solver.problem import Problem
 from gpuckpt.planning.solver.slots import Grid, Pieces
+from gpuckpt.planning.tree import Keep, Token
 
 __all__ = ["Traceback"]
 
