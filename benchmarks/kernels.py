@@ -22,6 +22,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+
 from gpuckpt.kernels import roofline
 from gpuckpt.kernels.aot import Report, compile_all
 from gpuckpt.kernels.dossier import SHAPES, representative

@@ -7,14 +7,15 @@ import pkgutil
 import sys
 from pathlib import Path
 
-import gpuckpt.kernels
 import pytest
 import torch
 import triton
 import triton.language as tl
-from gpuckpt.kernels.numerics import INTERPRETED
 from sanitizer import Arena, Fault, watch
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+import gpuckpt.kernels
+from gpuckpt.kernels.numerics import INTERPRETED
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpuckpt.kernels import linear as linear_kernels
-from gpuckpt.kernels import mlp as mlp_kernels
-from gpuckpt.kernels.numerics import INTERPRETED
 from pytorch.fused import OPS, assert_as_good_as_torch, gradients
 from torch.autograd.graph import saved_tensors_hooks
 
 from gpuckpt import functional
 from gpuckpt.cli.transformer import Config, Transformer
+from gpuckpt.kernels import linear as linear_kernels
+from gpuckpt.kernels import mlp as mlp_kernels
+from gpuckpt.kernels.numerics import INTERPRETED
 from gpuckpt.pytorch import activations
 from gpuckpt.pytorch.activations import ACTIVATIONS
 
