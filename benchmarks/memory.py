@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from bench_record import about
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from gpuckpt import CheckpointBudget
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0], "saved_tensor": {}}
+    report: dict[str, Any] = {"about": about(), "saved_tensor": {}}
     for size, elements in SIZES.items():
         seconds = saved_tensor_seconds(elements, 64 if elements < 1 << 16 else 4, options.rounds)
         empty, on_cpu, copying = seconds["empty hooks"], seconds["save_on_cpu"], seconds["copying hooks"]
