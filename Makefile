@@ -32,7 +32,7 @@ coverage: setup
 # The site in out/site: guides, and the reference out of the docstrings. A warning is an error.
 docs: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS),docs]'
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 nightly: setup
 	$(BIN)/python -m pytest -m slow -q -s

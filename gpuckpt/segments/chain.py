@@ -72,7 +72,7 @@ class ReplayChain:
 
     @property
     def has_kept(self) -> bool:
-        """Whether a forward waits for its backward."""
+        """Whether a forward has run whose backward has not."""
         return bool(self._kept)
 
     def forward(self, x: Array) -> Array:

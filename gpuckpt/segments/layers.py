@@ -21,7 +21,7 @@ class CheckpointedLayer:
     """A `Layer` around a layer: forward keeps the input only, backward computes again what the inner layer needs.
 
     tracker: told of the input while it is kept, of what is recomputed, and of the layer's gradients until `update` uses
-    them up; None for no books. budget: where the input lives; None keeps a reference.
+    them up; None: nothing is tracked. budget: where the input lives; None keeps a reference.
 
     One forward is outstanding at a time: the next one releases the earlier input, and in evaluation nothing is kept.
     """
@@ -81,12 +81,12 @@ class CheckpointedLayer:
         return 0 if self._kept is None else self._kept.nbytes
 
     def update(self, lr: float) -> None:
-        """Update the inner layer; gradients that it releases leave the books."""
+        """Update the inner layer; gradients that it releases leave the tracker."""
         self.inner.update(lr)
         self._keeper.settle_gradients(self.inner)
 
     def set_gradients(self, gradients: Sequence[Array]) -> None:
-        """Replace the inner layer's gradients, in the books too."""
+        """Replace the inner layer's gradients, in the tracker too."""
         self.inner.set_gradients(gradients)
         self._keeper.settle_gradients(self.inner)
 
@@ -168,7 +168,7 @@ class SegmentCheckpointer(Replaying):
         return self._chain.forward(x)
 
     def update(self, lr: float) -> None:
-        """Update every layer that can be updated; gradients that they release leave the tracker's books."""
+        """Update every layer that can be updated; gradients that they release leave the tracker."""
         for layer in {id(layer): layer for layer in self._layers}.values():
             if hasattr(layer, "update"):
                 layer.update(lr)
