@@ -1,4 +1,4 @@
-"""What a checkpoint costs beside torch.utils.checkpoint: one small function, forward alone and forward with backward.
+"""What a checkpoint costs vs. torch.utils.checkpoint: one small function, forward alone and forward with backward.
 
     python benchmarks/checkpoint.py [--rounds 200] [--json]
 

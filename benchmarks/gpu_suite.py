@@ -1,4 +1,4 @@
-"""Every fused operation on a GPU: checked against fp64, then timed beside eager torch, torch.compile and other libraries.
+"""Every fused operation on a GPU: checked against fp64, then timed against eager torch, torch.compile and other libraries.
 
     python benchmarks/gpu_suite.py [--out FILE.jsonl] [--quick]
 

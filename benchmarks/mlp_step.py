@@ -1,11 +1,11 @@
-"""A training step of the fused layers on the CPU, beside eager torch and torch.utils.checkpoint.
+"""A training step of the fused layers on the CPU, vs. eager torch and torch.utils.checkpoint.
 
     python benchmarks/mlp_step.py [--rows 2048] [--width 256] [--hidden 1024] [--repeats 15] [--threads 1] [--out FILE.jsonl]
 
 eager keeps every hidden-size tensor; the checkpoint keeps the input only, as ours does: the fair opponent. One step is forward
 and backward for all gradients. Contenders take turns at every repetition; medians are given of wall time and of the process's
 CPU time, which says more on a busy machine. saved_bytes: what autograd holds between forward and backward, parameters left out.
-scratch_bytes: the most that backward holds beside the gradients, as operations of torch see it.
+scratch_bytes: the most that backward holds in addition to the gradients, as operations of torch see it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The planner beside its rivals: how fast it solves, and how much it recomputes at the same actual peak.
+"""The planner vs. its rivals: how fast it solves, and how much it recomputes at the same actual peak.
 
     python benchmarks/planner.py [--out benchmarks/results/planner.jsonl] [--chains 50] [--quick]
 

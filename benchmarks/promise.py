@@ -4,7 +4,7 @@ ledgers measured, and whether gradients are the same.
     python benchmarks/promise.py [--size small|full] [--out benchmarks/results]
 
 The budgets go in five equal steps from the smallest that any plan fits in to the plain run's peak. Each run is one training
-step beside a plain one from the same weights and the same random numbers; "equal" means that the loss, every gradient and
+step next to a plain one from the same weights and the same random numbers; "equal" means that the loss, every gradient and
 every buffer are the same bit for bit. For the runs that spill, transfers are planned as if they took no time: on these sizes
 the planner would rarely choose them otherwise, and here bytes are checked, not speed.
 Hugging Face models are built from configs; nothing is downloaded.

@@ -49,7 +49,7 @@ STRATEGIES: dict[str, Callable[[Chain, int], Iterable[Tree]]] = {
     "greedy": lambda chain, budget: [strategies.greedy(chain, budget)],
     "revolve": lambda chain, budget: (strategies.revolve(chain, s) for s in _counts(chain)),
 }
-"""Strategies beside "optimal", by name: each yields the trees it can offer; the fastest that fits wins."""
+"""Strategies other than "optimal", by name: each yields the trees it can offer; the fastest that fits wins."""
 
 
 def plan_chain(
@@ -115,7 +115,7 @@ def plan_chain(
 
 
 def certify(chain: Chain, tree: Iterable[Node], budget_bytes: int, strategy: str) -> Plan:
-    """A plan out of a tree that somebody else made, named after `strategy`, with the simulator's certificate.
+    """A plan for a tree made elsewhere, named after `strategy`, with the simulator's certificate.
 
     `InvalidPlan` when the tree is no plan for the chain, `BudgetExceeded` when it holds more than `budget_bytes`.
     """

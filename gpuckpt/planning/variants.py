@@ -27,8 +27,8 @@ def with_spill(
 ) -> Chain:
     """The chain with an option for each recomputable stage to keep what it saves in host memory.
 
-    Extras that a stage saves stay: other stages hold them anyway. `bytes_per_s`: of the link, one way; `latency_s`: seconds
-    each storage takes besides, one way; `overlap`: the fraction of each transfer hidden behind other work, 0 to 1.
+    Extras that a stage saves stay: other stages hold them anyway. `bytes_per_s`: of the link, one way; `latency_s`: further
+    seconds for each storage, one way; `overlap`: the fraction of each transfer hidden behind other work, 0 to 1.
     """
     if not bytes_per_s > 0:
         raise ValueError(f"bytes_per_s is {bytes_per_s!r}; expected more than 0")

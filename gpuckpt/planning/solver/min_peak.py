@@ -2,7 +2,7 @@
 
 Inside a frame over stages i..j nothing beats running everything again from the input for every backward: it holds the input
 and what the one stage at hand saves. So a frame's content needs max(saves of i beyond its input, saves of i+1, ..., of j),
-and no schedule can do with less, since each stage's saves are held at some moment beside that input. What is left is
+and no schedule can do with less, since each stage's saves are held at some moment together with that input. What is left is
 where the frames of the top level begin, one pass from the last stage to the first.
 
 Exact for held bytes when the problem charges every byte once; for total bytes it is a budget that suffices, not always the
