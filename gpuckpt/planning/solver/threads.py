@@ -30,16 +30,23 @@ class Team:
             self._others.shutdown()
 
     def run(self, function: Callable[..., object], *args: Any) -> None:
-        """`function(*args, share, size)` for every share 0..size-1, and return when all are done; the first error is raised."""
-        others = (
-            []
-            if self._others is None
-            else [self._others.submit(function, *args, share, self.size) for share in range(1, self.size)]
-        )
+        """`function(*args, share, size)` for every share 0..size-1, and return when all are done; the first error is raised.
+
+        Threads take shares as they come, and one that has not woken up by the time all are taken is not waited for.
+        """
+        left = iter(range(self.size))
+
+        def work() -> None:
+            # Taking the next share is one operation of the interpreter: no share is taken twice.
+            for share in left:
+                function(*args, share, self.size)
+
+        others = [] if self._others is None else [self._others.submit(work) for _ in range(self.size - 1)]
         try:
-            function(*args, 0, self.size)
+            work()
         finally:
-            for other in others:
+            started = [other for other in others if not other.cancel()]
+            for other in started:
                 other.exception()
-        for other in others:
+        for other in started:
             other.result()

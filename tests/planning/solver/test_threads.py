@@ -88,15 +88,28 @@ def test_a_team_runs_every_share_once_and_waits(size: int) -> None:
 
 
 @pytest.mark.parametrize("broken", [0, 2])
-def test_an_error_in_a_share_is_raised_once_all_have_ended(broken: int) -> None:
-    ended = []
+def test_an_error_in_a_share_is_raised_once_nothing_runs_any_more(broken: int) -> None:
+    running: list[int] = []
 
     def work(share: int, shares: int) -> None:
+        running.append(share)
+        time.sleep(0.02)
+        running.remove(share)
         if share == broken:
             raise ValueError(f"share {share}")
-        time.sleep(0.02)
-        ended.append(share)
 
-    with Team(3) as team, pytest.raises(ValueError, match=f"share {broken}"):
-        team.run(work)
-    assert sorted(ended) == sorted({0, 1, 2} - {broken})
+    with Team(3) as team:
+        with pytest.raises(ValueError, match=f"share {broken}"):
+            team.run(work)
+        assert running == []
+
+
+def test_a_thread_that_is_busy_elsewhere_is_not_waited_for() -> None:
+    done: list[int] = []
+    with Team(2) as team:
+        free = threading.Event()
+        assert team._others is not None
+        team._others.submit(free.wait, 10)
+        team.run(lambda share, shares: done.append(share))
+        assert sorted(done) == [0, 1]
+        free.set()
