@@ -1,10 +1,10 @@
-# make setup | demo | test | check | nightly | audit | matrix | bench
+# make setup | demo | test | check | coverage | docs | nightly | audit | matrix | bench | bench-compare
 PYTHON ?= python3
 EXTRAS ?= cuda12,dev
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test check nightly audit matrix bench format clean
+.PHONY: setup demo test check coverage docs nightly audit matrix bench bench-compare format clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +25,15 @@ check: setup
 	$(BIN)/mypy
 	$(MAKE) test
 
+# Lines and branches that the tests reach; pages in out/coverage.
+coverage: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" -q --cov --cov-report=term --cov-report=html:out/coverage
+
+# The site in out/site: guides, and the reference out of the docstrings. A warning is an error.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS),docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 nightly: setup
 	$(BIN)/python -m pytest -m slow -q -s
 
@@ -38,6 +47,13 @@ bench: setup
 	$(BIN)/python benchmarks/kernels.py --rivals out/rivals
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/rivals ckptplan==0.1.0rc1 checkpoint-schedules==1.0.4 rockmate==2.0.0
 	$(BIN)/python benchmarks/planner.py
+
+# A benchmark of this checkout against the same of another revision, in turns: medians and ratios.
+BASE   ?= HEAD
+SCRIPT ?= checkpoint
+ROUNDS ?= 5
+bench-compare: setup
+	$(BIN)/python benchmarks/compare.py --base $(BASE) --rounds $(ROUNDS) $(SCRIPT) -- $(ARGS)
 
 # The preferred kernels through each version of Triton's compiler that is supported.
 matrix: setup

@@ -1,4 +1,4 @@
-"""What a checkpoint costs beside torch.utils.checkpoint: one small function, forward alone and forward with backward.
+"""What a checkpoint costs vs. torch.utils.checkpoint: one small function, forward alone and forward with backward.
 
     python benchmarks/checkpoint.py [--rounds 200] [--json]
 
@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
 import torch
+from bench_record import about
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import gpuckpt
@@ -98,7 +98,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = measure(options.rounds)
     if options.json:
-        print(json.dumps({"torch": torch.__version__, "python": sys.version.split()[0], "checkpoint": rows}, indent=1))
+        print(json.dumps({"about": about(), "checkpoint": rows}, indent=1))
         return
     print(
         f"one checkpoint of three operations on 4 KiB; {options.rounds} rounds, medians, ratios to torch.utils.checkpoint"

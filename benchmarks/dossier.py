@@ -1,7 +1,7 @@
 """The committed dossier: `python benchmarks/dossier.py [--quick]`, or `make audit`.
 
 Compiles every shipped kernel for every architecture (with --quick the preferred configuration of each), checks the bounds and
-writes benchmarks/results/dossier.md, with out/audit.html and out/audit.json beside it. Needs no GPU. Ends with 1 where a bound is
+writes benchmarks/results/dossier.md, and out/audit.html and out/audit.json. Needs no GPU. Ends with 1 where a bound is
 broken.
 """
 

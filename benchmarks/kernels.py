@@ -1,4 +1,4 @@
-"""Our kernels beside others', through the same compiler: `python benchmarks/kernels.py`; `make bench` fetches the others first.
+"""Our kernels vs. others', through the same compiler: `python benchmarks/kernels.py`; `make bench` fetches the others first.
 
 Compiled ahead of time, with no GPU: ours at their preferred tile, a plain tutorial-style GEMM, flash-swiglu-mlp 0.4.3 at
 configurations out of its own tuning list, and Liger 0.8.5 as its launchers would call it on an H100. Shown are registers, spills,
@@ -22,6 +22,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+
 from gpuckpt.kernels import roofline
 from gpuckpt.kernels.aot import Report, compile_all
 from gpuckpt.kernels.dossier import SHAPES, representative

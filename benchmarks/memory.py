@@ -1,4 +1,4 @@
-"""What a budget costs: one saved tensor under `with budget:` in both holds, beside torch's own hooks, and bare accounting.
+"""What a budget costs: one saved tensor under `with budget:` in both holds, vs. torch's own hooks, and bare accounting.
 
     python benchmarks/memory.py [--rounds 200] [--json]
 
@@ -6,7 +6,7 @@ A saved tensor is measured as a forward and backward of `x.sin()`, whose backwar
 hooks that do nothing, `save_on_cpu`, hooks that copy, and the two holds take turns, round by round, so that a noisy machine is
 noisy for all. Reported are medians, and medians of the ratios within a round. The thread's CPU seconds are taken, not those on
 the wall: what other processes take then counts less. On CPU tensors `save_on_cpu` copies nothing (`tensor.cpu()` is the tensor
-itself), so hooks that clone stand beside `hold="pool"`, which does copy.
+itself), so hooks that clone are listed next to `hold="pool"`, which does copy.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from bench_record import about
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from gpuckpt import CheckpointBudget
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0], "saved_tensor": {}}
+    report: dict[str, Any] = {"about": about(), "saved_tensor": {}}
     for size, elements in SIZES.items():
         seconds = saved_tensor_seconds(elements, 64 if elements < 1 << 16 else 4, options.rounds)
         empty, on_cpu, copying = seconds["empty hooks"], seconds["save_on_cpu"], seconds["copying hooks"]

@@ -1,18 +1,16 @@
-"""A training step of the fused layers on the CPU, beside eager torch and torch.utils.checkpoint.
+"""A training step of the fused layers on the CPU, vs. eager torch and torch.utils.checkpoint.
 
-    python benchmarks/mlp_step.py [--rows 2048] [--width 256] [--hidden 1024] [--repeats 15] [--threads 1] [--out FILE.json]
+    python benchmarks/mlp_step.py [--rows 2048] [--width 256] [--hidden 1024] [--repeats 15] [--threads 1] [--out FILE.jsonl]
 
 eager keeps every hidden-size tensor; the checkpoint keeps the input only, as ours does: the fair opponent. One step is forward
 and backward for all gradients. Contenders take turns at every repetition; medians are given of wall time and of the process's
 CPU time, which says more on a busy machine. saved_bytes: what autograd holds between forward and backward, parameters left out.
-scratch_bytes: the most that backward holds beside the gradients, as operations of torch see it.
+scratch_bytes: the most that backward holds in addition to the gradients, as operations of torch see it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 import weakref
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench_record import RESULTS, append
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -129,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("rows", 2048), ("width", 256), ("hidden", 1024), ("repeats", 15), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mlp_step.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "mlp_step.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     table = Table(title=f"One training step, float32, {options.rows} x {options.width}, hidden {options.hidden}")
@@ -154,9 +153,7 @@ def main() -> None:
         report[name] = found
     Console(width=110).print(table)
     sizes = {key: getattr(options, key) for key in ("rows", "width", "hidden", "repeats", "threads")}
-    about = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"sizes": sizes, "about": about, "results": report}, indent=2) + "\n")
+    append(options.out, {"sizes": sizes, "results": report})
 
 
 if __name__ == "__main__":

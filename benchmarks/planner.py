@@ -1,6 +1,6 @@
-"""The planner beside its rivals: how fast it solves, and how much it recomputes at the same actual peak.
+"""The planner vs. its rivals: how fast it solves, and how much it recomputes at the same actual peak.
 
-    python benchmarks/planner.py [--out benchmarks/results/planner.json] [--chains 50] [--quick]
+    python benchmarks/planner.py [--out benchmarks/results/planner.jsonl] [--chains 50] [--quick]
 
 Solve times are those of the tables (code compiled), the best of some repetitions, wall and processor seconds both: the wall
 is what counts on an idle machine. Rivals are swept over budgets on chains shaped like GPT, Llama, ViT and ResNet models and on
@@ -13,9 +13,6 @@ reached. Exit code 1 when a rival recomputes less than ours anywhere.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
 import subprocess
 import sys
@@ -26,14 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_record import RESULTS, append
 from rival_planners import Rival, load_rivals, rotor_seconds
 
 from gpuckpt.planning import Chain, Stage, plan_chain, plan_frontier, simulate, strategies
-from gpuckpt.planning._problem import build_problem
-from gpuckpt.planning.optimal import solve
+from gpuckpt.planning.solver import solve
+from gpuckpt.planning.solver.problem import build_problem
 from gpuckpt.report.frontier import draw_frontier
 
-RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 1 << 20
 
 
@@ -193,21 +190,6 @@ def duel(rival: Rival, made: list[Chain]) -> dict:
     }
 
 
-def machine() -> dict:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next(
-            (x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")), model
-        )
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-    }
-
-
 def first_call_seconds() -> float:
     code = (
         "import time; t = time.perf_counter(); from gpuckpt.planning import Chain, Stage, plan_chain;"
@@ -233,14 +215,14 @@ def solver_peak_bytes() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "planner.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "planner.jsonl")
     parser.add_argument("--chains", type=int, default=50)
     parser.add_argument(
         "--quick", action="store_true", help="leave out 10,000 blocks and the longest chain for the rival solver"
     )
     args = parser.parse_args()
     console = Console()
-    report: dict = {"machine": machine(), "first_call_s": first_call_seconds(), "solve": solve_times(args.quick)}
+    report: dict = {"first_call_s": first_call_seconds(), "solve": solve_times(args.quick)}
     report["solver_peak_bytes"] = solver_peak_bytes()
 
     table = Table(title="Seconds to solve, 500 slots, code compiled")
@@ -289,8 +271,7 @@ def main() -> int:
     for line in skipped:
         console.print(f"skipped {line}")
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    append(args.out, report)
     chain = transformer(32, 4096, 4096, 32000, "Llama-7B-shaped, 4096 tokens, one sequence", True)
     frontier = plan_frontier(chain, 24)
     middle = frontier.plans[len(frontier.plans) // 2].certificate.peak_bytes

@@ -4,20 +4,18 @@ ledgers measured, and whether gradients are the same.
     python benchmarks/promise.py [--size small|full] [--out benchmarks/results]
 
 The budgets go in five equal steps from the smallest that any plan fits in to the plain run's peak. Each run is one training
-step beside a plain one from the same weights and the same random numbers; "equal" means that the loss, every gradient and
+step next to a plain one from the same weights and the same random numbers; "equal" means that the loss, every gradient and
 every buffer are the same bit for bit. For the runs that spill, transfers are planned as if they took no time: on these sizes
 the planner would rarely choose them otherwise, and here bytes are checked, not speed.
 Hugging Face models are built from configs; nothing is downloaded.
-Writes promise.json and promise.png.
+Adds a line to promise.jsonl and draws promise.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from bench_record import RESULTS, append
 from torch import nn
 
 from gpuckpt import CheckpointBudget, fit, format_bytes
@@ -292,7 +291,7 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     rows: list[Row] = []
     for name in MODELS:
@@ -302,19 +301,13 @@ def main() -> int:
         except ImportError as missing:
             print(f"{name}: skipped, {missing.name} is not installed")
     print(table(rows))
-    options.out.mkdir(parents=True, exist_ok=True)
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-    record = {
-        "machine": machine,
-        "size": asdict(SIZES[options.size]),
-        "rows": [asdict(row) | {"kept": row.kept} for row in rows],
-    }
-    (options.out / "promise.json").write_text(json.dumps(record, indent=1) + "\n")
+    figures = {"size": asdict(SIZES[options.size]), "rows": [asdict(row) | {"kept": row.kept} for row in rows]}
+    append(options.out / "promise.jsonl", figures)
     draw(rows, options.out / "promise.png")
     broken = sum(not row.kept for row in rows)
-    print(f"{len(rows) - broken} of {len(rows)} promises kept to the byte; {options.out / 'promise.json'}, promise.png")
+    print(
+        f"{len(rows) - broken} of {len(rows)} promises kept to the byte; {options.out / 'promise.jsonl'}, promise.png"
+    )
     return 1 if broken else 0
 
 

@@ -9,7 +9,7 @@ torch's best uniform choice under a budget: groups of equally many consecutive b
 or not), the fastest of those whose peak fits. The peak of a choice is what gpuckpt's ledger measures when the very same
 groups run under it, since torch's own checkpoint keeps what it recomputes where nothing can count it. For every such peak
 gpuckpt plans within just as many bytes. Then steps of both, and of the plain run, take turns, and medians are compared.
-Writes step_time_fused.json and .png, or step_time_plain.json and .png.
+Adds a line to step_time_fused.jsonl or step_time_plain.jsonl and draws it as .png.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench_record import RESULTS, append
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from gpuckpt import Keep, Recompute, fit, format_bytes, simulate
@@ -100,7 +98,7 @@ def main() -> int:
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: of this process, on a machine that is busy"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.manual_seed(0)
     base = Transformer(Config(options.layers, options.width, 4, options.context))
@@ -157,22 +155,23 @@ def main() -> int:
     print(f"plain: {format_bytes(plain_bytes)}, {statistics.median(plain_s) * 1e3:.1f} ms a step")
     worst = max(row["ratio"] for row in rows)
     print(f"ratio: worst {worst:.3f}, median {statistics.median(row['ratio'] for row in rows):.3f}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-    record = {
-        "machine": machine,
+    figures = {
         "config": dataclasses.asdict(base.config)
         | {"mlp": options.mlp, "batch": options.batch, "rounds": options.rounds, "clock": options.clock},
         "plain_bytes": plain_bytes,
         "plain_s": statistics.median(plain_s),
         "rows": rows,
     }
-    path = options.out / f"step_time_{options.mlp}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    draw(record, path.with_suffix(".png"))
+    path = options.out / f"step_time_{options.mlp}.jsonl"
+    draw(append(path, figures), path.with_suffix(".png"))
     return 0
+
+
+def described(about: dict) -> str:
+    machine, torch_version = about["machine"], about["versions"]["torch"]
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, torch {torch_version}, {machine['torch_threads']} threads"
+    )
 
 
 def draw(record: dict, path: Path) -> None:
@@ -190,7 +189,7 @@ def draw(record: dict, path: Path) -> None:
     axis.set(
         xlabel="peak of what is held, as a share of the plain run's",
         ylabel="ms a step (median)",
-        title=f"{record['config']['mlp']} MLPs; {record['machine']}",
+        title=f"{record['config']['mlp']} MLPs; {described(record['about'])}",
     )
     axis.legend()
     figure.savefig(path, dpi=120)

@@ -35,6 +35,7 @@ def install(version: str, home: Path) -> Path:
 def compile_here(archs: list[int], jobs: int | None, every_tile: bool) -> dict[str, Any]:
     """In the process that has the version: the dossier as `Dossier.to_json` writes it."""
     import triton
+
     from gpuckpt.kernels.aot import Report
     from gpuckpt.kernels.dossier import build
     from gpuckpt.kernels.registry import KernelSpec, shipped

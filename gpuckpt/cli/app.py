@@ -16,7 +16,7 @@ import typer
 
 from gpuckpt.cli.plan import plan
 from gpuckpt.errors import BudgetExceeded, CheckpointError
-from gpuckpt.memory import format_bytes
+from gpuckpt.units import format_bytes
 
 __all__ = ["app", "main"]
 

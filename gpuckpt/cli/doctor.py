@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gpuckpt.memory import format_bytes
 from gpuckpt.memory.uncapped import uncapped
+from gpuckpt.units import format_bytes
 
 __all__ = ["doctor", "examine"]
 

@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gpuckpt.cli.pipeline import plan_ranks
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.memory import format_bytes, parse_bytes
 from gpuckpt.planning import LINK_BYTES_PER_S, Chain, Frontier, plan_chain, plan_frontier, with_spill
+from gpuckpt.units import format_bytes, parse_bytes
 
 __all__ = ["chain_of_sizes", "frontier_table", "plan"]
 
@@ -90,6 +91,14 @@ def plan(
         str, typer.Option(help="swiglu for a Llama-like block, gelu for a GPT-like one, ...")
     ] = "swiglu",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "bf16",
+    pipeline: Annotated[
+        int | None, typer.Option(help="cut the chain over so many ranks of a pipeline, each with the --budget")
+    ] = None,
+    microbatches: Annotated[
+        int, typer.Option(help="with --pipeline: micro-batches a step, each the chain's batch")
+    ] = 8,
+    schedule: Annotated[str, typer.Option(help="with --pipeline: gpipe, 1f1b or interleaved")] = "1f1b",
+    chunks: Annotated[int, typer.Option(help="with --schedule interleaved: runs of stages a rank")] = 1,
     points: Annotated[int, typer.Option(help="budgets on the frontier; 0 leaves it out")] = 16,
     out: Annotated[Path, typer.Option(help="folder for chain.json, plan.json, report.json, frontier.svg")] = Path(
         "out/plan"
@@ -97,8 +106,8 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="print the report as JSON, and nothing else")] = False,
 ) -> None:
     """Plan a chain, or a transformer of given sizes, under a budget. Needs no GPU and no memory."""
+    from gpuckpt.planning.report import explain
     from gpuckpt.report.frontier import draw_frontier
-    from gpuckpt.report.plan_report import explain
 
     console = Console(stderr=json)
     if chain_file is None:
@@ -116,9 +125,14 @@ def plan(
         raise ValueError("--host-budget bounds what --spill moves to the host; name a link as well")
     objective = "total" if total else "held"
     host_bytes = None if host_budget is None else parse_bytes(host_budget)
-    if budget is None and points < 2:
+    if budget is None and points < 2 and pipeline is None:
         raise ValueError("--points must be at least 2 where no --budget is given: the plan is then the frontier's knee")
     budget_bytes = None if budget is None else parse_bytes(budget)
+    if pipeline is not None:
+        if budget_bytes is None or total or host_bytes is not None or strategy != "optimal":
+            raise ValueError("--pipeline needs a --budget, and goes with no --total, --host-budget or --strategy")
+        plan_ranks(chain, pipeline, budget_bytes, microbatches, schedule, chunks, out, console, json)
+        return
     if budget_bytes is not None:
         # Before the frontier, which takes longer: a budget that is too small ends at once.
         chosen = plan_chain(chain, budget_bytes, strategy, objective=objective, host_bytes=host_bytes)

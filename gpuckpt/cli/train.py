@@ -1,4 +1,4 @@
-"""`gpuckpt train`: a byte-level transformer under a hard activation budget, beside the plain run of its first steps."""
+"""`gpuckpt train`: a byte-level transformer under a hard activation budget, vs. the plain run of its first steps."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def _loop(
                 break
             batch = batches[number]
             if number < options.plain_steps:
-                if number == 0:  # what the plain run holds, by the same books
+                if number == 0:  # what the plain run holds, counted by the same ledger
                     with CheckpointBudget("1PiB", device=budget.device) as ledger:
                         plain.step(batch)
                     report.plain_peak_bytes = ledger.peak_bytes

@@ -4,7 +4,6 @@ Pure arithmetic on NumPy and Numba; knows neither torch nor CuPy nor Triton. Num
 """
 
 from gpuckpt.planning.chain import KEEP, Chain, Stage, Variant
-from gpuckpt.planning.cost import LINK_BYTES_PER_S, roofline_s, with_compression, with_spill
 from gpuckpt.planning.frontier import Frontier, plan_frontier
 from gpuckpt.planning.pipeline import (
     PipelinePlan,
@@ -12,12 +11,13 @@ from gpuckpt.planning.pipeline import (
     cut_chain,
     in_flight,
     plan_pipeline,
-    split_chain,
     step_seconds,
 )
-from gpuckpt.planning.plan import Certificate, Keep, Node, Plan, Recompute, parse_tree, tree_text
+from gpuckpt.planning.plan import Certificate, Plan
 from gpuckpt.planning.planner import STRATEGIES, certify, plan_chain
 from gpuckpt.planning.simulate import Simulation, simulate
+from gpuckpt.planning.tree import Keep, Node, Recompute, parse_tree, tree_text
+from gpuckpt.planning.variants import LINK_BYTES_PER_S, with_spill
 
 __all__ = [
     "KEEP",
@@ -42,11 +42,8 @@ __all__ = [
     "plan_chain",
     "plan_frontier",
     "plan_pipeline",
-    "roofline_s",
     "simulate",
-    "split_chain",
     "step_seconds",
     "tree_text",
-    "with_compression",
     "with_spill",
 ]

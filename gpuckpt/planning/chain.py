@@ -20,6 +20,9 @@ from numbers import Integral, Real
 from typing import Any
 
 from gpuckpt.errors import InvalidChain
+from gpuckpt.planning._json import read_record
+from gpuckpt.planning.tables import WIDTH, cut_text, in_milliseconds, text_table
+from gpuckpt.units import format_bytes
 
 __all__ = ["KEEP", "Chain", "Stage", "Variant"]
 
@@ -27,6 +30,9 @@ KEEP = "keep"
 """The name of the option every stage has: save what autograd saves."""
 
 CHAIN_FORMAT = "gpuckpt.chain/1"
+
+# Stages that `print(chain)` shows; of more those in the middle are left out.
+_MOST_ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,33 @@ class Chain:
     def __len__(self) -> int:
         return len(self.stages)
 
+    def __repr__(self) -> str:
+        return f"Chain({self.name!r}, {len(self)} stages, {len(self.storages)} storages)"
+
+    def __str__(self) -> str:
+        """A table of the stages: bytes saved, bytes of the input a frame would hold, seconds, further options."""
+        rows = [("", "stage", "saves", "input", "forward", "backward", "also")]
+        for number, stage in enumerate(self.stages):
+            also = ", ".join(variant.name for variant in stage.variants)
+            rows.append(
+                (
+                    str(number),
+                    cut_text(stage.name, 22),
+                    format_bytes(self.charge(stage.saves)),
+                    format_bytes(self.charge(stage.inputs)),
+                    in_milliseconds(stage.forward_s),
+                    in_milliseconds(stage.backward_s),
+                    also if stage.recomputable else "kept always",
+                )
+            )
+        saved_bytes = self.charge([number for stage in self.stages for number in stage.saves])
+        step_s = sum(stage.forward_s + stage.backward_s for stage in self.stages)
+        lines = text_table(rows, (True, False, True, True, True, True, False), most_rows=_MOST_ROWS)
+        summary = (
+            f"{self.name}: {len(self)} stages that save {format_bytes(saved_bytes)}, step {in_milliseconds(step_s)}"
+        )
+        return "\n".join(cut_text(line, WIDTH) for line in (summary, *lines))
+
     @cached_property
     def footprints(self) -> tuple[int, ...]:
         """Bytes each storage is charged, its size rounded up to the unit."""
@@ -193,13 +226,7 @@ class Chain:
     @classmethod
     def from_json(cls, text: str) -> Chain:
         """A chain out of `to_json`'s text; `InvalidChain` names what is wrong with it."""
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise InvalidChain(f"a chain file is JSON; {error}") from None
-        if not isinstance(record, dict) or record.get("format") != CHAIN_FORMAT:
-            got = record.get("format") if isinstance(record, dict) else type(record).__name__
-            raise InvalidChain(f"a chain file has format {CHAIN_FORMAT!r}; got {got!r}")
+        record = read_record(text, CHAIN_FORMAT, "chain", InvalidChain)
         try:
             stages = tuple(_stage_from(fields) for fields in record["stages"])
             return cls(stages, tuple(record["storages"]), record["unit_bytes"], record["name"])

@@ -4,27 +4,25 @@ In GPipe (Huang et al. 2019) every rank holds all micro-batches at once; in 1F1B
 i of p holds p - i; interleaved 1F1B gives each rank v chunks of the chain, p ranks apart, and holds
 2 (p - i - 1) + (v - 1) p + 1 chunk activations. A plan for a rank has to fit (k - 1) micro-batches at rest and one at its peak.
 
-`split_chain` scales a chain to one rank of data and tensor parallelism. The collectives belong to torch.distributed; what they
-cost is an argument here.
+The chain is that of one micro-batch on one rank of data and tensor parallelism: measure it there, the collectives included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isinf
 
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.planning._least import least_tree
-from gpuckpt.planning._problem import build_problem
 from gpuckpt.planning.chain import Chain
-from gpuckpt.planning.optimal import solve
-from gpuckpt.planning.plan import Node, Plan
+from gpuckpt.planning.plan import Plan
 from gpuckpt.planning.planner import certify
 from gpuckpt.planning.simulate import simulate
+from gpuckpt.planning.solver import build_problem, min_peak_tree, solve
 from gpuckpt.planning.strategies import keep_all
+from gpuckpt.planning.tree import Node
 
-__all__ = ["PipelinePlan", "RankPlan", "cut_chain", "in_flight", "plan_pipeline", "split_chain", "step_seconds"]
+__all__ = ["PipelinePlan", "RankPlan", "cut_chain", "in_flight", "plan_pipeline", "step_seconds"]
 
 Tree = tuple[Node, ...]
 
@@ -101,40 +99,6 @@ def _cut(seconds: Sequence[float], parts: int, most_s: float) -> list[tuple[int,
     return cuts
 
 
-def split_chain(
-    chain: Chain, *, data: int = 1, tensor: int = 1, whole: Sequence[int] = (), collective_s: float = 0.0
-) -> Chain:
-    """The chain as one of `data` x `tensor` ranks runs it.
-
-    Data parallelism divides the batch, so every storage; tensor parallelism divides every storage but those in `whole` (inputs
-    and outputs of blocks, unless sequence parallelism shards them). Seconds divide by both; `collective_s` is added to each
-    stage's forward and backward.
-    """
-    if data < 1 or tensor < 1:
-        raise ValueError(f"data and tensor are {data} and {tensor}; expected at least 1")
-    kept = set(whole)
-    storages = tuple(-(-b // (data if i in kept else data * tensor)) for i, b in enumerate(chain.storages))
-    ways = data * tensor
-    stages = []
-    for stage in chain.stages:
-        variants = tuple(
-            replace(v, forward_s=v.forward_s / ways + collective_s, backward_s=v.backward_s / ways + collective_s)
-            for v in stage.variants
-        )
-        stages.append(
-            replace(
-                stage,
-                forward_s=stage.forward_s / ways + collective_s,
-                backward_s=stage.backward_s / ways + collective_s,
-                tail_s=stage.tail_s / ways,
-                output_bytes=-(-stage.output_bytes // (data if kept & set(stage.output) else ways)),
-                workspace_bytes=-(-stage.workspace_bytes // ways),
-                variants=variants,
-            )
-        )
-    return replace(chain, stages=tuple(stages), storages=storages)
-
-
 def plan_pipeline(
     chain: Chain, ranks: int, budget_bytes: int, micro_batches: int, *, schedule: str = "1f1b", chunks: int = 1
 ) -> PipelinePlan:
@@ -167,7 +131,7 @@ def _fit_rank(parts: Sequence[Chain], held: int, budget_bytes: int, who: str) ->
     if _rank_peak(parts, trees, held) <= budget_bytes:
         return trees
     problems = [build_problem(part) for part in parts]
-    least = [least_tree(part, problem) for part, problem in zip(parts, problems, strict=True)]
+    least = [min_peak_tree(part, problem) for part, problem in zip(parts, problems, strict=True)]
     need = _rank_peak(parts, least, held)
     best = least if need <= budget_bytes else None
     solutions = [solve(part, problem, budget_bytes) for part, problem in zip(parts, problems, strict=True)]

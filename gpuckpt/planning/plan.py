@@ -1,180 +1,25 @@
-"""Plans: who keeps and who recomputes, as a tree of nested frames, with the certificate of what it costs.
-
-A tree is a tuple of nodes that covers stages 0..n-1 in order. `Keep(i)` saves everything of stage i; `Recompute(children)`
-keeps its input only and runs its children again in backward. The text form of a tree is what a plan file holds:
-`0 (1 2 (3 4) 5) 6:spill` keeps 0, recomputes 1..5 with a frame over 3..4 inside, and keeps 6 under its option "spill".
-
-Trees can nest as deep as the chain is long, so nothing here recurses.
-"""
+"""Plans: a tree for one chain, with the certificate of what it costs."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from gpuckpt.errors import InvalidPlan
-from gpuckpt.planning.chain import KEEP, Chain
+from gpuckpt.planning._json import read_record
+from gpuckpt.planning.chain import Chain
+from gpuckpt.planning.tables import WIDTH, cut_text, in_milliseconds, text_table
+from gpuckpt.planning.tree import Node, check_tree, flatten, parse_tree, steps_text, tree_text
+from gpuckpt.units import format_bytes
 
-__all__ = [
-    "Certificate",
-    "Keep",
-    "Node",
-    "Plan",
-    "Recompute",
-    "Step",
-    "Token",
-    "build_tree",
-    "check_tree",
-    "flatten",
-    "parse_tree",
-    "tree_text",
-]
+__all__ = ["Certificate", "Plan"]
 
 PLAN_FORMAT = "gpuckpt.plan/1"
 
-
-@dataclass(frozen=True)
-class Keep:
-    """Stage `stage` is kept, under the option called `variant`."""
-
-    stage: int
-    variant: str = KEEP
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """A frame: only its input is kept, and `children` run again in backward."""
-
-    children: tuple[Node, ...]
-
-
-Node = Keep | Recompute
-Token = Keep | str
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One node of a tree in preorder.
-
-    `first..last`: the stages it covers; `end`: the index just past its subtree; `ends`: it is its parent's last child;
-    `variant`: the option of a `Keep`, None for a frame; `depth`: 0 at top level.
-    """
-
-    first: int
-    last: int
-    end: int
-    ends: bool
-    variant: str | None
-    depth: int
-
-
-def flatten(tree: Iterable[Node]) -> list[Step]:
-    """The nodes of a tree in preorder. `InvalidPlan` when stages are out of order, missing, or a frame is empty."""
-    rows: list[list[Any]] = []  # first, last, end, ends, variant, depth
-    position = 0
-    # A level of the walk: (iterator over siblings, index of their frame's row, index of the latest sibling's row)
-    levels: list[list[Any]] = [[iter(tuple(tree)), -1, -1]]
-    while levels:
-        siblings, frame, latest = levels[-1]
-        node = next(siblings, None)
-        if node is None:
-            levels.pop()
-            if latest >= 0:
-                rows[latest][3] = True
-            if frame >= 0:
-                if latest < 0:
-                    raise InvalidPlan(f"the frame at stage {position} is empty; it recomputes at least one stage")
-                rows[frame][1], rows[frame][2] = position - 1, len(rows)
-            continue
-        levels[-1][2] = index = len(rows)
-        if isinstance(node, Keep):
-            if node.stage != position:
-                raise InvalidPlan(f"the plan has stage {node.stage!r} where stage {position} comes next")
-            rows.append([position, position, index + 1, False, node.variant, len(levels) - 1])
-            position += 1
-        elif isinstance(node, Recompute):
-            rows.append([position, -1, -1, False, None, len(levels) - 1])
-            levels.append([iter(node.children), index, -1])
-        else:
-            raise InvalidPlan(f"a plan is made of Keep and Recompute; got {type(node).__name__}")
-    return [Step(*row) for row in rows]
-
-
-def check_tree(chain: Chain, tree: Iterable[Node]) -> list[Step]:
-    """`flatten(tree)`, once it is certain that the tree is a plan for `chain`; `InvalidPlan` otherwise."""
-    steps = flatten(tree)
-    covered = steps[-1].last + 1 if steps else 0
-    if covered != len(chain):
-        raise InvalidPlan(f"the plan covers {covered} stages and the chain has {len(chain)}")
-    for step in steps:
-        if step.variant is None:
-            continue
-        stage = chain.stages[step.first]
-        if step.depth and not stage.recomputable:
-            raise InvalidPlan(
-                f"stage {step.first} ({stage.name!r}) cannot be recomputed, and the plan puts it in a frame"
-            )
-        if step.variant != KEEP and all(step.variant != v.name for v in stage.variants):
-            names = ", ".join(v.name for v in stage.options)
-            raise InvalidPlan(f"stage {step.first} ({stage.name!r}) has no option {step.variant!r}; it has {names}")
-    return steps
-
-
-def tree_text(tree: Iterable[Node]) -> str:
-    """The tree as text: stage numbers, `:option` after those not plainly kept, frames in parentheses."""
-    words: list[str] = []
-    steps = flatten(tree)
-    closing: list[int] = []
-    for i, step in enumerate(steps):
-        while closing and closing[-1] <= i:
-            words[-1] += ")"
-            closing.pop()
-        opening = ""
-        if words and words[-1].endswith("("):
-            opening = words.pop()
-        if step.variant is None:
-            words.append(opening + "(")
-            closing.append(step.end)
-        else:
-            words.append(opening + str(step.first) + ("" if step.variant == KEEP else f":{step.variant}"))
-    return " ".join(words) + ")" * len(closing)
-
-
-def build_tree(tokens: Iterable[Token]) -> tuple[Node, ...]:
-    """A tree out of its nodes in preorder, with "(" and ")" around what a frame recomputes."""
-    levels: list[list[Node]] = [[]]
-    for token in tokens:
-        if isinstance(token, Keep):
-            levels[-1].append(token)
-        elif token == "(":
-            levels.append([])
-        elif len(levels) == 1:
-            raise InvalidPlan("the plan's tree closes a frame it never opened")
-        else:
-            children = tuple(levels.pop())
-            levels[-1].append(Recompute(children))
-    if len(levels) > 1:
-        raise InvalidPlan(f"the plan's tree leaves {len(levels) - 1} frame(s) open")
-    return tuple(levels[0])
-
-
-def parse_tree(text: str) -> tuple[Node, ...]:
-    """A tree out of `tree_text`'s form; `InvalidPlan` names what is wrong."""
-    tokens: list[Token] = []
-    for word in text.replace("(", " ( ").replace(")", " ) ").split():
-        if word in "()":
-            tokens.append(word)
-            continue
-        number, _, variant = word.partition(":")
-        if not (number.isascii() and number.isdecimal()):
-            raise InvalidPlan(f"the plan's tree has {word!r} where a stage number was expected")
-        tokens.append(Keep(int(number), variant or KEEP))
-    tree = build_tree(tokens)
-    flatten(tree)
-    return tree
+# Lines of the top level that `print(plan)` shows; of more those in the middle are left out.
+_MOST_ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -228,9 +73,32 @@ class Plan:
     def __repr__(self) -> str:
         c = self.certificate
         return (
-            f"Plan({self.strategy}, {tree_text(self.tree)!r}, peak {c.peak_bytes} of {self.budget_bytes} bytes, "
+            f"Plan({self.strategy}, {cut_text(tree_text(self.tree), 60)!r}, peak {c.peak_bytes} of {self.budget_bytes} bytes, "
             f"step {c.step_s:.6g} s of which recompute {c.recompute_s:.6g} s)"
         )
+
+    def __str__(self) -> str:
+        """A table of the top level, runs of stages that are held alike on one line, and the certificate."""
+        c = self.certificate
+        rows = [("stages", "held as", "sub-plan that backward runs again"), *_top_level_rows(self.tree)]
+        gap = (
+            "not computed"
+            if c.gap is None
+            else "proven optimal"
+            if c.gap == 0
+            else f"at most {100 * c.gap:.2f}% above optimal"
+        )
+        figures = [
+            ("peak", f"{format_bytes(c.peak_bytes)} held ({c.peak_bytes} B), at: {c.peak_step}"),
+            ("budget", f"{format_bytes(self.budget_bytes)} of {self.objective} bytes ({self.budget_bytes} B)"),
+            ("smallest budget", f"{format_bytes(c.smallest_budget_bytes)} ({c.smallest_budget_bytes} B)"),
+            ("step", f"{in_milliseconds(c.step_s)}, of which recompute {in_milliseconds(c.recompute_s)}; {gap}"),
+        ]
+        if c.host_peak_bytes:
+            figures.insert(1, ("peak on the host", f"{format_bytes(c.host_peak_bytes)} ({c.host_peak_bytes} B)"))
+        lines = [f"{self.strategy} plan", *text_table(rows, (False, False, False), most_rows=_MOST_ROWS), ""]
+        lines += [f"{name.ljust(16)}  {value}" for name, value in figures]
+        return "\n".join(cut_text(line, WIDTH) for line in lines)
 
     def check(self, chain: Chain) -> None:
         """Raise `InvalidPlan` unless this is a plan for `chain`."""
@@ -257,13 +125,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str, chain: Chain | None = None) -> Plan:
         """A plan out of `to_json`'s text; with `chain`, one that belongs to it. `InvalidPlan` names what is wrong."""
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise InvalidPlan(f"a plan file is JSON; {error}") from None
-        if not isinstance(record, dict) or record.get("format") != PLAN_FORMAT:
-            got = record.get("format") if isinstance(record, dict) else type(record).__name__
-            raise InvalidPlan(f"a plan file has format {PLAN_FORMAT!r}; got {got!r}")
+        record = read_record(text, PLAN_FORMAT, "plan", InvalidPlan)
         for key, kind in _PLAN_FIELDS.items():
             if not isinstance(record.get(key), kind):
                 raise InvalidPlan(f"the plan file's {key!r} is {record.get(key)!r}; expected {kind.__name__}")
@@ -280,6 +142,24 @@ class Plan:
         if chain is not None:
             plan.check(chain)
         return plan
+
+
+def _top_level_rows(tree: tuple[Node, ...]) -> list[tuple[str, str, str]]:
+    """(stages, what is held of them, the sub-plan of a frame) for each frame and each run of stages held alike."""
+    rows: list[tuple[int, int, str, str]] = []
+    steps = flatten(tree)
+    position = 0
+    while position < len(steps):
+        step = steps[position]
+        held, again = step.variant or "input only", ""
+        if step.variant is None:
+            again = cut_text(steps_text(steps, position + 1, step.end), 48)
+        if rows and not again and rows[-1][2:] == (held, again):
+            rows[-1] = (rows[-1][0], step.last, held, again)
+        else:
+            rows.append((step.first, step.last, held, again))
+        position = step.end
+    return [(str(a) if a == b else f"{a}..{b}", held, again) for a, b, held, again in rows]
 
 
 _PLAN_FIELDS: dict[str, type] = {

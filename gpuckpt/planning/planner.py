@@ -12,13 +12,12 @@ import numpy as np
 
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning import strategies
-from gpuckpt.planning._host import plan_within_host
-from gpuckpt.planning._least import least_tree
-from gpuckpt.planning._problem import Problem, build_problem
+from gpuckpt.planning._host_limit import plan_within_host
 from gpuckpt.planning.chain import Chain
-from gpuckpt.planning.optimal import Solution, solve
-from gpuckpt.planning.plan import Certificate, Node, Plan
+from gpuckpt.planning.plan import Certificate, Plan
 from gpuckpt.planning.simulate import Simulation, simulate
+from gpuckpt.planning.solver import Problem, Solution, build_problem, min_peak_tree, solve
+from gpuckpt.planning.tree import Node
 
 __all__ = ["STRATEGIES", "certify", "plan_chain"]
 
@@ -50,7 +49,7 @@ STRATEGIES: dict[str, Callable[[Chain, int], Iterable[Tree]]] = {
     "greedy": lambda chain, budget: [strategies.greedy(chain, budget)],
     "revolve": lambda chain, budget: (strategies.revolve(chain, s) for s in _counts(chain)),
 }
-"""Strategies beside "optimal", by name: each yields the trees it can offer; the fastest that fits wins."""
+"""Strategies other than "optimal", by name: each yields the trees it can offer; the fastest that fits wins."""
 
 
 def plan_chain(
@@ -116,7 +115,7 @@ def plan_chain(
 
 
 def certify(chain: Chain, tree: Iterable[Node], budget_bytes: int, strategy: str) -> Plan:
-    """A plan out of a tree that somebody else made, named after `strategy`, with the simulator's certificate.
+    """A plan for a tree made elsewhere, named after `strategy`, with the simulator's certificate.
 
     `InvalidPlan` when the tree is no plan for the chain, `BudgetExceeded` when it holds more than `budget_bytes`.
     """
@@ -124,7 +123,7 @@ def certify(chain: Chain, tree: Iterable[Node], budget_bytes: int, strategy: str
     simulation = simulate(chain, nodes)
     if simulation.peak_bytes > budget_bytes:
         raise BudgetExceeded(simulation.peak_bytes, budget_bytes, f"the {strategy!r} plan of {chain.name!r} holds more")
-    smallest = simulate(chain, least_tree(chain, build_problem(chain))).peak_bytes
+    smallest = simulate(chain, min_peak_tree(chain, build_problem(chain))).peak_bytes
     return _plan(chain, nodes, simulation, smallest, budget_bytes, strategy, "held", gap=None, slot_bytes=0)
 
 
@@ -163,7 +162,7 @@ class _Search:
         self.chain, self.budget_bytes, self.objective = chain, budget_bytes, objective
         self.slots, self.engine = slots, engine
         self.problem: Problem = build_problem(chain, objective)
-        self.smallest_tree = least_tree(chain, self.problem)
+        self.smallest_tree = min_peak_tree(chain, self.problem)
         self.smallest = simulate(chain, self.smallest_tree)
         if objective == "total":
             self._search_smallest()

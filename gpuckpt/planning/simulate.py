@@ -6,7 +6,7 @@ The rules, which the runtime follows to the byte:
   last thing that is held: a frame that *ends* a sub-plan is then not run, and of a stage that ends one not its tail.
 - When the backward of a stage is done its saves are let go; when that of all stages of a frame is, the frame's input.
 - A storage is charged once however many hold it, and let go with its last holder.
-- What an option spills goes to the host in the forward, but for storages that somebody holds already, which are held on. Before
+- What an option spills goes to the host in the forward, except storages that are held already, which stay held. Before
   the backward of that stage it comes back and is charged again; its copy on the host goes with the backward's end.
 
 Held bytes therefore only rise in forward and recompute and only fall in backward. `total` adds, by the step: the stage's
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from gpuckpt.planning.chain import KEEP, Chain, Variant
-from gpuckpt.planning.plan import Node, Step, check_tree
+from gpuckpt.planning.tree import Node, Step, check_tree
 
 __all__ = ["Simulation", "simulate"]
 
@@ -162,7 +162,7 @@ class _Run:
         self._record(f"backward {stage.name}")
 
     def _spill(self, stage: int, option: Variant) -> tuple[int, ...]:
-        """Send to the host what `option` spills and nobody holds; the ids of that. What is held already is held on."""
+        """Send to the host what `option` spills and nothing else holds; the ids of that. What is held already is held on."""
         ids = set(option.spilled).difference(option.saves)
         here = tuple(i for i in ids if self.holders[i])
         away = tuple(i for i in ids if not self.holders[i])

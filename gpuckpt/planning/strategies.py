@@ -14,8 +14,8 @@ import math
 from collections.abc import Callable, Iterator
 
 from gpuckpt.planning.chain import Chain
-from gpuckpt.planning.plan import Keep, Node, Recompute, Token, build_tree
 from gpuckpt.planning.simulate import simulate
+from gpuckpt.planning.tree import Keep, Node, Recompute, Token, build_tree
 
 __all__ = ["every", "every_nth", "greedy", "keep_all", "revolve", "revolve_steps", "sqrt", "uniform"]
 

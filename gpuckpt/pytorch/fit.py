@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from gpuckpt.budget import CheckpointBudget
 from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain
 from gpuckpt.memory import Budget
 from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
+from gpuckpt.planning.report import PlanReport, explain
 from gpuckpt.pytorch._torch_internals import keep_graph, queue_callback, untraced
 from gpuckpt.pytorch.engine.frame import Verify, check_verify
 from gpuckpt.pytorch.engine.hooks import enter
@@ -32,9 +33,6 @@ from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
 from gpuckpt.pytorch.profiling.measure import Measured, run_measured
-
-if TYPE_CHECKING:
-    from gpuckpt.report.plan_report import PlanReport
 
 __all__ = ["Fitted", "Planned", "fit"]
 
@@ -160,9 +158,6 @@ class Fitted:
 
     def report(self) -> PlanReport:
         """What the latest plan does with each stage, and why; promised against measured. Print it, or take `to_json()`."""
-        # The report room lies above this one; only this method reaches up to it.
-        from gpuckpt.report.plan_report import explain
-
         if not self._began:
             return explain(self.chain, self.plan)
         return explain(self.chain, self.plan, self.measured_peak_bytes, self.measured_host_peak_bytes)

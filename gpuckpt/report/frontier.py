@@ -1,4 +1,4 @@
-"""A picture of a chain's frontier: step time against peak bytes, the knee marked, classic strategies beside it."""
+"""A picture of a chain's frontier: step time against peak bytes, the knee marked, and classic strategies for comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GIB = float(1 << 30)
 def draw_frontier(frontier: Frontier, path: str | Path, *, others: Mapping[str, Plan] | None = None) -> Path:
     """Write the picture to `path` (its suffix decides the format: .svg, .png, .pdf) and return the path.
 
-    `others`: plans by name to mark beside the frontier, such as those of `plan_chain(chain, budget, "sqrt")`.
+    `others`: plans by name to mark as well, such as those of `plan_chain(chain, budget, "sqrt")`.
     """
     from matplotlib.figure import Figure
 

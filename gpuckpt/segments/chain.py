@@ -18,7 +18,7 @@ from gpuckpt.segments.arrays import Array, as_array, nbytes
 from gpuckpt.segments.keep import Keeper, Kept, release_all
 from gpuckpt.segments.protocols import require_backward
 
-__all__ = ["ReplayChain", "replay_backward", "require_backwards"]
+__all__ = ["ReplayChain", "Replaying", "replay_backward", "require_backwards"]
 
 
 def require_backwards(stages: Sequence[Any]) -> None:
@@ -72,7 +72,7 @@ class ReplayChain:
 
     @property
     def has_kept(self) -> bool:
-        """Whether a forward waits for its backward."""
+        """Whether a forward has run whose backward has not."""
         return bool(self._kept)
 
     def forward(self, x: Array) -> Array:
@@ -134,3 +134,24 @@ class ReplayChain:
         """Free everything that is kept."""
         while self._kept:
             self._kept.popitem()[1].free()
+
+
+class Replaying:
+    """What the public classes around a `ReplayChain` have in common; the chain is `_chain`."""
+
+    _chain: ReplayChain
+
+    def backward(self, grad_output: Array) -> Array:
+        """The gradient of the input. Each run between kept inputs is replayed once, the last one first; everything kept is freed.
+
+        Raises `NotCheckpointed` without a forward before it.
+        """
+        return self._chain.backward(grad_output)
+
+    def release(self) -> None:
+        """Free what forward kept, where no backward will follow."""
+        self._chain.release()
+
+    def memory_bytes(self) -> int:
+        """Bytes of the inputs kept at this moment."""
+        return self._chain.kept_bytes

@@ -1,6 +1,6 @@
 """Holding arrays between forward and backward: by reference, or inside a budget.
 
-Every class of this room keeps arrays through a `Keeper`, so that a budget's cap and a tracker's books see each of them.
+Every class of this room keeps arrays through a `Keeper`, so that a budget and a tracker see each of them.
 Without a budget an array is kept by reference and not copied: do not write into an input between forward and backward.
 """
 
@@ -40,7 +40,7 @@ class _Reference:
 
 
 class Kept:
-    """One array that is held until `free()`. `nbytes`: what it takes in the books; 0 once freed."""
+    """One array that is held until `free()`. `nbytes`: what is charged for it; 0 once freed."""
 
     __slots__ = ("_handle", "_on_free", "nbytes")
 
@@ -56,7 +56,7 @@ class Kept:
         return self._handle.load()
 
     def free(self) -> None:
-        """Let go of the array and take it off the books. The second time does nothing."""
+        """Let go of the array and of what is charged for it. The second time does nothing."""
         handle, self._handle = self._handle, None
         if handle is None:
             return
@@ -72,7 +72,7 @@ class Keeper:
     def __init__(self, budget: Budget | None = None, tracker: MemoryUsageTracker | None = None) -> None:
         self.budget = budget
         self.tracker = tracker
-        # id(layer) -> (layer, its booked gradient bytes): a layer that occurs twice has one set of gradients.
+        # id(layer) -> (layer, its recorded gradient bytes): a layer that occurs twice has one set of gradients.
         self._gradients: dict[int, tuple[Any, int]] = {}
 
     def keep(self, array: Array) -> Kept:
@@ -94,11 +94,11 @@ class Keeper:
         if self.tracker is None:
             return
         held_bytes = sum(nbytes(g) for g in getattr(layer, "gradients", ()))
-        _, booked_bytes = self._gradients.get(id(layer), (layer, 0))
-        if held_bytes > booked_bytes:
-            self.tracker.record_gradient(held_bytes - booked_bytes)
-        elif held_bytes < booked_bytes:
-            self.tracker.release_gradient(booked_bytes - held_bytes)
+        _, recorded_bytes = self._gradients.get(id(layer), (layer, 0))
+        if held_bytes > recorded_bytes:
+            self.tracker.record_gradient(held_bytes - recorded_bytes)
+        elif held_bytes < recorded_bytes:
+            self.tracker.release_gradient(recorded_bytes - held_bytes)
         self._gradients[id(layer)] = (layer, held_bytes)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpuckpt.errors import NotCheckpointed
 from gpuckpt.segments.arrays import Array, as_array
-from gpuckpt.segments.chain import ReplayChain
+from gpuckpt.segments.chain import ReplayChain, Replaying
 from gpuckpt.segments.keep import Keeper, Kept
 from gpuckpt.segments.protocols import Layer
 
@@ -21,7 +21,7 @@ class CheckpointedLayer:
     """A `Layer` around a layer: forward keeps the input only, backward computes again what the inner layer needs.
 
     tracker: told of the input while it is kept, of what is recomputed, and of the layer's gradients until `update` uses
-    them up; None for no books. budget: where the input lives; None keeps a reference.
+    them up; None: nothing is tracked. budget: where the input lives; None keeps a reference.
 
     One forward is outstanding at a time: the next one releases the earlier input, and in evaluation nothing is kept.
     """
@@ -81,12 +81,12 @@ class CheckpointedLayer:
         return 0 if self._kept is None else self._kept.nbytes
 
     def update(self, lr: float) -> None:
-        """Update the inner layer; gradients that it releases leave the books."""
+        """Update the inner layer; gradients that it releases leave the tracker."""
         self.inner.update(lr)
         self._keeper.settle_gradients(self.inner)
 
     def set_gradients(self, gradients: Sequence[Array]) -> None:
-        """Replace the inner layer's gradients, in the books too."""
+        """Replace the inner layer's gradients, in the tracker too."""
         self.inner.set_gradients(gradients)
         self._keeper.settle_gradients(self.inner)
 
@@ -127,7 +127,7 @@ class CheckpointedLayer:
         return self.layer_description
 
 
-class SegmentCheckpointer:
+class SegmentCheckpointer(Replaying):
     """Layers in order, cut into segments of `checkpoint_every`; each segment keeps its input and nothing else.
 
     layers: objects with `forward(x)` and `backward(x, grad_out)`; an empty sequence is the identity.
@@ -167,27 +167,12 @@ class SegmentCheckpointer:
         """The last layer's output. Raises `BudgetExceeded` where an input does not fit; nothing is kept then."""
         return self._chain.forward(x)
 
-    def backward(self, grad_output: Array) -> Array:
-        """The gradient of the input; each segment is replayed once, the last one first. Everything kept is freed.
-
-        Raises `NotCheckpointed` without a forward before it.
-        """
-        return self._chain.backward(grad_output)
-
     def update(self, lr: float) -> None:
-        """Update every layer that can be updated; gradients that they release leave the tracker's books."""
+        """Update every layer that can be updated; gradients that they release leave the tracker."""
         for layer in {id(layer): layer for layer in self._layers}.values():
             if hasattr(layer, "update"):
                 layer.update(lr)
         self._chain.settle_gradients()
-
-    def release(self) -> None:
-        """Free what forward kept, where no backward will follow."""
-        self._chain.release()
-
-    def memory_bytes(self) -> int:
-        """Bytes of the inputs kept at this moment."""
-        return self._chain.kept_bytes
 
     def __len__(self) -> int:
         return len(self._layers)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpuckpt.errors import DimMismatch, EmptyPipeline, EmptySegments
 from gpuckpt.segments.arrays import Array
-from gpuckpt.segments.chain import ReplayChain
+from gpuckpt.segments.chain import ReplayChain, Replaying
 from gpuckpt.segments.keep import Keeper
 from gpuckpt.segments.strategy import CheckpointStrategy
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointedNetwork", "CheckpointedPipeline"]
 
 
-class CheckpointedNetwork:
+class CheckpointedNetwork(Replaying):
     """Segments in order; forward keeps the inputs that `strategy` selects and drops every output but the last.
 
     segments: any `Recomputable`; backward needs them to be `Differentiable`. Raises `EmptySegments` without one.
@@ -57,18 +57,6 @@ class CheckpointedNetwork:
         """The output of segment `index`, from the nearest kept input. `NotCheckpointed` without a forward before."""
         return self._chain.recompute(index)
 
-    def backward(self, grad_output: Array) -> Array:
-        """The gradient of the input. Each run between kept inputs is replayed once; everything kept is freed."""
-        return self._chain.backward(grad_output)
-
-    def release(self) -> None:
-        """Free what forward kept, where no backward will follow."""
-        self._chain.release()
-
-    def memory_bytes(self) -> int:
-        """Bytes of the inputs kept at this moment."""
-        return self._chain.kept_bytes
-
     def full_memory_bytes(self) -> int:
         """Bytes of all outputs of the last forward: what a network that drops none would hold. 0 before the first."""
         return sum(self._chain.output_bytes)
@@ -79,7 +67,7 @@ class CheckpointedNetwork:
         return max(0.0, 1.0 - kept_bytes / full_bytes) if kept_bytes and full_bytes else 0.0
 
 
-class CheckpointedPipeline:
+class CheckpointedPipeline(Replaying):
     """Segments in order, each keeping its input, with the sums known before anything runs.
 
     segments: as in `CheckpointedNetwork`, with `in_dim` and `out_dim` for the sums; they must follow on each other, or
@@ -102,14 +90,6 @@ class CheckpointedPipeline:
     def forward(self, input: Array) -> Array:
         """The output of the last segment; every segment's input is kept."""
         return self._chain.forward(input)
-
-    def backward(self, grad_output: Array) -> Array:
-        """The gradient of the input; everything kept is freed."""
-        return self._chain.backward(grad_output)
-
-    def release(self) -> None:
-        """Free what forward kept, where no backward will follow."""
-        self._chain.release()
 
     def total_checkpoint_memory(self, input_size: int) -> int:
         """Bytes of all segments' inputs, for an input of `input_size` elements: a multiple of the first `in_dim`."""

@@ -81,6 +81,24 @@ def test_a_host_budget_bounds_what_is_spilled(tmp_path: Path) -> None:
     assert none["promised_host_peak_bytes"] == none["spill_ms"] == 0
 
 
+def test_a_pipeline_has_a_plan_for_every_rank(tmp_path: Path) -> None:
+    wanted = (*SIZES, "--pipeline", 2, "--microbatches", 4, "--budget", "1GiB")
+    text = run(*wanted, out=tmp_path)
+    chain = Chain.from_json((tmp_path / "chain.json").read_text())
+    record = json.loads((tmp_path / "pipeline.json").read_text())
+    assert [rank["in_flight"] for rank in record["ranks"]] == [2, 1]
+    assert "1f1b, 4 micro-batches: a step takes" in text
+    for number, rank in enumerate(record["ranks"]):
+        ((first, last),) = rank["stages"]
+        part = chain.part(first, last)
+        own = Plan.from_json((tmp_path / f"rank{number}.0.plan.json").read_text(), part)
+        # Micro-batches at rest hold all that is kept: nothing is recomputed with so much room.
+        assert rank["peak_bytes"] == rank["in_flight"] * simulate(part, own.tree).peak_bytes
+        assert rank["forward_s"] == pytest.approx(sum(stage.forward_s for stage in part.stages))
+    interleaved = json.loads(run(*wanted, "--schedule", "interleaved", "--chunks", 3, "--json", out=tmp_path))
+    assert [len(rank["stages"]) for rank in interleaved["ranks"]] == [3, 3]
+
+
 def test_a_device_is_found_however_it_is_written(tmp_path: Path) -> None:
     run(*SIZES, "--device", "a100-80gb", "--points", 0, "--budget", "1GiB", out=tmp_path)
 
@@ -94,6 +112,10 @@ def test_a_device_is_found_however_it_is_written(tmp_path: Path) -> None:
         (["--heads", "3"], ValueError, "not divisible"),
         (["--spill", "string"], ValueError, "--spill 'string'"),
         (["--host-budget", "1GiB"], ValueError, "--host-budget bounds what --spill moves"),
+        (["--pipeline", "2"], ValueError, "--pipeline needs a --budget"),
+        (["--pipeline", "2", "--budget", "1GiB", "--total"], ValueError, "goes with no --total"),
+        (["--pipeline", "2", "--budget", "1GiB", "--schedule", "zigzag"], ValueError, "zigzag"),
+        (["--pipeline", "2", "--budget", "1KiB"], BudgetExceeded, "rank 0 of 2"),
         (["--points", "0"], ValueError, "--points must be at least 2"),
         (["--budget", "1KiB"], BudgetExceeded, "need"),
         (["--strategy", "luck"], ValueError, "luck"),

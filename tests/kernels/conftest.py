@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-import gpuckpt.kernels
 import pytest
 import torch
 from torch import Tensor
+
+import gpuckpt.kernels
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from gpuckpt.kernels.activations import ACTIVATIONS, activate, derivative
 from gpuckpt.kernels.numerics import INTERPRETED, narrow, widen
 from gpuckpt.kernels.reference import act_derivative_ref, act_ref

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import triton
 import triton.language as tl
+
 from gpuckpt.kernels import aot
 from gpuckpt.kernels.registry import KernelSpec, make_spec
 from gpuckpt.kernels.tiles import TileConfig

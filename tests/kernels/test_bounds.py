@@ -7,14 +7,14 @@ import pkgutil
 import sys
 from pathlib import Path
 
-import gpuckpt.kernels
 import pytest
 import torch
 import triton
 import triton.language as tl
-from gpuckpt.kernels.numerics import INTERPRETED
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import gpuckpt.kernels
+from gpuckpt.kernels.numerics import INTERPRETED
 from tests.sanitizer import Arena, Fault, watch
 
 sys.path.insert(0, str(Path(__file__).parent))

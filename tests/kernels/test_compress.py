@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpuckpt.kernels import compress as cp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from gpuckpt.kernels import compress as cp
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TORCH_TYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from gpuckpt.kernels import compress as cp
 from gpuckpt.kernels import compressed_linear as cl
 from gpuckpt.kernels.reference import act_derivative_ref, act_ref
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TORCH_TYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

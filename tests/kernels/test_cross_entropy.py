@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from gpuckpt.kernels import cross_entropy as ce
 from gpuckpt.kernels.reference_loss import cross_entropy_ref
 from gpuckpt.kernels.tiles import BlockTile
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAN = float("nan")

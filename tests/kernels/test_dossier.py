@@ -7,12 +7,12 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+
 from gpuckpt.kernels import dossier as dossiers
 from gpuckpt.kernels import roofline
 from gpuckpt.kernels.aot import Report
 from gpuckpt.kernels.registry import ARCHS, shipped
 from gpuckpt.kernels.sass import Loop
-
 from gpuckpt.report import audit
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from gpuckpt.kernels import roofline as rl
 
 

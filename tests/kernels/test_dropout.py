@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from gpuckpt.kernels import mlp
 from gpuckpt.kernels.dropout import Dropout
 from gpuckpt.kernels.linear import linear_fwd, linear_recompute_bwd

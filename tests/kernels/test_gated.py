@@ -7,13 +7,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
 from gpuckpt.kernels import gated
 from gpuckpt.kernels.activations import ACTIVATIONS
 from gpuckpt.kernels.numerics import INTERPRETED
 from gpuckpt.kernels.reference import gated_bwd_ref, gated_ref
 from gpuckpt.kernels.tiles import TileConfig
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter")
 

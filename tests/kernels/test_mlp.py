@@ -7,6 +7,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
 from gpuckpt.kernels import mlp
 from gpuckpt.kernels.activations import ACTIVATIONS
 from gpuckpt.kernels.linear import linear_fwd
@@ -14,8 +17,6 @@ from gpuckpt.kernels.numerics import INTERPRETED
 from gpuckpt.kernels.reference import mlp_bwd_ref
 from gpuckpt.kernels.registry import ARCHS
 from gpuckpt.kernels.tiles import TileConfig, backward_form
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from gpuckpt.kernels.numerics import INTERPRETED
 from gpuckpt.kernels.tiles import TileConfig, epilogue_piece
 

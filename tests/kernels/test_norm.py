@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from gpuckpt.kernels import norm
-from gpuckpt.kernels.numerics import INTERPRETED
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+
+from gpuckpt.kernels import norm
+from gpuckpt.kernels.numerics import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter")
 

@@ -8,9 +8,12 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-import gpuckpt.kernels
 import pytest
 import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import gpuckpt.kernels
 from gpuckpt.kernels import compress, compressed_linear, cross_entropy, gated, launch, linear, mlp, norm
 from gpuckpt.kernels import dossier as dossiers
 from gpuckpt.kernels.activations import ACTIVATIONS
@@ -18,8 +21,6 @@ from gpuckpt.kernels.dropout import Dropout
 from gpuckpt.kernels.registry import ARCHS, WHOLE_ARCHS, shipped
 from gpuckpt.kernels.specs import dual_specs, gated_specs, linear_specs
 from gpuckpt.kernels.tiles import candidates
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {v: k for k, v in DTYPES.items()} | {torch.uint8: "u8", torch.int64: "i64"}

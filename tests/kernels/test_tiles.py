@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from gpuckpt.kernels.registry import ARCHS
 from gpuckpt.kernels.tiles import (
     KINDS,

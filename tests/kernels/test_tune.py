@@ -7,11 +7,12 @@ from types import MappingProxyType
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
+
 from gpuckpt.kernels import tiles, tune, tune_calls
 from gpuckpt.kernels.linear import db_partials_shape
 from gpuckpt.kernels.numerics import INTERPRETED
 from gpuckpt.kernels.tiles import KINDS, TileConfig, analytic_choice, candidates, choose, why_invalid
-from triton.runtime.errors import OutOfResources
 
 
 @pytest.fixture(autouse=True)

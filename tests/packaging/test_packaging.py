@@ -129,3 +129,11 @@ def test_every_public_name_is_there():
     assert set(gpuckpt.__all__) <= set(dir(gpuckpt))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = gpuckpt.nonsense
+
+
+def test_the_version_stands_in_one_place(wheel):
+    import gpuckpt
+
+    assert wheel.name.split("-")[1] == gpuckpt.__version__
+    assert f"\nversion: {gpuckpt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert "\nversion =" not in (ROOT / "pyproject.toml").read_text().split("[tool.setuptools.dynamic]")[0]

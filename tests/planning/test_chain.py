@@ -105,3 +105,18 @@ def test_charges_round_up_to_the_unit_and_count_once() -> None:
     chain = Chain((GOOD,), (1, 1025)).with_unit(512)
     assert chain.footprints == (512, 1536)
     assert chain.charge((0, 1, 0)) == 2048
+
+
+def test_a_chain_prints_as_a_table() -> None:
+    variant = Variant("spill", (), 0.002, 0.003)
+    stages = (
+        Stage("embedding", 0.001, 0.002, (0,), recomputable=False),
+        Stage("a block with quite a long name", 0.001, 0.002, (0, 1), (0,), variants=(variant,)),
+    )
+    lines = str(Chain(stages, (1024, 2048), name="toy")).splitlines()
+    assert lines[0] == "toy: 2 stages that save 3 KiB, step 6 ms"
+    assert lines[1].split() == ["stage", "saves", "input", "forward", "backward", "also"]
+    assert lines[2].split() == ["0", "embedding", "1", "KiB", "0", "B", "1", "ms", "2", "ms", "kept", "always"]
+    assert lines[3].split()[-1] == "spill"
+    assert "3 KiB" in lines[3]
+    assert max(map(len, lines)) <= 80

@@ -1,4 +1,4 @@
-"""Pipelines, splits, options made from rates, and the frontier."""
+"""Pipelines: cuts, micro-batches in flight, schedules, and a budget for every rank."""
 
 from __future__ import annotations
 
@@ -9,21 +9,12 @@ import pytest
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning import (
     Chain,
-    Keep,
     Stage,
     cut_chain,
     in_flight,
-    plan_chain,
-    plan_frontier,
     plan_pipeline,
-    roofline_s,
-    simulate,
-    split_chain,
     step_seconds,
-    with_compression,
-    with_spill,
 )
-from gpuckpt.report.frontier import draw_frontier
 
 
 def blocks(n: int) -> Chain:
@@ -121,79 +112,3 @@ def test_a_thousand_layers_on_64_ranks() -> None:
     assert max(rank.peak_bytes for rank in plan.ranks) <= 9000
     assert any(rank.plans[0].certificate.recompute_s > 0 for rank in plan.ranks)
     assert plan.ranks[-1].plans[0].certificate.recompute_s == 0
-
-
-def test_splits_divide_bytes_and_seconds() -> None:
-    chain = split_chain(blocks(4), data=2, tensor=2, whole=range(5), collective_s=0.5)
-    assert chain.storages == (2,) * 5 + (3,) * 4
-    assert chain.stages[0].forward_s == 0.25 + 0.5
-    assert chain.stages[0].output_bytes == 2
-
-
-def test_spilling_and_packing_are_options_the_solver_uses() -> None:
-    chain = with_compression(with_spill(blocks(8), 16.0, overlap=0.5), 2.0, 160.0)
-    assert [variant.name for variant in chain.stages[0].variants] == ["spill", "packed"]
-    assert chain.stages[0].variants[0].forward_s == 1 + 0.5 * 16 / 16
-    plan = plan_chain(chain, 80)
-    assert plan.certificate.peak_bytes <= 80
-    assert any(isinstance(node, Keep) and node.variant == "packed" for node in plan.tree)
-    assert plan.certificate.step_s < plan_chain(blocks(8), 80).certificate.step_s
-
-
-def test_a_host_that_is_too_small_for_all_takes_what_it_can() -> None:
-    plain, chain = blocks(8), with_spill(blocks(8), 64.0, latency_s=0.01)
-    spare = next(variant for variant in chain.stages[0].variants)
-    assert spare.forward_s == pytest.approx(chain.stages[0].forward_s + 16 / 64 + 0.01 * len(spare.spilled))
-    free = plan_chain(chain, 64)
-    most = free.certificate.host_peak_bytes
-    assert most > 0
-    assert free.certificate.gap == 0.0
-    seconds = []
-    for host_bytes in range(0, most + 1, 8):
-        plan = plan_chain(chain, 64, host_bytes=host_bytes)
-        plan.check(chain)
-        seen = simulate(chain, plan.tree)
-        assert (seen.peak_bytes, seen.host_peak_bytes) == (
-            plan.certificate.peak_bytes,
-            plan.certificate.host_peak_bytes,
-        )
-        assert seen.peak_bytes <= 64
-        assert seen.host_peak_bytes <= host_bytes
-        gap = seen.step_s / free.certificate.step_s - 1
-        assert plan.certificate.gap == pytest.approx(gap)
-        seconds.append(seen.step_s)
-    assert seconds[0] == plan_chain(plain, 64).certificate.step_s
-    assert seconds[-1] == free.certificate.step_s
-    assert seconds == sorted(seconds, reverse=True)
-    assert len(set(seconds)) > 3
-    with pytest.raises(ValueError, match="host_bytes is -1"):
-        plan_chain(chain, 64, host_bytes=-1)
-
-
-def test_a_device_and_a_host_that_are_both_too_small_are_refused_with_what_would_do() -> None:
-    plain, chain = blocks(8), with_spill(blocks(8), 64.0)
-    with pytest.raises(BudgetExceeded) as alone:
-        plan_chain(plain, 18)
-    assert plan_chain(chain, 18).certificate.host_peak_bytes > 10
-    with pytest.raises(BudgetExceeded, match="the host budget is 10") as refused:
-        plan_chain(chain, 18, host_bytes=10)
-    assert refused.value.need == alone.value.need
-
-
-def test_the_roofline_is_the_slower_of_the_two() -> None:
-    assert roofline_s(100, 10, 50, 10) == 2.0
-    assert roofline_s(100, 30, 50, 10, efficiency=0.5) == 6.0
-    for bad in ((-1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 1, 2.0)):
-        with pytest.raises(ValueError):
-            roofline_s(*bad)
-
-
-def test_the_frontier_falls_and_its_knee_lies_below_the_chord(tmp_path) -> None:
-    frontier = plan_frontier(blocks(16), 10)
-    peaks, seconds = zip(*frontier.points, strict=True)
-    assert list(peaks) == sorted(peaks)
-    assert list(seconds) == sorted(seconds, reverse=True)
-    assert peaks[-1] == simulate(blocks(16), tuple(Keep(i) for i in range(16))).peak_bytes
-    assert 0 < frontier.knee < len(frontier.plans) - 1
-    picture = draw_frontier(frontier, tmp_path / "f.svg", others={"sqrt": plan_chain(blocks(16), 999, "sqrt")})
-    assert "knee" in picture.read_text()

@@ -151,3 +151,38 @@ def test_importing_planning_costs_no_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_prints_as_a_table() -> None:
+    plan = plan_chain(blocks(12), 80)
+    lines = str(plan).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "optimal plan"
+    held = {line.split()[0]: line for line in lines[2 : lines.index("")]}
+    # Every stage stands in one line of the top level, in order.
+    covered = [stage for span in held for stage in range(int(span.split("..")[0]), int(span.split("..")[-1]) + 1)]
+    assert covered == list(range(12))
+    for node in plan.tree:
+        if isinstance(node, Recompute):
+            assert any("input only" in line and tree_text_inside(node) in line for line in held.values())
+    assert f"({plan.certificate.peak_bytes} B)" in str(plan)
+    assert "proven optimal" in str(plan)
+    assert "..." not in repr(plan)
+
+
+def tree_text_inside(node: Recompute) -> str:
+    """The children of a frame as text, by hand and recursion."""
+    parts = [str(n.stage) if isinstance(n, Keep) else f"({tree_text_inside(n)})" for n in node.children]
+    return " ".join(parts)
+
+
+def test_a_long_plan_and_a_long_chain_print_in_few_narrow_lines() -> None:
+    chain = blocks(500)
+    plan = plan_chain(chain, 3000, "every")
+    for text in (str(chain), str(plan)):
+        lines = text.splitlines()
+        assert len(lines) < 60
+        assert max(map(len, lines)) <= 80
+    assert "... 460 more ..." in str(plan)
+    assert len(repr(plan)) < 200
+    assert repr(chain) == "Chain('chain', 500 stages, 1000 storages)"

@@ -243,7 +243,6 @@ def measure(
     """
     if fake:
         from gpuckpt.kernels.roofline import device as device_called
-
         from gpuckpt.pytorch.profiling.fake_run import run_fake
 
         return run_fake(model, inputs, kwargs, unit_bytes, device_called(device)).chain

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import gpuckpt
 from gpuckpt import Chain, CheckpointBudget, Keep, Recompute, Stage, simulate
-from gpuckpt.planning.plan import parse_tree
+from gpuckpt.planning.tree import parse_tree
 from tests.pytorch.steps import HOLDS, bits
 
 SIZES = (300, 500, 200, 700, 400, 600)  # elements each stage puts out

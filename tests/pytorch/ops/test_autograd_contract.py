@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.library import opcheck
 
-from gpuckpt import functional
+from gpuckpt import CheckpointBudget, functional
 from gpuckpt.errors import SavedTensorModified
-from gpuckpt.memory import CheckpointBudget
 from gpuckpt.nn import FusedLinear, FusedMLP, GatedMLP
 from gpuckpt.pytorch.ops import gated_mlp, linear, mlp
 from tests.pytorch.ops.fused import ALL_OPS, OPS, gradients

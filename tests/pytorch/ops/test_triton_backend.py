@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpuckpt.kernels import linear as linear_kernels
-from gpuckpt.kernels import mlp as mlp_kernels
-from gpuckpt.kernels.numerics import INTERPRETED
 from torch.autograd.graph import saved_tensors_hooks
 
 from gpuckpt import functional
 from gpuckpt.cli.transformer import Config, Transformer
+from gpuckpt.kernels import linear as linear_kernels
+from gpuckpt.kernels import mlp as mlp_kernels
+from gpuckpt.kernels.numerics import INTERPRETED
 from gpuckpt.pytorch.ops import _activations as activations
 from gpuckpt.pytorch.ops._activations import ACTIVATIONS
 from tests.pytorch.ops.fused import OPS, assert_as_good_as_torch, gradients

@@ -6,12 +6,12 @@ import time
 
 import pytest
 import torch
-from gpuckpt.kernels.roofline import DEVICES
 from torch import nn
 
 from gpuckpt import measure, plan_chain
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.errors import InvalidChain
+from gpuckpt.kernels.roofline import DEVICES
 from gpuckpt.pytorch.profiling.roofline_clock import Roofline
 
 

@@ -1,6 +1,9 @@
-"""The solver's tables, compiled: the recurrences of `_tables_numpy` on all cores, for chains of hundreds of stages and more.
+"""The solver's tables, compiled: the recurrences of `dp_numpy` on all cores, for chains of hundreds of stages and more.
 
 Importing this module imports Numba (about half a second) and loads the compiled code from its cache, or compiles it once.
+Nothing here is `parallel=True`: Numba's threads would be those of OpenMP, which are torch's too, and starting them sets how many
+torch uses. The threads are ours (`threads`), and the compiled code lets go of the interpreter's lock.
+
 Pieces of one length do not depend on each other and run in parallel; where there are fewer of them than cores (a body of equal
 blocks has one) the slots are split instead, since a sum over frames at m slots reads only m slots of shorter pieces.
 
@@ -10,56 +13,67 @@ much as summing it, and a signed index keeps LLVM from vectorising.
 
 from __future__ import annotations
 
-import numpy as np
-from numba import get_num_threads, njit, prange
+from collections.abc import Iterator
+from itertools import pairwise
 
-from gpuckpt.planning._grid import Grid, Pieces
-from gpuckpt.planning._problem import Problem
-from gpuckpt.planning._tables_numpy import Tables
+import numpy as np
+from numba import config, njit
+
+from gpuckpt.planning.solver.dp_numpy import Tables
+from gpuckpt.planning.solver.problem import Problem
+from gpuckpt.planning.solver.slots import Grid, Pieces
+from gpuckpt.planning.solver.threads import Team
 
 __all__ = ["fill_tables"]
 
 # Slots summed at a time. Shorter strips would keep more of a tile in a core's first cache, but what is read from memory comes
 # fastest in long runs: 512 took two thirds of the time of 128.
 _STRIP = 512
+# Up to this many additions (a few milliseconds) one thread is as fast as two.
+_SERIAL_SUMS = 20_000_000
 
 
 def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
-    """As `_tables_numpy.fill_tables`."""
+    """As `dp_numpy.fill_tables`."""
     width = grid.slots + 1
     tables = Tables(np.empty((2, pieces.rows, width), np.float32), np.empty((2, 2, problem.n + 1, width), np.float32))
     option_s = problem.option_s.astype(np.float32)
     layout = (pieces.near, pieces.far, np.int64(pieces.body_start), np.int64(pieces.body_end), np.int64(width))
     needs = (grid.option_need, grid.back_need, grid.first_need, grid.run_need, grid.gradient)
     options = (grid.option, option_s, problem.option_covers, problem.option_extras)
-    flat = tables.pieces.reshape(-1)
-    _fill_pieces(
-        flat,
-        layout,
-        pieces.block_end,
-        pieces.tiles,
-        pieces.level_start,
-        options,
-        grid.input,
-        (problem.forward_s, problem.tail_s),
-        needs,
-        get_num_threads(),
-    )
-    _fill_top(
-        flat,
-        tables.top.reshape(-1),
-        layout,
-        pieces.run_end,
-        pieces.block_end,
-        options,
-        problem.uses_extras,
-        grid.input,
-        np.int64(grid.extras),
-        (problem.forward_s, problem.tail_s),
-        needs,
-        get_num_threads(),
-    )
+    stage_s = (problem.forward_s, problem.tail_s)
+    flat, top = tables.pieces.reshape(-1), tables.top.reshape(-1)
+    # Not numba.get_num_threads(): asking it starts Numba's own threads.
+    threads = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    with Team(threads if pieces.sums * width > _SERIAL_SUMS else 1) as team:
+        for start, end in pairwise(pieces.level_start.tolist()):
+            tiles = pieces.tiles[start:end]
+            chunks = 1 if len(tiles) >= 2 * team.size else team.size
+            team.run(_sum_tiles, flat, layout, pieces.block_end, tiles, chunks, stage_s, needs)
+            team.run(_finish_tiles, flat, layout, pieces.block_end, tiles, options, grid.input, stage_s, needs)
+        extras = np.int64(grid.extras)
+        next_user = _start_top(top, problem.uses_extras, width)
+        for first, end in _top_blocks(pieces):
+            block = _top_block(
+                layout, pieces.run_end, first, end, next_user, extras, stage_s, needs, len(flat), len(top)
+            )
+            team.run(_sum_top, flat, top, width, block)
+            _finish_block(
+                flat, top, layout, block[0], first, end, next_user, options, grid.input, extras, stage_s, needs
+            )
     return tables
+
+
+def _top_blocks(pieces: Pieces) -> Iterator[tuple[int, int]]:
+    """Blocks of first stages as (first, last + 1), from the chain's end; a stage that no frame can cover is one of its own."""
+    end = len(pieces.run_end)
+    while end > 0:
+        first = end - 1
+        if pieces.run_end[first] >= first:
+            while first > 0 and pieces.block_end[first - 1] == pieces.block_end[end - 1]:
+                first -= 1
+        yield first, end
+        end = first
 
 
 @njit(inline="always")
@@ -142,46 +156,51 @@ def _frame_costs(i, first, last, stage_s, first_need, run_need, seconds, lows):
             seconds[k - first], lows[k - first] = spent - tail_s[k], need
 
 
-@njit(cache=True, parallel=True, nogil=True)
-def _fill_pieces(flat, layout, block_end, tiles, level_start, options, inputs, stage_s, needs, threads):
+@njit(cache=True, nogil=True)
+def _sum_tiles(flat, layout, block_end, tiles, chunks, stage_s, needs, share, shares):
+    """What tiles of one level take from pieces that are done: frames that end in blocks strictly between the tile's two.
+
+    The slots of each tile are cut into `chunks`; this does every `shares`-th of all chunks, from `share` on.
+    """
     _, _, first_need, run_need, gradients = needs
     width = layout[4]
     half = len(flat) // 2  # rows whose input is held are in the second half
-    nothing = np.zeros(width, np.float32)
-    for level in range(len(level_start) - 1):
-        start, count = level_start[level], level_start[level + 1] - level_start[level]
-        chunks = 1 if count >= 2 * threads else threads
-        chunk = (width + chunks - 1) // chunks
-        # What the tiles take from pieces that are done: frames that end in blocks strictly between the tile's two.
-        for u in prange(count * chunks):
-            i_first, i_last, j_first, j_last = tiles[start + u // chunks]
-            m_start, m_end = (u % chunks) * chunk, min(width, (u % chunks + 1) * chunk)
-            n_i, n_j = i_last - i_first + 1, j_last - j_first + 1
-            outs = np.empty((n_i, n_j), np.int64)
-            for a in range(n_i):
-                for b in range(n_j):
-                    outs[a, b] = -1
-                    if i_first + a <= j_first + b:
-                        outs[a, b] = half + _row(layout, i_first + a, j_first + b)
-                        flat[outs[a, b] + m_start : outs[a, b] + m_end] = np.inf
-            k_first = block_end[i_first] - 1
-            n_k = j_first - k_first
-            if n_k <= 0:
-                continue
-            lefts, lows = np.empty((n_i, n_k), np.int64), np.empty((n_i, n_k), np.int64)
-            seconds, rights = np.empty((n_i, n_k), np.float32), np.empty((n_j, n_k), np.int64)
-            for a in range(n_i):
-                _frame_costs(i_first + a, k_first, j_first, stage_s, first_need, run_need, seconds[a], lows[a])
-                for k in range(k_first, j_first):
-                    lefts[a, k - k_first] = half + _row(layout, i_first + a, k)
+    chunk = (width + chunks - 1) // chunks
+    for u in range(share, len(tiles) * chunks, shares):
+        i_first, i_last, j_first, j_last = tiles[u // chunks]
+        m_start, m_end = (u % chunks) * chunk, min(width, (u % chunks + 1) * chunk)
+        n_i, n_j = i_last - i_first + 1, j_last - j_first + 1
+        outs = np.empty((n_i, n_j), np.int64)
+        for a in range(n_i):
             for b in range(n_j):
-                for k in range(k_first, j_first):
-                    rights[b, k - k_first] = _row(layout, k + 1, j_first + b)
-            firsts, lasts = np.zeros((n_i, n_j), np.int64), np.full((n_i, n_j), n_k, np.int64)
-            grads = gradients[j_first : j_last + 1]
-            _sum_tile(flat, outs, flat, lefts, flat, rights, seconds, lows, grads, firsts, lasts, m_start, m_end)
-        for u in prange(count):
-            _finish_tile(flat, layout, block_end, tiles[start + u], options, inputs, stage_s, needs, nothing)
+                outs[a, b] = -1
+                if i_first + a <= j_first + b:
+                    outs[a, b] = half + _row(layout, i_first + a, j_first + b)
+                    flat[outs[a, b] + m_start : outs[a, b] + m_end] = np.inf
+        k_first = block_end[i_first] - 1
+        n_k = j_first - k_first
+        if n_k <= 0:
+            continue
+        lefts, lows = np.empty((n_i, n_k), np.int64), np.empty((n_i, n_k), np.int64)
+        seconds, rights = np.empty((n_i, n_k), np.float32), np.empty((n_j, n_k), np.int64)
+        for a in range(n_i):
+            _frame_costs(i_first + a, k_first, j_first, stage_s, first_need, run_need, seconds[a], lows[a])
+            for k in range(k_first, j_first):
+                lefts[a, k - k_first] = half + _row(layout, i_first + a, k)
+        for b in range(n_j):
+            for k in range(k_first, j_first):
+                rights[b, k - k_first] = _row(layout, k + 1, j_first + b)
+        firsts, lasts = np.zeros((n_i, n_j), np.int64), np.full((n_i, n_j), n_k, np.int64)
+        grads = gradients[j_first : j_last + 1]
+        _sum_tile(flat, outs, flat, lefts, flat, rights, seconds, lows, grads, firsts, lasts, m_start, m_end)
+
+
+@njit(cache=True, nogil=True)
+def _finish_tiles(flat, layout, block_end, tiles, options, inputs, stage_s, needs, share, shares):
+    """`_finish_tile` for every `shares`-th tile of one level, from `share` on."""
+    nothing = np.zeros(layout[4], np.float32)
+    for u in range(share, len(tiles), shares):
+        _finish_tile(flat, layout, block_end, tiles[u], options, inputs, stage_s, needs, nothing)
 
 
 @njit(cache=True, nogil=True)
@@ -228,54 +247,68 @@ def _finish_tile(flat, layout, block_end, tile, options, inputs, stage_s, needs,
                         _shifted_min(flat, c * half + row, nothing, 0, option_s[i, o], charge, low, width)
 
 
-@njit(cache=True, parallel=True, nogil=True)
-def _fill_top(flat, top, layout, run_end, block_end, options, users, inputs, extras, stage_s, needs, threads):
-    _, _, first_need, run_need, _ = needs
-    n, width, half = len(run_end), layout[4], len(flat) // 2
+@njit(cache=True, nogil=True)
+def _start_top(top, users, width):
+    """Zero beyond the last stage, and for each stage the next one from it on that uses extras."""
+    n = len(users)
     state = (n + 1) * width  # row i of (extras held e, input held c) begins at (2 e + c) state + i width
     for x in range(4):
         top[x * state + n * width : (x + 1) * state] = 0
     next_user = np.full(n + 1, n, np.int64)
     for i in range(n - 1, -1, -1):
         next_user[i] = i if users[i] else next_user[i + 1]
-    chunk = (width + threads - 1) // threads
-    no_gradient = np.zeros(3, np.int64)
-    i_end = n
-    while i_end > 0:
-        i_first = i_end - 1
-        if run_end[i_first] >= i_first:
-            while i_first > 0 and block_end[i_first - 1] == block_end[i_end - 1]:
-                i_first -= 1
-        n_i, k_first = i_end - i_first, i_end - 1
-        n_k = max(run_end[i_first] - k_first + 1, 0)
-        # Three rows for each start: frames after which extras are held, because they were before (1) or from the frame on (2),
-        # and frames that leave them not held (0).
-        frames = np.full(n_i * 3 * width, np.inf, np.float32)
-        outs = np.arange(n_i * 3).reshape(n_i, 3) * width
-        lefts, lows = np.empty((n_i, n_k), np.int64), np.empty((n_i, n_k), np.int64)
-        seconds, rights = np.empty((n_i, n_k), np.float32), np.empty((3, n_k), np.int64)
-        firsts, lasts = np.zeros((n_i, 3), np.int64), np.full((n_i, 3), n_k, np.int64)
-        for a in range(n_i):
-            _frame_costs(i_first + a, k_first, k_first + n_k, stage_s, first_need, run_need, seconds[a], lows[a])
-            for k in range(n_k):
-                lefts[a, k] = half + _row(layout, i_first + a, k_first + k)
-            split = min(n_k, max(0, next_user[i_first + a] - k_first))
-            lasts[a, 0] = split if extras > 0 else 0
-            lasts[a, 1] = split
-            firsts[a, 2] = split
+    return next_user
+
+
+@njit(cache=True, nogil=True)
+def _top_block(layout, run_end, i_first, i_end, next_user, extras, stage_s, needs, pieces_size, top_size):
+    """The arguments of `_sum_tile` for top levels that start in stages i_first..i_end-1: see there.
+
+    Three rows for each start: frames after which extras are held, because they were before (1) or from the frame on (2), and
+    frames that leave them not held (0).
+    """
+    _, _, first_need, run_need, _ = needs
+    width, half, state = layout[4], pieces_size // 2, top_size // 4
+    n_i, k_first = i_end - i_first, i_end - 1
+    n_k = max(run_end[i_first] - k_first + 1, 0)
+    frames = np.full(n_i * 3 * width, np.inf, np.float32)
+    outs = np.arange(n_i * 3).reshape(n_i, 3) * width
+    lefts, lows = np.empty((n_i, n_k), np.int64), np.empty((n_i, n_k), np.int64)
+    seconds, rights = np.empty((n_i, n_k), np.float32), np.empty((3, n_k), np.int64)
+    firsts, lasts = np.zeros((n_i, 3), np.int64), np.full((n_i, 3), n_k, np.int64)
+    for a in range(n_i):
+        _frame_costs(i_first + a, k_first, k_first + n_k, stage_s, first_need, run_need, seconds[a], lows[a])
         for k in range(n_k):
-            rights[0, k] = (k_first + k + 1) * width
-            rights[1, k] = rights[2, k] = 2 * state + rights[0, k]
-        # The block's last start is done here too; the others miss the frames that end inside the block.
-        for u in prange(threads):
-            m_start, m_end = u * chunk, min(width, (u + 1) * chunk)
-            _sum_tile(frames, outs, flat, lefts, top, rights, seconds, lows, no_gradient, firsts, lasts, m_start, m_end)
-        for i in range(i_end - 1, i_first - 1, -1):
-            own = (i - i_first) * 3 * width
-            _finish_top(
-                flat, top, layout, frames, own, i, k_first, next_user[i], options, inputs, extras, stage_s, needs
-            )
-        i_end = i_first
+            lefts[a, k] = half + _row(layout, i_first + a, k_first + k)
+        split = min(n_k, max(0, next_user[i_first + a] - k_first))
+        lasts[a, 0] = split if extras > 0 else 0
+        lasts[a, 1] = split
+        firsts[a, 2] = split
+    for k in range(n_k):
+        rights[0, k] = (k_first + k + 1) * width
+        rights[1, k] = rights[2, k] = 2 * state + rights[0, k]
+    return frames, outs, lefts, lows, seconds, rights, firsts, lasts
+
+
+@njit(cache=True, nogil=True)
+def _sum_top(flat, top, width, block, share, shares):
+    """Frames of a block that end in its last stage or beyond, in one share of the slots.
+
+    The block's last start is complete then; the others miss the frames that end inside the block.
+    """
+    frames, outs, lefts, lows, seconds, rights, firsts, lasts = block
+    chunk = (width + shares - 1) // shares
+    m_start, m_end = share * chunk, min(width, (share + 1) * chunk)
+    no_gradient = np.zeros(3, np.int64)
+    _sum_tile(frames, outs, flat, lefts, top, rights, seconds, lows, no_gradient, firsts, lasts, m_start, m_end)
+
+
+@njit(cache=True, nogil=True)
+def _finish_block(flat, top, layout, frames, i_first, i_end, next_user, options, inputs, extras, stage_s, needs):
+    """`_finish_top` for every start of a block, the last one first."""
+    for i in range(i_end - 1, i_first - 1, -1):
+        own = (i - i_first) * 3 * layout[4]
+        _finish_top(flat, top, layout, frames, own, i, i_end - 1, next_user[i], options, inputs, extras, stage_s, needs)
 
 
 @njit(cache=True, nogil=True)

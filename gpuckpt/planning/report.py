@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from gpuckpt.memory import format_bytes
 from gpuckpt.planning.chain import KEEP, Chain, Stage, Variant
-from gpuckpt.planning.plan import Plan, check_tree
+from gpuckpt.planning.plan import Plan
 from gpuckpt.planning.simulate import simulate
+from gpuckpt.planning.tables import text_table
+from gpuckpt.planning.tree import check_tree
+from gpuckpt.units import format_bytes
 
 __all__ = ["PlanReport", "StageReport", "explain"]
 
@@ -79,16 +81,8 @@ class PlanReport:
                     stage.why,
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         numeric = (False, False, True, True, True, True, True, False)
-        lines = [
-            "  ".join(
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(row, widths, numeric, strict=True)
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, *self.summary()])
+        return "\n".join([*text_table(rows, numeric), *self.summary()])
 
     def summary(self) -> list[str]:
         """The plan's figures in a few lines."""

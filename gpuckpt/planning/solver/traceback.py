@@ -7,19 +7,19 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuckpt.planning._grid import Grid, Pieces
-from gpuckpt.planning._problem import Problem
-from gpuckpt.planning._tables_numpy import Tables
 from gpuckpt.planning.chain import Chain
-from gpuckpt.planning.plan import Keep, Token
+from gpuckpt.planning.solver.dp_numpy import Tables
+from gpuckpt.planning.solver.problem import Problem
+from gpuckpt.planning.solver.slots import Grid, Pieces
+from gpuckpt.planning.tree import Keep, Token
 
-__all__ = ["Walk"]
+__all__ = ["Traceback"]
 
 # A frame whose content is still to be found: first and last stage, slots free.
 _Job = tuple[int, int, int]
 
 
-class Walk:
+class Traceback:
     """Reads plans out of filled tables."""
 
     def __init__(self, chain: Chain, problem: Problem, grid: Grid, pieces: Pieces, tables: Tables) -> None:
@@ -64,7 +64,7 @@ class Walk:
                     parts += ["(", (i, i + k, free), ")"]
                     i, c, m = i + k + 1, 0, free
                     continue
-            assert option >= 0, "the walk left what fits"
+            assert option >= 0, "the traceback left what fits"
             parts.append(Keep(i, self.names[i][option]))
             m -= int(grid.option[c, i, option])
             i, c = i + 1, int(self.problem.option_covers[c, i, option])
@@ -101,7 +101,7 @@ class Walk:
                     parts += ["(", (i, i + k, m), ")"]
                     i, c, e = i + k + 1, 0, int(held[k])
                     continue
-            assert option >= 0, "the walk left what fits"
+            assert option >= 0, "the traceback left what fits"
             parts.append(Keep(i, self.names[i][option]))
             m -= int(grid.option[c, i, option]) + self._extra(i, option, e)
             e = e or int(problem.option_extras[i, option])

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning import Chain, Keep, Stage, plan_chain, simulate
-from gpuckpt.planning._grid import make_pieces
-from gpuckpt.planning._problem import build_problem
-from gpuckpt.planning.optimal import solve
+from gpuckpt.planning.solver import solve
+from gpuckpt.planning.solver.problem import build_problem
+from gpuckpt.planning.solver.slots import make_pieces
 
 
 def peak_of(objective: str) -> Callable:
@@ -209,7 +209,7 @@ def test_equal_blocks_share_rows_and_nothing_changes(seed: int, monkeypatch) -> 
     most = simulate(chain, tuple(Keep(i) for i in range(len(chain)))).total_peak_bytes
     shared = solve(chain, problem, most, engine="numpy")
     assert shared.pieces.body_end > shared.pieces.body_start
-    monkeypatch.setattr("gpuckpt.planning._grid._periodic_body", lambda problem, run_end: (problem.n, -1, 1))
+    monkeypatch.setattr("gpuckpt.planning.solver.slots._periodic_body", lambda problem, run_end: (problem.n, -1, 1))
     alone = solve(chain, problem, most, engine="numpy")
     assert shared.pieces.rows < alone.pieces.rows
     assert np.array_equal(shared.seconds_by_slots, alone.seconds_by_slots)
@@ -217,7 +217,7 @@ def test_equal_blocks_share_rows_and_nothing_changes(seed: int, monkeypatch) -> 
 
 @pytest.mark.parametrize(("objective", "slots", "block"), [("held", 300, 8), ("total", 300, 8), ("total", 1100, 21)])
 def test_compiled_tables_equal_the_plain_ones(objective: str, slots: int, block: int, chain_of, monkeypatch) -> None:
-    monkeypatch.setattr("gpuckpt.planning._grid._block_size", lambda n: block)
+    monkeypatch.setattr("gpuckpt.planning.solver.slots._block_size", lambda n: block)
     for seed, n in enumerate((1, 2, 9, 23, 50)):
         chain = chain_of(random.Random(seed), n, fixed=0.03)
         chains = [chain, periodic_chain(random.Random(seed), 2, 1 + seed, 12, 2)]

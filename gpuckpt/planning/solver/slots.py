@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuckpt.planning._least import _run_ends
-from gpuckpt.planning._problem import Problem
+from gpuckpt.planning.solver.min_peak import run_ends
+from gpuckpt.planning.solver.problem import Problem
 
 __all__ = ["Grid", "Pieces", "common_unit", "make_grid", "make_pieces"]
 
@@ -123,7 +123,7 @@ def make_pieces(problem: Problem) -> Pieces:
     """Number the pieces that frames can cover; the last stage of the chain is never inside one."""
     n = problem.n
     # A frame that ends the top level is never worth having: its content, kept there, costs a forward less.
-    run_end = np.minimum(_run_ends(problem), n - 2)
+    run_end = np.minimum(run_ends(problem), n - 2)
     start, end, period = _periodic_body(problem, run_end)
     blocks = _blocks(run_end, start, end, period)
     near, far = np.zeros(n, np.int64), np.zeros(n, np.int64)

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuckpt.planning._grid import Grid, Pieces
-from gpuckpt.planning._problem import Problem
+from gpuckpt.planning.solver.problem import Problem
+from gpuckpt.planning.solver.slots import Grid, Pieces
 
 __all__ = ["Tables", "fill_tables"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from gpuckpt import Chain, Stage, fit, plan_chain, simulate
 from gpuckpt.errors import InvalidPlan
 from gpuckpt.planning import Variant
-from gpuckpt.report.plan_report import explain
+from gpuckpt.planning.report import explain
 
 
 def chain_of(count: int, spill: bool = False) -> Chain:

@@ -2,7 +2,7 @@
 
 Inside a frame over stages i..j nothing beats running everything again from the input for every backward: it holds the input
 and what the one stage at hand saves. So a frame's content needs max(saves of i beyond its input, saves of i+1, ..., of j),
-and no schedule can do with less, since each stage's saves are held at some moment beside that input. What is left is
+and no schedule can do with less, since each stage's saves are held at some moment together with that input. What is left is
 where the frames of the top level begin, one pass from the last stage to the first.
 
 Exact for held bytes when the problem charges every byte once; for total bytes it is a budget that suffices, not always the
@@ -14,16 +14,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuckpt.planning._problem import Problem
 from gpuckpt.planning.chain import Chain
-from gpuckpt.planning.plan import Keep, Node, Token, build_tree
+from gpuckpt.planning.solver.problem import Problem
+from gpuckpt.planning.tree import Keep, Node, Token, build_tree
 
-__all__ = ["least_tree"]
+__all__ = ["min_peak_tree", "run_ends"]
 
 _NEVER = np.iinfo(np.int64).max // 4
 
 
-def least_tree(chain: Chain, problem: Problem) -> tuple[Node, ...]:
+def min_peak_tree(chain: Chain, problem: Problem) -> tuple[Node, ...]:
     """The tree with the smallest peak that any plan of the chain can have."""
     n = problem.n
     usable = np.isfinite(problem.option_s)
@@ -37,7 +37,7 @@ def least_tree(chain: Chain, problem: Problem) -> tuple[Node, ...]:
     # best[e][c][i]: peak of the top level from stage i on; c: input held, e: extras held. step: its first choice.
     best = np.zeros((2, 2, n + 1), np.int64)
     step = np.zeros((2, 2, n), np.int64)
-    run_end = _run_ends(problem)
+    run_end = run_ends(problem)
     states = (0, 1) if problem.extras_bytes else (1,)
     for i in range(n - 1, -1, -1):
         end = min(int(run_end[i]), n - 1) if problem.recomputable[i] else -1
@@ -65,7 +65,7 @@ def least_tree(chain: Chain, problem: Problem) -> tuple[Node, ...]:
     return _tree(chain, problem, step, choice, start)
 
 
-def _run_ends(problem: Problem) -> NDArray[np.int64]:
+def run_ends(problem: Problem) -> NDArray[np.int64]:
     """For each stage the last stage of the run of recomputable ones that it starts or is in."""
     ends = np.empty(problem.n, np.int64)
     end = problem.n - 1

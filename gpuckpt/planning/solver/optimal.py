@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuckpt.planning._grid import Grid, Pieces, common_unit, make_grid, make_pieces
-from gpuckpt.planning._problem import Problem
-from gpuckpt.planning._tables_numpy import Tables
-from gpuckpt.planning._tables_numpy import fill_tables as fill_tables_plainly
-from gpuckpt.planning._walk import Walk
 from gpuckpt.planning.chain import Chain
-from gpuckpt.planning.plan import Node, build_tree
+from gpuckpt.planning.solver.dp_numpy import Tables
+from gpuckpt.planning.solver.dp_numpy import fill_tables as fill_tables_plainly
+from gpuckpt.planning.solver.problem import Problem
+from gpuckpt.planning.solver.slots import Grid, Pieces, common_unit, make_grid, make_pieces
+from gpuckpt.planning.solver.traceback import Traceback
+from gpuckpt.planning.tree import Node, build_tree
 
 __all__ = ["Solution", "solve"]
 
@@ -58,7 +58,7 @@ class Solution:
 
     def tree(self, slots: int) -> Tree:
         """A plan with `seconds(slots)`."""
-        return build_tree(Walk(self.chain, self.problem, self.grid, self.pieces, self.tables).tokens(slots))
+        return build_tree(Traceback(self.chain, self.problem, self.grid, self.pieces, self.tables).tokens(slots))
 
     @property
     def seconds_by_slots(self) -> NDArray[np.float32]:
@@ -112,7 +112,7 @@ def _engine(engine: str, sums: int) -> Callable[[Problem, Grid, Pieces], Tables]
         raise ValueError(f"engine is {engine!r}; expected 'auto', 'numpy' or 'numba'")
     if engine == "numpy" or (engine == "auto" and sums <= _NUMPY_SUMS):
         return fill_tables_plainly
-    from gpuckpt.planning._tables_numba import fill_tables
+    from gpuckpt.planning.solver.dp_numba import fill_tables
 
     return fill_tables
 

@@ -1,0 +1,178 @@
+"""Trees of who keeps and who recomputes, and their text.
+
+A tree is a tuple of nodes that covers stages 0..n-1 in order. `Keep(i)` saves everything of stage i; `Recompute(children)`
+keeps its input only and runs its children again in backward. The text form of a tree is what a plan file holds:
+`0 (1 2 (3 4) 5) 6:spill` keeps 0, recomputes 1..5 with a frame over 3..4 inside, and keeps 6 under its option "spill".
+
+Trees can nest as deep as the chain is long, so nothing here recurses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpuckpt.errors import InvalidPlan
+from gpuckpt.planning.chain import KEEP, Chain
+
+__all__ = [
+    "Keep",
+    "Node",
+    "Recompute",
+    "Step",
+    "Token",
+    "build_tree",
+    "check_tree",
+    "flatten",
+    "parse_tree",
+    "steps_text",
+    "tree_text",
+]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Stage `stage` is kept, under the option called `variant`."""
+
+    stage: int
+    variant: str = KEEP
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """A frame: only its input is kept, and `children` run again in backward."""
+
+    children: tuple[Node, ...]
+
+
+Node = Keep | Recompute
+Token = Keep | str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One node of a tree in preorder.
+
+    `first..last`: the stages it covers; `end`: the index just past its subtree; `ends`: it is its parent's last child;
+    `variant`: the option of a `Keep`, None for a frame; `depth`: 0 at top level.
+    """
+
+    first: int
+    last: int
+    end: int
+    ends: bool
+    variant: str | None
+    depth: int
+
+
+def flatten(tree: Iterable[Node]) -> list[Step]:
+    """The nodes of a tree in preorder. `InvalidPlan` when stages are out of order, missing, or a frame is empty."""
+    rows: list[list[Any]] = []  # first, last, end, ends, variant, depth
+    position = 0
+    # A level of the walk: (iterator over siblings, index of their frame's row, index of the latest sibling's row)
+    levels: list[list[Any]] = [[iter(tuple(tree)), -1, -1]]
+    while levels:
+        siblings, frame, latest = levels[-1]
+        node = next(siblings, None)
+        if node is None:
+            levels.pop()
+            if latest >= 0:
+                rows[latest][3] = True
+            if frame >= 0:
+                if latest < 0:
+                    raise InvalidPlan(f"the frame at stage {position} is empty; it recomputes at least one stage")
+                rows[frame][1], rows[frame][2] = position - 1, len(rows)
+            continue
+        levels[-1][2] = index = len(rows)
+        if isinstance(node, Keep):
+            if node.stage != position:
+                raise InvalidPlan(f"the plan has stage {node.stage!r} where stage {position} comes next")
+            rows.append([position, position, index + 1, False, node.variant, len(levels) - 1])
+            position += 1
+        elif isinstance(node, Recompute):
+            rows.append([position, -1, -1, False, None, len(levels) - 1])
+            levels.append([iter(node.children), index, -1])
+        else:
+            raise InvalidPlan(f"a plan is made of Keep and Recompute; got {type(node).__name__}")
+    return [Step(*row) for row in rows]
+
+
+def check_tree(chain: Chain, tree: Iterable[Node]) -> list[Step]:
+    """`flatten(tree)`, once it is certain that the tree is a plan for `chain`; `InvalidPlan` otherwise."""
+    steps = flatten(tree)
+    covered = steps[-1].last + 1 if steps else 0
+    if covered != len(chain):
+        raise InvalidPlan(f"the plan covers {covered} stages and the chain has {len(chain)}")
+    for step in steps:
+        if step.variant is None:
+            continue
+        stage = chain.stages[step.first]
+        if step.depth and not stage.recomputable:
+            raise InvalidPlan(
+                f"stage {step.first} ({stage.name!r}) cannot be recomputed, and the plan puts it in a frame"
+            )
+        if step.variant != KEEP and all(step.variant != v.name for v in stage.variants):
+            names = ", ".join(v.name for v in stage.options)
+            raise InvalidPlan(f"stage {step.first} ({stage.name!r}) has no option {step.variant!r}; it has {names}")
+    return steps
+
+
+def tree_text(tree: Iterable[Node]) -> str:
+    """The tree as text: stage numbers, `:option` after those not plainly kept, frames in parentheses."""
+    steps = flatten(tree)
+    return steps_text(steps, 0, len(steps))
+
+
+def steps_text(steps: Sequence[Step], start: int, end: int) -> str:
+    """`tree_text` of the nodes `start..end-1` of a flattened tree."""
+    words: list[str] = []
+    closing: list[int] = []
+    for i in range(start, end):
+        step = steps[i]
+        while closing and closing[-1] <= i:
+            words[-1] += ")"
+            closing.pop()
+        opening = ""
+        if words and words[-1].endswith("("):
+            opening = words.pop()
+        if step.variant is None:
+            words.append(opening + "(")
+            closing.append(step.end)
+        else:
+            words.append(opening + str(step.first) + ("" if step.variant == KEEP else f":{step.variant}"))
+    return " ".join(words) + ")" * len(closing)
+
+
+def build_tree(tokens: Iterable[Token]) -> tuple[Node, ...]:
+    """A tree out of its nodes in preorder, with "(" and ")" around what a frame recomputes."""
+    levels: list[list[Node]] = [[]]
+    for token in tokens:
+        if isinstance(token, Keep):
+            levels[-1].append(token)
+        elif token == "(":
+            levels.append([])
+        elif len(levels) == 1:
+            raise InvalidPlan("the plan's tree closes a frame it never opened")
+        else:
+            children = tuple(levels.pop())
+            levels[-1].append(Recompute(children))
+    if len(levels) > 1:
+        raise InvalidPlan(f"the plan's tree leaves {len(levels) - 1} frame(s) open")
+    return tuple(levels[0])
+
+
+def parse_tree(text: str) -> tuple[Node, ...]:
+    """A tree out of `tree_text`'s form; `InvalidPlan` names what is wrong."""
+    tokens: list[Token] = []
+    for word in text.replace("(", " ( ").replace(")", " ) ").split():
+        if word in "()":
+            tokens.append(word)
+            continue
+        number, _, variant = word.partition(":")
+        if not (number.isascii() and number.isdecimal()):
+            raise InvalidPlan(f"the plan's tree has {word!r} where a stage number was expected")
+        tokens.append(Keep(int(number), variant or KEEP))
+    tree = build_tree(tokens)
+    flatten(tree)
+    return tree

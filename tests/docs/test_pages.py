@@ -1,0 +1,56 @@
+"""The Python on every page of the site runs in its order, and what the navigation names is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in (DOCS / page).read_text()])
+def test_the_python_on_a_page_runs_in_order(page: str) -> None:
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL):
+        exec(compile(block, page, "exec"), names)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    config = (ROOT / "mkdocs.yml").read_text()
+    assert sorted(re.findall(r"^ +- ([\w/-]+\.md)$", config, flags=re.MULTILINE)) == PAGES
+
+
+def test_every_public_name_of_the_reference_is_there() -> None:
+    import importlib
+
+    for page in (DOCS / "reference").glob("*.md"):
+        names = re.findall(r"^::: ([\w.]+)$", page.read_text(), flags=re.MULTILINE)
+        assert names, page
+        for name in names:
+            room, _, last = name.rpartition(".")
+            if name == "gpuckpt.errors":
+                importlib.import_module(name)
+            else:
+                assert getattr(importlib.import_module(room) if room != "gpuckpt.nn" else nn(), last).__doc__, name
+
+
+def nn() -> object:
+    import gpuckpt
+
+    return gpuckpt.nn
+
+
+def test_the_index_takes_the_first_screen_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    from site_links import _MARK, first_screen
+
+    screen = first_screen((ROOT / "README.md").read_text())
+    assert _MARK in (DOCS / "index.md").read_text()
+    assert "No GPU has run any of this yet" in screen
+    assert "gpuckpt.fit(" in screen
+    assert len(screen.splitlines()) < 40
+    assert "](" not in screen  # a link would lead elsewhere from the site
