@@ -124,14 +124,14 @@ def gated_fwd_kernel(
     stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk, stride_bg, stride_bu, stride_hm, stride_hn,
     multiplier,
     ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECE: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, INTERPRET: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row0 = i_m.to(tl.int64) * BM
     col0 = i_n.to(tl.int64) * BN
     z_g, z_u = accumulate_two(
         p_x, p_wg, p_wu, row0, col0, M, N, K, stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk,
-        BM, BN, BK, EVEN_K, TMA, WARP_SPECIALIZE, INTERPRET,
+        BM, BN, BK, EVEN_K, TMA, INTERPRET,
     )  # fmt: skip
     _emit_product(
         z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
@@ -147,7 +147,7 @@ def gated_recompute_bwd_kernel(
     stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgm, stride_dbgn, stride_dbum, stride_dbun,
     multiplier,
     ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECE: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
@@ -156,11 +156,11 @@ def gated_recompute_bwd_kernel(
     dh = tl.zeros((BM, BN), tl.float32)
     dh = accumulate(
         dh, p_dy, p_wd, row0, col0, M, N, D, stride_dym, stride_dyd, stride_wdn, stride_wdd,
-        BM, BN, BK, EVEN_D, TMA, True, WARP_SPECIALIZE, INTERPRET,
+        BM, BN, BK, EVEN_D, TMA, True, INTERPRET,
     )  # fmt: skip
     z_g, z_u = accumulate_two(
         p_x, p_wg, p_wu, row0, col0, M, N, K, stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk,
-        BM, BN, BK, EVEN_K, TMA, WARP_SPECIALIZE, INTERPRET,
+        BM, BN, BK, EVEN_K, TMA, INTERPRET,
     )  # fmt: skip
     if p_dbg is not None:
         p_dbg += i_m.to(tl.int64) * stride_dbgm
@@ -212,12 +212,11 @@ def gated_fwd(
     gate_multiplier: float = 1.0,
     tile: TileConfig | None = None,
     tma: bool | None = None,
-    warp_specialize: bool = False,
 ) -> None:
     """h = act(gate_multiplier (x wg^T + bg)) * (x wu^T + bu); neither factor is written.
 
     x (M, K), wg and wu (N, K): one dtype, any strides; M, N or K may be 0. bg, bu (N) or None. h (M, N).
-    tile, tma, warp_specialize: as in `linear_fwd`.
+    tile, tma: as in `linear_fwd`.
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
@@ -247,7 +246,6 @@ def gated_fwd(
             *h.stride(),
             float(gate_multiplier),
             TMA=tma,
-            WARP_SPECIALIZE=warp_specialize,
             **gemm_options("gated_fwd", tile, K, activation),
         )
 
@@ -270,7 +268,6 @@ def gated_recompute_bwd(
     gate_multiplier: float = 1.0,
     tile: TileConfig | None = None,
     tma: bool | None = None,
-    warp_specialize: bool = False,
 ) -> None:
     """h, dz_g and dz_u of `gated_fwd` for the gradient dy of y = h wd^T, everything recomputed from x.
 
@@ -338,6 +335,5 @@ def gated_recompute_bwd(
             float(gate_multiplier),
             EVEN_D=D % tile.bk == 0,
             TMA=tma,
-            WARP_SPECIALIZE=warp_specialize,
             **gemm_options("gated_bwd", tile, K, activation),
         )

@@ -4,8 +4,6 @@ Shapes: a (M, K), b (N, K); acc (BM, BN) = a b^T in fp32.
 
 The K loop reads through pointers (any strides; cp.async from sm_80 on) or through tensor descriptors (TMA, sm_90 and sm_100;
 rows contiguous and 16-byte aligned, see `launch.describable`). Both add in the same order, so both give the same bits.
-`warp_specialize` is Triton's own switch and off unless asked for: it is documented for Blackwell only and has open bugs
-(triton issues #8311, #9728, #10284).
 """
 
 from __future__ import annotations
@@ -51,7 +49,6 @@ def accumulate(
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
     B_IS_KN: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """acc + a[row0:row0+BM] b[col0:col0+BN]^T, K in steps of BK from 0 up: the order that makes a recomputed z bitwise equal.
@@ -63,7 +60,7 @@ def accumulate(
     if TMA:
         row = row0.to(tl.int32)
         col = col0.to(tl.int32)
-        for i_k in tl.range(0, tl.cdiv(K, BK), warp_specialize=WARP_SPECIALIZE):
+        for i_k in tl.range(0, tl.cdiv(K, BK)):
             b_a = p_a.load([row, i_k * BK])
             b_b = p_b.load([i_k * BK, col]) if B_IS_KN else tl.trans(p_b.load([col, i_k * BK]))
             acc = tl.dot(operand(b_a, INTERPRET), operand(b_b, INTERPRET), acc, input_precision="ieee")
@@ -111,7 +108,6 @@ def accumulate_two(
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """(a b^T, a c^T) for b and c (N, K), each as `accumulate` would have it, with a read once for both."""
@@ -120,7 +116,7 @@ def accumulate_two(
     if TMA:
         row = row0.to(tl.int32)
         col = col0.to(tl.int32)
-        for i_k in tl.range(0, tl.cdiv(K, BK), warp_specialize=WARP_SPECIALIZE):
+        for i_k in tl.range(0, tl.cdiv(K, BK)):
             b_a = operand(p_a.load([row, i_k * BK]), INTERPRET)
             b_b = operand(tl.trans(p_b.load([col, i_k * BK])), INTERPRET)
             b_c = operand(tl.trans(p_c.load([col, i_k * BK])), INTERPRET)

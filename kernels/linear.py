@@ -84,7 +84,6 @@ def _forward_tile(
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     i_m, i_n = tile_of(pid, M, N, BM, BN, GROUP_M)
@@ -93,7 +92,7 @@ def _forward_tile(
     z = tl.zeros((BM, BN), tl.float32)
     z = accumulate(
         z, p_x, p_w, row0, col0, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-        BM, BN, BK, EVEN_K, TMA, False, WARP_SPECIALIZE, INTERPRET,
+        BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
     )  # fmt: skip
     emit_forward(
         z, row0, col0, p_b, p_res, p_y, M, N, stride_b, stride_rm, stride_rn, stride_ym, stride_yn,
@@ -135,7 +134,6 @@ def linear_fwd_kernel(
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     if PERSISTENT:
@@ -144,13 +142,13 @@ def linear_fwd_kernel(
             _forward_tile(
                 pid, p_x, p_w, p_b, p_res, p_y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
                 stride_rm, stride_rn, stride_ym, stride_yn, seed, offset, first_row, threshold, scale,
-                ACT, DROPOUT, BM, BN, BK, PIECE, GROUP_M, EVEN_K, TMA, WARP_SPECIALIZE, INTERPRET,
+                ACT, DROPOUT, BM, BN, BK, PIECE, GROUP_M, EVEN_K, TMA, INTERPRET,
             )  # fmt: skip
     else:
         _forward_tile(
             tl.program_id(0), p_x, p_w, p_b, p_res, p_y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
             stride_rm, stride_rn, stride_ym, stride_yn, seed, offset, first_row, threshold, scale,
-            ACT, DROPOUT, BM, BN, BK, PIECE, GROUP_M, EVEN_K, TMA, WARP_SPECIALIZE, INTERPRET,
+            ACT, DROPOUT, BM, BN, BK, PIECE, GROUP_M, EVEN_K, TMA, INTERPRET,
         )  # fmt: skip
 
 
@@ -194,7 +192,6 @@ def linear_recompute_bwd_kernel(
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
@@ -204,7 +201,7 @@ def linear_recompute_bwd_kernel(
     if RECOMPUTE:
         z = accumulate(
             z, p_x, p_w, row0, col0, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-            BM, BN, BK, EVEN_K, TMA, False, WARP_SPECIALIZE, INTERPRET,
+            BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
         )  # fmt: skip
     if p_db is not None:
         p_db += i_m.to(tl.int64) * stride_dbm
@@ -253,14 +250,13 @@ def linear_fwd(
     dropout: Dropout | None = None,
     tile: TileConfig | None = None,
     tma: bool | None = None,
-    warp_specialize: bool = False,
 ) -> None:
     """out = dropout(act(x weight^T + bias)) + residual, in one pass; the pre-activation is never written.
 
     x (M, K), weight (N, K), of one dtype: fp32, fp16 or bf16. bias (N), residual (M, N) and out (M, N): any of the three
     dtypes. Any strides; M, N or K may be 0. `out` may be the residual's own memory. fp32 is multiplied in full precision,
     not TF32. tile: None chooses it by shape, dtype and architecture. tma: load through tensor descriptors; None chooses by
-    architecture and alignment. warp_specialize: Triton's switch of that name, see `gemm`.
+    architecture and alignment.
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
@@ -291,7 +287,6 @@ def linear_fwd(
             DROPOUT=dropout is not None,
             TMA=tma,
             PERSISTENT=tma,
-            WARP_SPECIALIZE=warp_specialize,
             **gemm_options("linear", tile, K, activation, dropout=dropout is not None),
         )
 
@@ -309,11 +304,10 @@ def linear_recompute_bwd(
     dropout: Dropout | None = None,
     tile: TileConfig | None = None,
     tma: bool | None = None,
-    warp_specialize: bool = False,
 ) -> None:
     """dz = dropout(dy) * act'(x weight^T + bias), with the pre-activation recomputed in the kernel and never written.
 
-    x, weight, bias, activation, dropout, tile, tma and warp_specialize: as in `linear_fwd`, and the same, so that z and the
+    x, weight, bias, activation, dropout, tile and tma: as in `linear_fwd`, and the same, so that z and the
     mask have the same bits. dy (M, N): any strides, zero strides too. dz (M, N): may be dy's own memory with the same strides.
     db_partials: fp32, of `db_partials_shape`; its sum over rows is db. h (M, N): written with dropout(act(z)) where given.
     Everything written is written fully.
@@ -354,6 +348,5 @@ def linear_recompute_bwd(
             RECOMPUTE=needs_z(activation) or h is not None,
             DROPOUT=dropout is not None,
             TMA=tma,
-            WARP_SPECIALIZE=warp_specialize,
             **gemm_options("linear", tile, K, activation, dropout=dropout is not None),
         )

@@ -1,7 +1,7 @@
 """Backward of an MLP's first layer in one kernel: recompute z, multiply by the gradient that comes through the second layer.
 
-    y = dropout(act(x W1^T + b1)) W2^T (+ b2)
-    z = x W1^T + b1      dh = dy W2      h = dropout(act(z))      dz = dropout(dh) * act'(z)      db1 = sum of dz over rows
+    y = act(x W1^T + b1) W2^T (+ b2)
+    z = x W1^T + b1      dh = dy W2      h = act(z)      dz = dh * act'(z)      db1 = sum of dz over rows
 
 Two forms write the same h (needed for dW2 = dy^T h) and dz (for dx = dz W1, dW1 = dz^T x); neither writes z:
     dual    both GEMMs in one kernel, two sequential K loops into two fp32 accumulators; dh never reaches HBM either.
@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import NO_DROPOUT, Dropout
 from .epilogue import emit_backward
 from .gemm import accumulate, tile_of
 from .launch import (
@@ -45,7 +44,7 @@ from .tiles import TileConfig, backward_form, choose
 __all__ = ["db_partials_shape", "mlp_dual_bwd", "mlp_recompute_bwd"]
 
 
-@triton.jit(do_not_specialize=["seed", "offset", "first_row", "threshold"])
+@triton.jit
 def mlp_dual_bwd_kernel(
     p_x,
     p_w1,
@@ -74,13 +73,7 @@ def mlp_dual_bwd_kernel(
     stride_dzn,
     stride_dbm,
     stride_dbn,
-    seed,
-    offset,
-    first_row,
-    threshold,
-    scale,
     ACT: tl.constexpr,
-    DROPOUT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -89,7 +82,6 @@ def mlp_dual_bwd_kernel(
     EVEN_K: tl.constexpr,
     EVEN_D: tl.constexpr,
     TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
@@ -100,19 +92,19 @@ def mlp_dual_bwd_kernel(
     dh = tl.zeros((BM, BN), tl.float32)
     dh = accumulate(
         dh, p_dy, p_w2, row0, col0, M, N, D, stride_dym, stride_dyd, stride_w2n, stride_w2d,
-        BM, BN, BK, EVEN_D, TMA, True, WARP_SPECIALIZE, INTERPRET,
+        BM, BN, BK, EVEN_D, TMA, True, INTERPRET,
     )  # fmt: skip
     z = tl.zeros((BM, BN), tl.float32)
     z = accumulate(
         z, p_x, p_w1, row0, col0, M, N, K, stride_xm, stride_xk, stride_w1n, stride_w1k,
-        BM, BN, BK, EVEN_K, TMA, False, WARP_SPECIALIZE, INTERPRET,
+        BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
     )  # fmt: skip
     if p_db is not None:
         p_db += i_m.to(tl.int64) * stride_dbm
     emit_backward(
         z, dh, row0, col0, p_b, None, p_dz, p_h, p_db, M, N, stride_b, 0, 0, stride_dzm, stride_dzn,
-        stride_hm, stride_hn, stride_dbn, seed, offset, first_row, threshold, scale,
-        ACT, DROPOUT, BM, BN, PIECE, INTERPRET,
+        stride_hm, stride_hn, stride_dbn, 0, 0, 0, 0, 1.0,
+        ACT, False, BM, BN, PIECE, INTERPRET,
     )  # fmt: skip
 
 
@@ -135,13 +127,12 @@ def db_partials_shape(
     w1: Tensor,
     w2: Tensor,
     *,
-    dropout: Dropout | None = None,
     form: str | None = None,
     tile: TileConfig | None = None,
 ) -> tuple[int, int]:
     """Shape of the fp32 buffer that `mlp_recompute_bwd` with the same arguments wants for db1."""
     if _form(x, w1, w2, form) == "plain":
-        return plain_db_partials_shape(x, w1, tile, dropout)
+        return plain_db_partials_shape(x, w1, tile)
     return -(-x.shape[0] // _dual_tile(x, w1, w2, tile).bm), w1.shape[0]
 
 
@@ -156,12 +147,11 @@ def mlp_recompute_bwd(
     db_partials: Tensor | None = None,
     *,
     activation: str,
-    dropout: Dropout | None = None,
     form: str | None = None,
     tile: TileConfig | None = None,
     tma: bool | None = None,
 ) -> None:
-    """h = dropout(act(z)) and dz = dropout(dy w2) * act'(z) with z = x w1^T + b1, which is never written.
+    """h = act(z) and dz = (dy w2) * act'(z) with z = x w1^T + b1, which is never written.
 
     x (M, K), w1 (N, K), dy (M, D), w2 (D, N): one dtype, any strides, any size may be 0. b1 (N). h (M, N), or None where w2 is
     frozen and h is not wanted. dz (M, N). db_partials: fp32, of `db_partials_shape` for the same form and tile; its sum over
@@ -171,13 +161,13 @@ def mlp_recompute_bwd(
     """
     if _form(x, w1, w2, form) == "dual":
         mlp_dual_bwd(
-            x, w1, b1, dy, w2, h, dz, db_partials, activation=activation, dropout=dropout, tile=tile, tma=tma
+            x, w1, b1, dy, w2, h, dz, db_partials, activation=activation, tile=tile, tma=tma
         )  # fmt: skip
         return
     _check(x, w1, b1, dy, w2, h, dz, activation)
     torch.mm(dy, w2, out=dz)
     linear_recompute_bwd(
-        x, w1, b1, dz, dz, db_partials, activation=activation, h=h, dropout=dropout, tile=tile, tma=tma
+        x, w1, b1, dz, dz, db_partials, activation=activation, h=h, tile=tile, tma=tma
     )  # fmt: skip
 
 
@@ -216,12 +206,10 @@ def mlp_dual_bwd(
     db_partials: Tensor | None = None,
     *,
     activation: str,
-    dropout: Dropout | None = None,
     tile: TileConfig | None = None,
     tma: bool | None = None,
-    warp_specialize: bool = False,
 ) -> None:
-    """The dual form of `mlp_recompute_bwd`, whose arguments these are. tma, warp_specialize: as in `linear_fwd`."""
+    """The dual form of `mlp_recompute_bwd`, whose arguments these are. tma: as in `linear_fwd`."""
     _check(x, w1, b1, dy, w2, h, dz, activation)
     (M, K), N, D = x.shape, w1.shape[0], dy.shape[1]
     tile = _dual_tile(x, w1, w2, tile)
@@ -253,10 +241,7 @@ def mlp_dual_bwd(
             *strides(h, 2),
             *dz.stride(),
             *strides(db_partials, 2),
-            *(dropout or NO_DROPOUT).kernel_args(),
-            DROPOUT=dropout is not None,
             EVEN_D=D % tile.bk == 0,
             TMA=tma,
-            WARP_SPECIALIZE=warp_specialize,
-            **gemm_options("dual", tile, K, activation, dropout=dropout is not None),
+            **gemm_options("dual", tile, K, activation),
         )

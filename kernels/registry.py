@@ -26,7 +26,7 @@ __all__ = [
 ARCHS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that kernels are shipped for, as ints: 80 is sm_80."""
 
-KERNEL_MODULES: tuple[str, ...] = ("specs", "cross_entropy", "compress", "norm")
+KERNEL_MODULES: tuple[str, ...] = ("specs", "cross_entropy", "norm")
 """Modules of this package that state specs."""
 
 WHOLE_ARCHS = (80, 90, 100)

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _T = 1e12
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -216,16 +216,6 @@ def work_of(kernel: str, shape: Shape, dtype: str) -> Work:
             return Work(12 * s.M * s.K, 2 * s.M * s.K * b, s.M * s.K * b + 8 * s.M)
         case "norm_bwd_columns":  # x and the gradient in; a row of sums for dw and for db from each 32 rows
             return Work(5 * s.M * s.K, 2 * s.M * s.K * b, 2 * -(-s.M // 32) * s.K * 4)
-        case "compress":
-            return Work(3 * s.M * s.K, s.M * s.K * b, s.M * s.K + s.M * s.K // 32)
-        case "decompress":
-            return Work(s.M * s.K, s.M * s.K + s.M * s.K // 32, s.M * s.K * b)
-        case "compressed_linear_fwd":  # codes, scales and W in
-            read = s.M * s.K + s.M * s.K // 32 + s.N * s.K * b
-            return Work(2 * s.M * s.N * s.K, read, s.M * s.N * b)
-        case "compressed_linear_recompute_bwd":  # dy too; dz and h out
-            read = s.M * s.K + s.M * s.K // 32 + (s.N * s.K + s.M * s.N) * b
-            return Work(2 * s.M * s.N * s.K, read, 2 * s.M * s.N * b)
     raise ValueError(f"no roofline model for kernel {kernel!r}")
 
 

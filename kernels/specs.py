@@ -27,8 +27,6 @@ from __future__ import annotations
 from typing import Any
 
 from .activations import ACTIVATIONS
-from .compress import FORMATS, GROUP
-from .compressed_linear import compressed_linear_fwd_kernel, compressed_linear_recompute_bwd_kernel, compressed_tiles
 from .gated import gated_fwd_kernel, gated_recompute_bwd_kernel
 from .launch import gemm_options
 from .linear import linear_fwd_kernel, linear_recompute_bwd_kernel
@@ -36,13 +34,12 @@ from .mlp import mlp_dual_bwd_kernel
 from .registry import WHOLE_ARCHS, KernelSpec, make_spec
 from .tiles import KINDS, TileConfig, candidates, loose_tile
 
-__all__ = ["compressed_specs", "dual_specs", "gated_specs", "linear_specs", "specs", "uses_tma"]
+__all__ = ["dual_specs", "gated_specs", "linear_specs", "specs", "uses_tma"]
 
 _TYPES = {
     **dict.fromkeys(("seed", "offset", "first_row", "threshold"), "i64"),
     **dict.fromkeys(("scale", "multiplier"), "fp32"),
-    **dict.fromkeys(("p_db", "p_dbg", "p_dbu", "p_scales"), "*fp32"),
-    "p_codes": "*u8",
+    **dict.fromkeys(("p_db", "p_dbg", "p_dbu"), "*fp32"),
 }
 
 _EXTREMES = ("gelu_tanh", "identity")
@@ -66,8 +63,6 @@ def specs(arch: int) -> list[KernelSpec]:
                 continue
             for activation in _EXTREMES if dtype == "bf16" else _EXTREMES[:1]:
                 found += _kind_specs(kind, dtype, arch, loose_tile(kind, dtype, arch), activation, loose=True)
-        if dtype != "fp32":
-            found += _all_compressed(dtype, arch)
     return found
 
 
@@ -94,22 +89,6 @@ def _kind_specs(kind: str, dtype: str, arch: int, tile: TileConfig, activation: 
     return linear_specs(dtype, arch, tile, activation, dropout=kind == "linear_dropout", **form)
 
 
-def _all_compressed(dtype: str, arch: int) -> list[KernelSpec]:
-    found = []
-    tiles = compressed_tiles(dtype, arch)
-    for tile in tiles if arch in WHOLE_ARCHS or dtype == "bf16" else tiles[:1]:
-        for format in FORMATS if dtype == "bf16" else ("e4m3",):
-            for activation in (
-                _EXTREMES if arch in WHOLE_ARCHS and (format, dtype) == ("e4m3", "bf16") else _EXTREMES[:1]
-            ):
-                found += compressed_specs(format, dtype, arch, tile, activation)
-    if arch in WHOLE_ARCHS or dtype == "bf16":
-        found += compressed_specs("e4m3", dtype, arch, tiles[0], "gelu_tanh", even=False)
-    for format in FORMATS if dtype == "bf16" else ():
-        found += compressed_specs(format, dtype, arch, loose_tile("linear", dtype, arch), "gelu_tanh", loose=True)
-    return found
-
-
 def linear_specs(
     dtype: str,
     arch: int,
@@ -118,14 +97,13 @@ def linear_specs(
     *,
     tma: bool = False,
     dropout: bool = False,
-    ws: bool = False,
     loose: bool = False,
     even: bool = True,
 ) -> list[KernelSpec]:
     """Forward and recompute-backward of one linear layer."""
     blocks = {"p_x": (tile.bm, tile.bk), "p_w": (tile.bn, tile.bk)} if tma else {}
     inner = ("stride_xk", "stride_wk", "stride_b")
-    shared = {"DROPOUT": dropout, "TMA": tma, "WARP_SPECIALIZE": ws}
+    shared = {"DROPOUT": dropout, "TMA": tma}
     forward = (*inner, "stride_rn", "stride_yn"), {**shared, "PERSISTENT": tma}
     backward = (*inner, "stride_dyn", "stride_dzn", "stride_hn", "stride_dbn"), {**shared, "RECOMPUTE": True}
     return [
@@ -152,8 +130,6 @@ def dual_specs(
     activation: str,
     *,
     tma: bool = False,
-    dropout: bool = False,
-    ws: bool = False,
     loose: bool = False,
     even: bool = True,
 ) -> list[KernelSpec]:
@@ -161,7 +137,7 @@ def dual_specs(
     square = (tile.bm, tile.bk)
     blocks = {"p_x": square, "p_w1": (tile.bn, tile.bk), "p_dy": square, "p_w2": (tile.bk, tile.bn)} if tma else {}
     inner = tuple(f"stride_{n}" for n in ("xk", "w1k", "b", "dyd", "w2n", "hn", "dzn", "dbn"))
-    flags = {"DROPOUT": dropout, "TMA": tma, "WARP_SPECIALIZE": ws, "EVEN_D": True}
+    flags = {"TMA": tma, "EVEN_D": True}
     return [
         _spec(mlp_dual_bwd_kernel, "dual", inner, flags, dtype, arch, tile, activation, blocks, loose=loose, even=even)
     ]
@@ -175,7 +151,6 @@ def gated_specs(
     activation: str,
     *,
     tma: bool = False,
-    ws: bool = False,
     loose: bool = False,
     even: bool = True,
 ) -> list[KernelSpec]:
@@ -183,7 +158,7 @@ def gated_specs(
     rows, weights = (tile.bm, tile.bk), (tile.bn, tile.bk)
     blocks = {"p_x": rows, "p_wg": weights, "p_wu": weights} if tma else {}
     inner = tuple(f"stride_{n}" for n in ("xk", "wgk", "wuk", "bg", "bu", "hn"))
-    flags = {"TMA": tma, "WARP_SPECIALIZE": ws}
+    flags = {"TMA": tma}
     if kind == "gated_fwd":
         return [
             _spec(gated_fwd_kernel, kind, inner, flags, dtype, arch, tile, activation, blocks, loose=loose, even=even)
@@ -205,23 +180,6 @@ def gated_specs(
             blocks,
             loose=loose,
             even=even,
-        )
-    ]
-
-
-def compressed_specs(
-    format: str, dtype: str, arch: int, tile: TileConfig, activation: str, *, loose: bool = False, even: bool = True
-) -> list[KernelSpec]:
-    """Forward and recompute-backward of a linear layer whose input is stored in `format`."""
-    flags = {"FORMAT": format, "GROUP": GROUP}
-    inner = ("stride_ck", "stride_sg", "stride_wk", "stride_b")
-    forward = (*inner, "stride_yn")
-    backward = (*inner, "stride_dyn", "stride_dzn", "stride_hn", "stride_dbn")
-    return [
-        _spec(fn, "linear", fixed, flags, dtype, arch, tile, activation, {}, loose=loose, even=even)
-        for fn, fixed in (
-            (compressed_linear_fwd_kernel, forward),
-            (compressed_linear_recompute_bwd_kernel, backward),
         )
     ]
 
@@ -255,14 +213,12 @@ def _spec(
             types[n] = f"tensordesc<{dtype}[{blocks[n][0]},{blocks[n][1]}]>"
         elif n not in constexprs:
             types[n] = _TYPES.get(n, "T" if n.startswith("p_") else "i32")
-    # A row of scales is as long as there are groups, so its stride is a multiple of nothing.
-    aligned = [
-        n
-        for n in types
-        if n not in (*blocks, "stride_sm") and (n.startswith(("p_", "stride_")) or n in ("N", "K", "D"))
-    ]
-    marks = ("tma" if blocks else "", "dropout" if flags.get("DROPOUT") else "", flags.get("FORMAT", ""))
-    marks += ("ws" if flags.get("WARP_SPECIALIZE") else "", "loose" if loose else "" if even else "uneven")
+    aligned = [n for n in types if n not in blocks and (n.startswith(("p_", "stride_")) or n in ("N", "K", "D"))]
+    marks = (
+        "tma" if blocks else "",
+        "dropout" if flags.get("DROPOUT") else "",
+        "loose" if loose else "" if even else "uneven",
+    )
     return make_spec(
         fn,
         variant=",".join((activation, *filter(None, marks))),

@@ -10,7 +10,7 @@ that takes 256 MiB would not fit beside a budget. A tile has to beat the analyti
 
 One JSON file a result under GPUCKPT_CACHE_DIR, else XDG_CACHE_HOME/gpuckpt, else ~/.cache/gpuckpt, in the folder "tiles".
 
-Not here: kernels that have no choice of tile (cross entropy, compression), and speed on any device that is not at hand.
+Not here: kernels that have no choice of tile (cross entropy, norms), and speed on any device that is not at hand.
 """
 
 from __future__ import annotations

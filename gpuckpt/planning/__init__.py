@@ -4,7 +4,7 @@ Pure arithmetic on NumPy and Numba; knows neither torch nor CuPy nor Triton. Num
 """
 
 from gpuckpt.planning.chain import KEEP, Chain, Stage, Variant
-from gpuckpt.planning.cost import LINK_BYTES_PER_S, roofline_s, with_compression, with_spill
+from gpuckpt.planning.cost import LINK_BYTES_PER_S, roofline_s, with_spill
 from gpuckpt.planning.frontier import Frontier, plan_frontier
 from gpuckpt.planning.pipeline import (
     PipelinePlan,
@@ -47,6 +47,5 @@ __all__ = [
     "split_chain",
     "step_seconds",
     "tree_text",
-    "with_compression",
     "with_spill",
 ]

@@ -1,11 +1,10 @@
-"""Seconds without a measurement, and further ways to keep a stage.
+"""Seconds without a measurement, and a further way to keep a stage.
 
-`roofline_s` (Williams, Waterman and Patterson 2009): no kernel is faster than its arithmetic or its traffic. `with_spill` and
-`with_compression` add options to every stage of a chain, for the solver to choose from. Transfers and conversions are taken to
-overlap nothing unless `overlap` says so: a plan may turn out faster than promised, not slower.
+`roofline_s` (Williams, Waterman and Patterson 2009): no kernel is faster than its arithmetic or its traffic. `with_spill` adds an
+option to every stage of a chain, for the solver to choose from. Transfers are taken to be synchronous unless `overlap` says
+otherwise: a plan may turn out faster than promised, not slower.
 
-What it does not do: hold a table of devices (`gpuckpt.kernels.roofline` has one), or put an unpacked copy under the cap: what
-packing expands to in backward is counted in neither held nor total bytes. Spilled bytes are, when they come back.
+What it does not do: hold a table of devices (`gpuckpt.kernels.roofline` has one).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import replace
 
 from gpuckpt.planning.chain import Chain, Stage, Variant
 
-__all__ = ["LINK_BYTES_PER_S", "roofline_s", "with_compression", "with_spill"]
+__all__ = ["LINK_BYTES_PER_S", "roofline_s", "with_spill"]
 
 LINK_BYTES_PER_S = {
     "pcie-gen3-x16": 15.75e9,
@@ -60,28 +59,6 @@ def with_spill(
         return Variant(name, here, stage.forward_s + seconds, stage.backward_s + seconds, away)
 
     return replace(chain, stages=_with_option(chain, spilled))
-
-
-def with_compression(chain: Chain, ratio: float, bytes_per_s: float, *, name: str = "packed") -> Chain:
-    """The chain with an option for each recomputable stage to keep what it saves in `1 / ratio` of the bytes.
-
-    `bytes_per_s`: how fast bytes are packed, and unpacked in backward.
-    """
-    _check(bytes_per_s, 0.0)
-    if ratio < 1:
-        raise ValueError(f"ratio is {ratio!r}; expected at least 1")
-    storages = list(chain.storages)
-
-    def packed(stage: Stage) -> Variant | None:
-        saved_bytes = sum(chain.storages[i] for i in set(stage.saves))
-        if not saved_bytes:
-            return None
-        seconds = saved_bytes / bytes_per_s
-        storages.append(-int(-saved_bytes // ratio))
-        return Variant(name, (len(storages) - 1,), stage.forward_s + seconds, stage.backward_s + seconds)
-
-    stages = _with_option(chain, packed)
-    return replace(chain, stages=stages, storages=tuple(storages))
 
 
 def _with_option(chain: Chain, option: Callable[[Stage], Variant | None]) -> tuple[Stage, ...]:

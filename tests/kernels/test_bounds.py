@@ -100,16 +100,8 @@ MUTANTS = {
         "mask=target >= 0, other=0.0",
     ),
     "row one too long": ("cross_entropy_bwd", "cross_entropy", "INTERPRET), mask=o < V", "INTERPRET), mask=o <= V"),
-    "scale of the next group": ("compress", "compress", "i_g * stride_sg, tl.where", "(i_g + 1) * stride_sg, tl.where"),
-    "codes unmasked": ("decompress", "compress", "mask=m, other=0)", "mask=m | True, other=0)"),
     "norm over a row too long": ("norm_fwd", "norm", "mask=k + o_k < K, other", "mask=k + o_k <= K, other"),
     "statistics of rows beyond M": ("norm_bwd", "norm", "mask=o_m < M, other", "mask=o_m <= M, other"),
-    "compressed K unmasked": (
-        "compressed_linear_fwd",
-        "compressed_linear",
-        "m_k = o_k < K - i_k * BK",
-        "m_k = o_k < BK",
-    ),
 }
 """Fault -> (case, module, text, the text that takes its place)."""
 

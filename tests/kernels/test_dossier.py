@@ -103,7 +103,7 @@ def test_a_kernel_nobody_modelled_is_a_broken_bound():
 def test_every_shipped_kernel_has_a_roofline_model_and_is_represented():
     for arch in ARCHS:
         kernels = {s.meta["kernel"] for s in shipped(arch)}
-        assert {"linear_fwd", "linear_recompute_bwd", "cross_entropy_fwd", "cross_entropy_bwd", "compress"} <= kernels
+        assert {"linear_fwd", "linear_recompute_bwd", "cross_entropy_fwd", "cross_entropy_bwd"} <= kernels
         for kernel in kernels:
             assert roofline.work_of(kernel, dossiers.SHAPES["gemm"], "bf16").bytes > 0
         assert sorted(s.meta["kernel"] for s in dossiers.representative([arch])) == sorted(kernels)
@@ -115,7 +115,6 @@ QUICK = {
     "gated_recompute_bwd",
     "linear_recompute_bwd",
     "cross_entropy_bwd",
-    "compress",
     "norm_fwd",
     "norm_bwd_rows",
     "norm_bwd_columns",

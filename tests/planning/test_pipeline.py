@@ -20,7 +20,6 @@ from gpuckpt.planning import (
     simulate,
     split_chain,
     step_seconds,
-    with_compression,
     with_spill,
 )
 from gpuckpt.report.frontier import draw_frontier
@@ -130,13 +129,13 @@ def test_splits_divide_bytes_and_seconds() -> None:
     assert chain.stages[0].output_bytes == 2
 
 
-def test_spilling_and_packing_are_options_the_solver_uses() -> None:
-    chain = with_compression(with_spill(blocks(8), 16.0, overlap=0.5), 2.0, 160.0)
-    assert [variant.name for variant in chain.stages[0].variants] == ["spill", "packed"]
+def test_spilling_is_an_option_the_solver_uses() -> None:
+    chain = with_spill(blocks(8), 16.0, overlap=0.5)
+    assert [variant.name for variant in chain.stages[0].variants] == ["spill"]
     assert chain.stages[0].variants[0].forward_s == 1 + 0.5 * 16 / 16
     plan = plan_chain(chain, 80)
     assert plan.certificate.peak_bytes <= 80
-    assert any(isinstance(node, Keep) and node.variant == "packed" for node in plan.tree)
+    assert any(isinstance(node, Keep) and node.variant == "spill" for node in plan.tree)
     assert plan.certificate.step_s < plan_chain(blocks(8), 80).certificate.step_s
 
 
