@@ -28,6 +28,7 @@ _HOME = {
         "RecomputeMismatch",
         "SavedTensorModified",
     ),
+    "gpuckpt.kernels.tuning": ("tune",),
     "gpuckpt.memory": ("CheckpointBudget", "MemoryUsageTracker", "format_bytes", "parse_bytes"),
     "gpuckpt.planning": ("Certificate", "Chain", "Keep", "Plan", "Recompute", "Stage", "plan_chain", "simulate"),
     "gpuckpt.pytorch.checkpoint": ("checkpoint",),
@@ -59,7 +60,6 @@ _HOME = {
 _MODULES = {
     "functional": "gpuckpt.pytorch.functional",
     "nn": "gpuckpt.pytorch.nn",
-    "tune": "gpuckpt.kernels.tune",
 }
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
@@ -83,7 +83,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
         RecomputeMismatch,
         SavedTensorModified,
     )
-    from gpuckpt.kernels import tune
+    from gpuckpt.kernels.tuning import tune
     from gpuckpt.memory import CheckpointBudget, MemoryUsageTracker, format_bytes, parse_bytes
     from gpuckpt.planning import Certificate, Chain, Keep, Plan, Recompute, Stage, plan_chain, simulate
     from gpuckpt.pytorch import functional, nn

@@ -19,25 +19,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, derivative
-from .gemm import accumulate, accumulate_two, halves, tile_of
-from .launch import (
-    arch_of,
+from .device.activations import activate, derivative
+from .device.casts import narrow, widen
+from .device.gemm import accumulate, accumulate_two, halves, tile_of
+from .host.arguments import (
     check_activation,
     check_out,
     check_shape,
     check_sums,
     check_tile,
     descriptor,
-    dtype_name,
     gemm_options,
-    on_device,
     regular,
     strides,
     use_descriptors,
 )
-from .numerics import narrow, widen
-from .tiles import TileConfig, choose
+from .host.dtypes import dtype_name
+from .host.hardware import arch_of, on_device
+from .host.tiles import TileConfig, choose
 
 __all__ = ["db_partials_shape", "gated_fwd", "gated_recompute_bwd"]
 
@@ -45,18 +44,18 @@ __all__ = ["db_partials_shape", "gated_fwd", "gated_recompute_bwd"]
 @triton.jit
 def _emit_product(
     z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECE: tl.constexpr, INTERPRET: tl.constexpr,
+    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EPILOGUE_N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    if BN > PIECE:
+    if BN > EPILOGUE_N:
         g_left, g_right = halves(z_g, BM, BN)
         u_left, u_right = halves(z_u, BM, BN)
         _emit_product(
             g_left, u_left, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
-            ACT, BM, BN // 2, PIECE, INTERPRET,
+            ACT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
         _emit_product(
             g_right, u_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn,
-            multiplier, ACT, BM, BN // 2, PIECE, INTERPRET,
+            multiplier, ACT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
     else:
         o_m = row0 + tl.arange(0, BM)
@@ -75,21 +74,21 @@ def _emit_product(
 def _emit_gradients(
     z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
     stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECE: tl.constexpr, INTERPRET: tl.constexpr,
+    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EPILOGUE_N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    if BN > PIECE:
+    if BN > EPILOGUE_N:
         g_left, g_right = halves(z_g, BM, BN)
         u_left, u_right = halves(z_u, BM, BN)
         d_left, d_right = halves(dh, BM, BN)
         _emit_gradients(
             g_left, u_left, d_left, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
             stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
-            ACT, BM, BN // 2, PIECE, INTERPRET,
+            ACT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
         _emit_gradients(
             g_right, u_right, d_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg,
             stride_bu, stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun,
-            multiplier, ACT, BM, BN // 2, PIECE, INTERPRET,
+            multiplier, ACT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
     else:
         o_m = row0 + tl.arange(0, BM)
@@ -123,7 +122,7 @@ def gated_fwd_kernel(
     p_x, p_wg, p_wu, p_bg, p_bu, p_h, M, N, K,
     stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk, stride_bg, stride_bu, stride_hm, stride_hn,
     multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECE: tl.constexpr, GROUP_M: tl.constexpr,
+    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
@@ -135,7 +134,7 @@ def gated_fwd_kernel(
     )  # fmt: skip
     _emit_product(
         z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
-        ACT, BM, BN, PIECE, INTERPRET,
+        ACT, BM, BN, EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 
@@ -146,7 +145,7 @@ def gated_recompute_bwd_kernel(
     stride_dym, stride_dyd, stride_wdd, stride_wdn, stride_hm, stride_hn,
     stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgm, stride_dbgn, stride_dbum, stride_dbun,
     multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECE: tl.constexpr, GROUP_M: tl.constexpr,
+    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +168,7 @@ def gated_recompute_bwd_kernel(
     _emit_gradients(
         z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
         stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
-        ACT, BM, BN, PIECE, INTERPRET,
+        ACT, BM, BN, EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 

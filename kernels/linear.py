@@ -22,27 +22,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import needs_z
-from .dropout import NO_DROPOUT, Dropout
-from .epilogue import emit_backward, emit_forward
-from .gemm import accumulate, tile_of
-from .launch import (
-    arch_of,
+from .device.activations import needs_z
+from .device.dropout import NO_DROPOUT, Dropout
+from .device.epilogue import emit_backward, emit_forward
+from .device.gemm import accumulate, tile_of
+from .host.arguments import (
     check_activation,
     check_out,
     check_shape,
     check_sums,
     check_tile,
     descriptor,
-    dtype_name,
     gemm_options,
-    multiprocessors,
-    on_device,
     regular,
     strides,
     use_descriptors,
 )
-from .tiles import TileConfig, choose
+from .host.dtypes import dtype_name
+from .host.hardware import arch_of, multiprocessors, on_device
+from .host.tiles import TileConfig, choose
 
 __all__ = ["db_partials_shape", "linear_fwd", "linear_recompute_bwd"]
 
@@ -80,7 +78,7 @@ def _forward_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    PIECE: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
@@ -96,7 +94,7 @@ def _forward_tile(
     )  # fmt: skip
     emit_forward(
         z, row0, col0, p_b, p_res, p_y, M, N, stride_b, stride_rm, stride_rn, stride_ym, stride_yn,
-        seed, offset, first_row, threshold, scale, ACT, DROPOUT, BM, BN, PIECE, INTERPRET,
+        seed, offset, first_row, threshold, scale, ACT, DROPOUT, BM, BN, EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 
@@ -129,7 +127,7 @@ def linear_fwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    PIECE: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
@@ -142,13 +140,13 @@ def linear_fwd_kernel(
             _forward_tile(
                 pid, p_x, p_w, p_b, p_res, p_y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
                 stride_rm, stride_rn, stride_ym, stride_yn, seed, offset, first_row, threshold, scale,
-                ACT, DROPOUT, BM, BN, BK, PIECE, GROUP_M, EVEN_K, TMA, INTERPRET,
+                ACT, DROPOUT, BM, BN, BK, EPILOGUE_N, GROUP_M, EVEN_K, TMA, INTERPRET,
             )  # fmt: skip
     else:
         _forward_tile(
             tl.program_id(0), p_x, p_w, p_b, p_res, p_y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
             stride_rm, stride_rn, stride_ym, stride_yn, seed, offset, first_row, threshold, scale,
-            ACT, DROPOUT, BM, BN, BK, PIECE, GROUP_M, EVEN_K, TMA, INTERPRET,
+            ACT, DROPOUT, BM, BN, BK, EPILOGUE_N, GROUP_M, EVEN_K, TMA, INTERPRET,
         )  # fmt: skip
 
 
@@ -188,7 +186,7 @@ def linear_recompute_bwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    PIECE: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
@@ -208,7 +206,7 @@ def linear_recompute_bwd_kernel(
     emit_backward(
         z, None, row0, col0, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, stride_dym, stride_dyn, stride_dzm,
         stride_dzn, stride_hm, stride_hn, stride_dbn, seed, offset, first_row, threshold, scale,
-        ACT, DROPOUT, BM, BN, PIECE, INTERPRET,
+        ACT, DROPOUT, BM, BN, EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 

@@ -20,26 +20,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .epilogue import emit_backward
-from .gemm import accumulate, tile_of
-from .launch import (
-    arch_of,
+from .device.epilogue import emit_backward
+from .device.gemm import accumulate, tile_of
+from .host.arguments import (
     check_activation,
     check_out,
     check_shape,
     check_sums,
     check_tile,
     descriptor,
-    dtype_name,
     gemm_options,
-    on_device,
     regular,
     strides,
     use_descriptors,
 )
+from .host.dtypes import dtype_name
+from .host.hardware import arch_of, on_device
+from .host.tiles import TileConfig, backward_form, choose
 from .linear import db_partials_shape as plain_db_partials_shape
 from .linear import linear_recompute_bwd
-from .tiles import TileConfig, backward_form, choose
 
 __all__ = ["db_partials_shape", "mlp_dual_bwd", "mlp_recompute_bwd"]
 
@@ -77,7 +76,7 @@ def mlp_dual_bwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    PIECE: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -104,7 +103,7 @@ def mlp_dual_bwd_kernel(
     emit_backward(
         z, dh, row0, col0, p_b, None, p_dz, p_h, p_db, M, N, stride_b, 0, 0, stride_dzm, stride_dzn,
         stride_hm, stride_hn, stride_dbn, 0, 0, 0, 0, 1.0,
-        ACT, False, BM, BN, PIECE, INTERPRET,
+        ACT, False, BM, BN, EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 

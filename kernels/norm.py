@@ -17,25 +17,22 @@ Not here: allocation, autograd, adding up the partials.
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arch_of, check_out, check_shape, check_sums, dtype_name, on_device, strides
-from .numerics import INTERPRETED, narrow, widen
-from .registry import STORED, KernelSpec, block_dtypes, block_meta, make_spec
-from .tiles import BlockTile
+from .device.casts import INTERPRETED, narrow, widen
+from .host.arguments import check_out, check_shape, check_sums, strides
+from .host.dtypes import dtype_name
+from .host.hardware import arch_of, on_device
 
-__all__ = ["norm_bwd", "norm_fwd", "norm_partials_shape", "specs"]
+__all__ = ["norm_bwd", "norm_fwd", "norm_partials_shape"]
 
-_ROWS = 32
-_COLUMNS = 128
-_WIDEST_BLOCK = 1024
-_WARPS = 4
-_KINDS = ("rms", "layer")
+ROWS_PER_SUM = 32
+COLUMNS_PER_SUM = 128
+WIDEST_BLOCK = 1024
+NUM_WARPS = 4
+KINDS = ("rms", "layer")
 
 
 @triton.jit
@@ -194,7 +191,7 @@ def norm_bwd_columns_kernel(
 
 
 def _check(x: Tensor, kind: str, eps: float) -> tuple[int, int]:
-    if kind not in _KINDS:
+    if kind not in KINDS:
         raise ValueError(f"unknown norm {kind!r}; choose 'rms' or 'layer'")
     if x.dim() != 2:
         raise ValueError(f"x must be a matrix; got shape {tuple(x.shape)}")
@@ -206,12 +203,12 @@ def _check(x: Tensor, kind: str, eps: float) -> tuple[int, int]:
 
 
 def _block(K: int) -> int:
-    return max(16, min(_WIDEST_BLOCK, triton.next_power_of_2(K)))
+    return max(16, min(WIDEST_BLOCK, triton.next_power_of_2(K)))
 
 
 def norm_partials_shape(x: Tensor) -> tuple[int, int]:
     """Shape of each fp32 buffer that `norm_bwd` wants for dw and db: (ceil(M / 32), K)."""
-    return -(-x.shape[0] // _ROWS), x.shape[1]
+    return -(-x.shape[0] // ROWS_PER_SUM), x.shape[1]
 
 
 def norm_fwd(
@@ -241,7 +238,7 @@ def norm_fwd(
             LAYER=kind == "layer",
             BLOCK=_block(K),
             INTERPRET=INTERPRETED,
-            num_warps=_WARPS,
+            num_warps=NUM_WARPS,
             num_stages=1,
         )
 
@@ -301,11 +298,11 @@ def norm_bwd(
             LAYER=kind == "layer",
             BLOCK=_block(K),
             INTERPRET=INTERPRETED,
-            num_warps=_WARPS,
+            num_warps=NUM_WARPS,
             num_stages=1,
         )
         if wants_sums:
-            norm_bwd_columns_kernel[(partials[0], triton.cdiv(K, _COLUMNS))](
+            norm_bwd_columns_kernel[(partials[0], triton.cdiv(K, COLUMNS_PER_SUM))](
                 x,
                 dxn,
                 stats,
@@ -318,46 +315,9 @@ def norm_bwd(
                 *stats.stride(),
                 *strides(dw_partials, 2),
                 *strides(db_partials, 2),
-                ROWS=_ROWS,
-                COLUMNS=_COLUMNS,
+                ROWS=ROWS_PER_SUM,
+                COLUMNS=COLUMNS_PER_SUM,
                 INTERPRET=INTERPRETED,
-                num_warps=_WARPS,
+                num_warps=NUM_WARPS,
                 num_stages=1,
             )
-
-
-def specs(arch: int) -> list[KernelSpec]:
-    """The kernels for wide rows, in each dtype, as called on contiguous, 16-byte aligned tensors: LayerNorm with weight and bias,
-    RMSNorm with a weight. Narrower rows take the same code in smaller blocks."""
-    found = []
-    for dtype in block_dtypes(arch):
-        row = Counter({f"{_WIDEST_BLOCK}x{STORED[dtype]}": 1})
-        for kind in _KINDS:
-            found.append(_spec(norm_fwd_kernel, kind, dtype, arch, row))
-            found.append(_spec(norm_bwd_rows_kernel, kind, dtype, arch, row + Counter({"f32": 2})))
-        # The sums over rows do not know which norm it is; LayerNorm wants both of them.
-        found.append(_spec(norm_bwd_columns_kernel, "layer", dtype, arch, {f"{_COLUMNS}xf32": 2}))
-    return found
-
-
-def _spec(fn: Any, kind: str, dtype: str, arch: int, stores: dict[str, int]) -> KernelSpec:
-    constants: dict[str, Any] = {"LAYER": kind == "layer", "BLOCK": _WIDEST_BLOCK, "INTERPRET": False}
-    constants |= {"ROWS": _ROWS, "COLUMNS": _COLUMNS}
-    constants |= {f"stride_{n}": 1 for n in ("xk", "w", "b", "yk", "dyk", "dxk", "sm", "dwk", "dbk")}
-    if kind == "rms":
-        constants["p_b"] = None
-        del constants["stride_b"]
-    constants = {n: v for n, v in constants.items() if n in fn.arg_names}
-    special = {"p_stats": "*fp32", "p_dw": "*fp32", "p_db": "*fp32", "eps": "fp32"}
-    types = {n: special.get(n, "T" if n.startswith("p_") else "i32") for n in fn.arg_names if n not in constants}
-    return make_spec(
-        fn,
-        variant=kind,
-        dtype=dtype,
-        arch=arch,
-        tile=BlockTile(*((_ROWS, _COLUMNS) if "ROWS" in constants else (1, _WIDEST_BLOCK)), _WARPS),
-        types=types,
-        constexprs=constants,
-        divisible=tuple(n for n in types if n not in ("eps", "M", "stride_s")),
-        meta=block_meta(stores),
-    )

@@ -4,7 +4,7 @@
 option to every stage of a chain, for the solver to choose from. Transfers are taken to be synchronous unless `overlap` says
 otherwise: a plan may turn out faster than promised, not slower.
 
-What it does not do: hold a table of devices (`gpuckpt.kernels.roofline` has one).
+What it does not do: hold a table of devices (`gpuckpt.kernels.audit.roofline` has one).
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def _cross_entropy(call: Call) -> tuple[int, int, Tensor, dict[str, object]]:
         "label_smoothing": call.random.choice((0.0, 0.1)),
         "z_loss": call.random.choice((0.0, 1e-3)),
         "softcap": call.random.choice((None, 20.0)),
-        "tile": call.random.choice((call.module("tiles").BlockTile(1, 16, 1), None)),
+        "tile": call.random.choice((call.module("host.tiles").BlockTile(1, 16, 1), None)),
     }
     return M, V, target, options
 

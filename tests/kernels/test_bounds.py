@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from gpuckpt.kernels.numerics import INTERPRETED
+from gpuckpt.kernels.device.casts import INTERPRETED
 from sanitizer import Arena, Fault, watch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -55,9 +55,8 @@ def test_no_lane_leaves_its_operands(kernel):
 
 
 def test_every_kernel_there_is_is_fuzzed():
-    modules = [
-        importlib.import_module(f"gpuckpt.kernels.{m.name}") for m in pkgutil.iter_modules(gpuckpt.kernels.__path__)
-    ]
+    names = [m.name for m in pkgutil.walk_packages(gpuckpt.kernels.__path__, "gpuckpt.kernels.")]
+    modules = [importlib.import_module(name) for name in names]
     assert set().union(*map(kernels_of, CASES)) == {
         name for module in modules for name in vars(module) if name.endswith("_kernel")
     }

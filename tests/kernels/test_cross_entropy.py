@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from gpuckpt.kernels import cross_entropy as ce
-from gpuckpt.kernels.reference_loss import cross_entropy_ref
-from gpuckpt.kernels.tiles import BlockTile
+from gpuckpt.kernels.host.tiles import BlockTile
+from gpuckpt.kernels.testing.reference_loss import cross_entropy_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 from gpuckpt.kernels import gated
-from gpuckpt.kernels.activations import ACTIVATIONS
-from gpuckpt.kernels.numerics import INTERPRETED
-from gpuckpt.kernels.reference import gated_bwd_ref, gated_ref
-from gpuckpt.kernels.tiles import TileConfig
+from gpuckpt.kernels.device.activations import ACTIVATIONS
+from gpuckpt.kernels.device.casts import INTERPRETED
+from gpuckpt.kernels.host.tiles import TileConfig
+from gpuckpt.kernels.testing.reference import gated_bwd_ref, gated_ref
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 

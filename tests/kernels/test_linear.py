@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from gpuckpt.kernels.activations import ACTIVATIONS
-from gpuckpt.kernels.launch import describable
+from gpuckpt.kernels.device.activations import ACTIVATIONS
+from gpuckpt.kernels.device.casts import INTERPRETED
+from gpuckpt.kernels.host.arguments import describable
+from gpuckpt.kernels.host.tiles import TileConfig
 from gpuckpt.kernels.linear import db_partials_shape, linear_fwd, linear_recompute_bwd
-from gpuckpt.kernels.numerics import INTERPRETED
-from gpuckpt.kernels.reference import act_ref, linear_bwd_ref, linear_ref
-from gpuckpt.kernels.tiles import TileConfig
+from gpuckpt.kernels.testing.reference import act_ref, linear_bwd_ref, linear_ref
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 

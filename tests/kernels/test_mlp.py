@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 from gpuckpt.kernels import mlp
-from gpuckpt.kernels.activations import ACTIVATIONS
+from gpuckpt.kernels.audit.specs import ARCHS
+from gpuckpt.kernels.device.activations import ACTIVATIONS
+from gpuckpt.kernels.device.casts import INTERPRETED
+from gpuckpt.kernels.host.tiles import TileConfig, backward_form
 from gpuckpt.kernels.linear import linear_fwd
-from gpuckpt.kernels.numerics import INTERPRETED
-from gpuckpt.kernels.reference import mlp_bwd_ref
-from gpuckpt.kernels.registry import ARCHS
-from gpuckpt.kernels.tiles import TileConfig, backward_form
+from gpuckpt.kernels.testing.reference import mlp_bwd_ref
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 

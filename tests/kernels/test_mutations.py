@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpuckpt.kernels.numerics import INTERPRETED
-from gpuckpt.kernels.tiles import TileConfig, epilogue_piece
+from gpuckpt.kernels.device.casts import INTERPRETED
+from gpuckpt.kernels.host.tiles import TileConfig, epilogue_n
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter"),
@@ -80,7 +80,7 @@ def test_forward_fault_is_caught(fault, mutant, linear_tests, as_good_as_torch):
 @pytest.mark.parametrize("fault", BACKWARD)
 def test_backward_fault_is_caught(fault, mutant, linear_tests, as_good_as_torch):
     kernels = mutant(*BACKWARD[fault])
-    assert epilogue_piece(SPLIT) < SPLIT.bn
+    assert epilogue_n(SPLIT) < SPLIT.bn
     bwd = importlib.import_module(f"{kernels.__name__}.linear").linear_recompute_bwd
     x, w, b, _, dy = linear_tests.draw(48, 70, 53, torch.bfloat16)
     linear_tests.check_backward(as_good_as_torch, x, w, b, dy, "silu", SPLIT)

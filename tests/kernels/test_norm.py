@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpuckpt.kernels import norm
-from gpuckpt.kernels.numerics import INTERPRETED
+from gpuckpt.kernels.device.casts import INTERPRETED
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 

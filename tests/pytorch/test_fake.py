@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from gpuckpt.kernels.roofline import DEVICES
+from gpuckpt.kernels.audit.roofline import DEVICES
 from torch import nn
 
 from gpuckpt import measure, plan_chain

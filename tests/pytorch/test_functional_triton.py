@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpuckpt.kernels import linear as linear_kernels
 from gpuckpt.kernels import mlp as mlp_kernels
-from gpuckpt.kernels.numerics import INTERPRETED
+from gpuckpt.kernels.device.casts import INTERPRETED
 from pytorch.fused import OPS, assert_as_good_as_torch, gradients
 from torch.autograd.graph import saved_tensors_hooks
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import triton
 import triton.language as tl
-from gpuckpt.kernels import aot
-from gpuckpt.kernels.registry import KernelSpec, make_spec
-from gpuckpt.kernels.tiles import TileConfig
+from gpuckpt.kernels.audit import compile as compiler
+from gpuckpt.kernels.audit.specs import KernelSpec, make_spec
+from gpuckpt.kernels.host.tiles import TileConfig
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_reports_what_each_architecture_does():
     assert triton.knobs.runtime.interpret, "this process must be one that interprets"
-    reports = aot.compile_all([gemm(80), gemm(90), gemm(100)], jobs=2)
+    reports = compiler.compile_all([gemm(80), gemm(90), gemm(100)], jobs=2)
     ampere, hopper, blackwell = reports
     for report in reports:
         assert report.error is None
@@ -111,7 +111,7 @@ def test_reports_what_each_architecture_does():
 def test_sees_spills_and_atomics():
     squeezed = gemm(80, TileConfig(128, 128, 64, 2, 2))  # 256 accumulators a thread, of 255 registers
     atomic = vector(atomic_kernel, {"p_x": "*fp32", "p_sum": "*fp32"})
-    spilled, added = aot.compile_all([squeezed, atomic], jobs=2)
+    spilled, added = compiler.compile_all([squeezed, atomic], jobs=2)
     assert spilled.spill_stores > 0
     assert spilled.spill_loads > 0
     assert spilled.stack_bytes > 0
@@ -121,7 +121,7 @@ def test_sees_spills_and_atomics():
 
 def test_a_kernel_that_does_not_compile_is_a_report_and_hurts_no_other():
     good = vector(refused_kernel, {"p_x": "*fp32"}, block=7)
-    reports = aot.compile_all([vector(refused_kernel, {"p_x": "*fp32"}, block=8), good], jobs=1)
+    reports = compiler.compile_all([vector(refused_kernel, {"p_x": "*fp32"}, block=8), good], jobs=1)
     assert "only seven will do" in reports[0].error
     assert reports[0].registers == 0
     assert reports[1].error is None
@@ -129,9 +129,9 @@ def test_a_kernel_that_does_not_compile_is_a_report_and_hurts_no_other():
 
 def test_cache_is_keyed_by_everything_that_matters(own_cache):
     spec = vector(refused_kernel, {"p_x": "*fp32"}, block=7)
-    first = aot.compile_spec(spec)
+    first = compiler.compile_spec(spec)
     assert not first.cached
-    again = aot.compile_spec(spec)
+    again = compiler.compile_spec(spec)
     assert again.cached
     assert dataclasses.replace(again, cached=False) == first
     others = [
@@ -139,14 +139,14 @@ def test_cache_is_keyed_by_everything_that_matters(own_cache):
         dataclasses.replace(spec, num_warps=4),
         dataclasses.replace(spec, attrs={(0,): [["tt.divisibility", 16]]}),
     ]
-    assert not any(r.cached for r in aot.compile_all(others, jobs=1))
+    assert not any(r.cached for r in compiler.compile_all(others, jobs=1))
     assert len(list(own_cache.glob("*.json"))) == 4
     assert [p for p in own_cache.iterdir() if p.suffix != ".json"] == []
 
 
 def test_failures_are_not_cached(own_cache):
     spec = vector(refused_kernel, {"p_x": "*fp32"}, block=8)
-    assert aot.compile_spec(spec).error
+    assert compiler.compile_spec(spec).error
     assert not own_cache.exists()
 
 
@@ -155,8 +155,9 @@ def test_an_edited_helper_is_compiled_again(own_cache, tmp_path):
 import sys, triton, triton.language as tl
 sys.path.insert(0, {folder!r})
 import edited
-from gpuckpt.kernels.aot import compile_spec
-from gpuckpt.kernels.registry import KernelSpec
+from gpuckpt.kernels.audit.compile import compile_spec
+from gpuckpt.kernels.audit import compile as compiler
+from gpuckpt.kernels.audit.specs import KernelSpec
 if __name__ == "__main__":
     report = compile_spec(KernelSpec("edited", edited.kernel, {{"p_x": "*fp32"}}, {{}}, {{}}, 4, 1, "fp32", 90, None))
     print(report.error, report.cached, report.global_stores)
@@ -181,15 +182,15 @@ def kernel(p_x):
 
 
 def test_a_compiler_that_hangs_or_dies_is_reported_and_replaced(own_cache, monkeypatch):
-    monkeypatch.setattr(aot, "COMPILE_LIMIT_S", 0.01)
-    reports = aot.compile_all([gemm(90), gemm(80)], jobs=1)
+    monkeypatch.setattr(compiler, "COMPILE_LIMIT_S", 0.01)
+    reports = compiler.compile_all([gemm(90), gemm(80)], jobs=1)
     assert [r.error is not None and "killed" in r.error for r in reports] == [True, True]
     monkeypatch.undo()
 
 
 def test_a_worker_that_cannot_start_says_why(own_cache, monkeypatch):
     monkeypatch.setattr(sys, "path", [p for p in sys.path if not Path(p, "triton").is_dir()])
-    report = aot.compile_spec(vector(refused_kernel, {"p_x": "*fp32"}, block=7))
+    report = compiler.compile_spec(vector(refused_kernel, {"p_x": "*fp32"}, block=7))
     assert "triton" in report.error
 
 
@@ -198,7 +199,7 @@ def test_progress_comes_once_for_each_in_the_callers_thread(own_cache):
 
     seen = []
     specs = [vector(refused_kernel, {"p_x": "*fp32"}, block=b) for b in (7, 8, 9)]
-    reports = aot.compile_all(specs, 1, lambda r: seen.append((r.name, threading.get_ident())))
+    reports = compiler.compile_all(specs, 1, lambda r: seen.append((r.name, threading.get_ident())))
     assert len(seen) == len(reports) == 3
     assert {who for _, who in seen} == {threading.get_ident()}
 
@@ -208,21 +209,21 @@ def test_an_error_in_progress_ends_the_workers(own_cache):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        aot.compile_all([vector(refused_kernel, {"p_x": "*fp32"}, block=7)] * 3, 2, stop)
+        compiler.compile_all([vector(refused_kernel, {"p_x": "*fp32"}, block=7)] * 3, 2, stop)
 
 
 def test_no_specs_and_no_jobs():
-    assert aot.compile_all([]) == []
+    assert compiler.compile_all([]) == []
     with pytest.raises(ValueError, match="jobs=0"):
-        aot.compile_all([gemm(90)], jobs=0)
+        compiler.compile_all([gemm(90)], jobs=0)
 
 
 def test_where_the_cache_lies(monkeypatch, tmp_path):
     monkeypatch.setenv("GPUCKPT_CACHE_DIR", str(tmp_path / "own"))
-    assert aot.cache_dir() == tmp_path / "own" / "aot"
+    assert compiler.cache_dir() == tmp_path / "own" / "aot"
     monkeypatch.delenv("GPUCKPT_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert aot.cache_dir() == tmp_path / "gpuckpt" / "aot"
+    assert compiler.cache_dir() == tmp_path / "gpuckpt" / "aot"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert aot.cache_dir() == tmp_path / ".cache" / "gpuckpt" / "aot"
+    assert compiler.cache_dir() == tmp_path / ".cache" / "gpuckpt" / "aot"

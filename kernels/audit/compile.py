@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .registry import KernelSpec
 from .sass import Loop
+from .specs import KernelSpec
 
 __all__ = ["COMPILE_LIMIT_S", "Report", "cache_dir", "compile_all", "compile_spec"]
 
@@ -188,7 +188,9 @@ class _Worker:
         # Unset, it means on in triton 3.9 and off in 3.10; what is audited must not change with the version.
         environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
         # With exactly this process's path: `python -m` would put the current folder first and could find another gpuckpt there.
-        start = f"import sys; sys.path[:] = {sys.path!r}; from {__package__}._aot_worker import main; sys.exit(main())"
+        start = (
+            f"import sys; sys.path[:] = {sys.path!r}; from {__package__}.compile_worker import main; sys.exit(main())"
+        )
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
             [sys.executable, "-c", start],

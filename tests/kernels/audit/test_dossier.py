@@ -7,11 +7,11 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from gpuckpt.kernels import dossier as dossiers
-from gpuckpt.kernels import roofline
-from gpuckpt.kernels.aot import Report
-from gpuckpt.kernels.registry import ARCHS, shipped
-from gpuckpt.kernels.sass import Loop
+from gpuckpt.kernels.audit import dossier as dossiers
+from gpuckpt.kernels.audit import roofline
+from gpuckpt.kernels.audit.compile import Report
+from gpuckpt.kernels.audit.sass import Loop
+from gpuckpt.kernels.audit.specs import ARCHS, shipped
 
 from gpuckpt.report import audit
 

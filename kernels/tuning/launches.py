@@ -10,14 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .dropout import Dropout
-from .gated import db_partials_shape as gated_db_shape
-from .gated import gated_fwd, gated_recompute_bwd
-from .linear import db_partials_shape as linear_db_shape
-from .linear import linear_fwd, linear_recompute_bwd
-from .mlp import db_partials_shape as mlp_db_shape
-from .mlp import mlp_dual_bwd
-from .tiles import TileConfig
+from ..device.dropout import Dropout
+from ..gated import db_partials_shape as gated_db_shape
+from ..gated import gated_fwd, gated_recompute_bwd
+from ..host.tiles import TileConfig
+from ..linear import db_partials_shape as linear_db_shape
+from ..linear import linear_fwd, linear_recompute_bwd
+from ..mlp import db_partials_shape as mlp_db_shape
+from ..mlp import mlp_dual_bwd
 
 __all__ = ["DTYPES", "calls"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gpuckpt.kernels import sass
+from gpuckpt.kernels.audit import sass
 
 
 def listing(*lines: str) -> str:

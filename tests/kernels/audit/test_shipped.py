@@ -11,10 +11,11 @@ from pathlib import Path
 import gpuckpt.kernels
 import pytest
 import torch
-from gpuckpt.kernels import cross_entropy, gated, launch, linear, mlp, norm
-from gpuckpt.kernels.activations import ACTIVATIONS
-from gpuckpt.kernels.dropout import Dropout
-from gpuckpt.kernels.registry import ARCHS, WHOLE_ARCHS, shipped
+from gpuckpt.kernels import cross_entropy, gated, linear, mlp, norm
+from gpuckpt.kernels.audit.specs import ARCHS, WHOLE_ARCHS, shipped
+from gpuckpt.kernels.device.activations import ACTIVATIONS
+from gpuckpt.kernels.device.dropout import Dropout
+from gpuckpt.kernels.host import arguments, hardware
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -28,8 +29,8 @@ MODULES = (linear, mlp, gated, norm, cross_entropy)
 def launched_names():
     """What any module of the package subscripts with a grid and calls."""
     found = set()
-    for module in pkgutil.iter_modules(gpuckpt.kernels.__path__):
-        source = Path(importlib.import_module(f"gpuckpt.kernels.{module.name}").__file__).read_text(encoding="utf-8")
+    for module in pkgutil.walk_packages(gpuckpt.kernels.__path__, "gpuckpt.kernels."):
+        source = Path(importlib.import_module(module.name).__file__).read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 found.add(ast.unparse(node.func.value))
@@ -60,7 +61,8 @@ def launches(monkeypatch):
     def on(arch):
         kept.clear()
         compiled(arch)  # before the kernels are hidden
-        monkeypatch.setattr(launch, "INTERPRETED", False)
+        for module in (arguments, hardware):
+            monkeypatch.setattr(module, "INTERPRETED", False)
         for module in MODULES:
             for name, value in list(vars(module).items()):
                 if name.endswith("_kernel") and not isinstance(value, Recorder):
@@ -109,8 +111,8 @@ def assert_compiled(arch, kept, count):
     """Names of what each of `count` launches was compiled as."""
     assert len(kept) == count
     names = []
-    for name, arguments in kept:
-        reasons = {s.name: why_not(s, arguments) for s in compiled(arch) if s.fn.__name__ == name}
+    for name, given in kept:
+        reasons = {s.name: why_not(s, given) for s in compiled(arch) if s.fn.__name__ == name}
         assert None in reasons.values(), "\n".join(f"{k}: {v}" for k, v in reasons.items())
         names.append(next(k for k, v in reasons.items() if v is None))
     return names

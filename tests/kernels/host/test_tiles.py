@@ -5,17 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from gpuckpt.kernels.registry import ARCHS
-from gpuckpt.kernels.tiles import (
-    KINDS,
-    SHARED_MEMORY_BYTES,
-    TileConfig,
-    candidates,
-    choose,
-    epilogue_piece,
-    nearest_arch,
-    why_invalid,
-)
+from gpuckpt.kernels.audit.specs import ARCHS
+from gpuckpt.kernels.host.hardware import SHARED_MEMORY_BYTES, nearest_arch
+from gpuckpt.kernels.host.tiles import KINDS, TileConfig, candidates, choose, epilogue_n, why_invalid
 
 DTYPES = ("fp32", "fp16", "bf16")
 EVERY = list(itertools.product(KINDS, DTYPES, ARCHS))
@@ -88,7 +80,7 @@ def test_nearest_arch():
 def test_epilogue_pieces_divide_the_tile():
     for kind, dtype, arch in EVERY:
         for t in candidates(kind, dtype, arch):
-            assert t.bn % epilogue_piece(t) == 0
+            assert t.bn % epilogue_n(t) == 0
 
 
 def test_unknown_requests_are_refused():

@@ -5,22 +5,19 @@ Launchers allocate nothing. They accept any strides of inputs, and outputs whose
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .activations import ACTIVATIONS
-from .numerics import INTERPRETED
-from .tiles import TileConfig, epilogue_piece, nearest_arch, why_invalid
+from ..device.activations import ACTIVATIONS
+from ..device.casts import INTERPRETED
+from .dtypes import dtype_name
+from .tiles import TileConfig, epilogue_n, why_invalid
 
 __all__ = [
-    "arch_of",
     "check_activation",
     "check_out",
     "check_shape",
@@ -28,41 +25,11 @@ __all__ = [
     "check_tile",
     "describable",
     "descriptor",
-    "dtype_name",
     "gemm_options",
-    "multiprocessors",
-    "on_device",
     "regular",
     "strides",
     "use_descriptors",
 ]
-
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-def dtype_name(t: Tensor) -> str:
-    """ "fp32", "fp16" or "bf16"; TypeError for anything else."""
-    try:
-        return _DTYPES[t.dtype]
-    except KeyError:
-        raise TypeError(f"kernels take float32, float16 or bfloat16; got {t.dtype}") from None
-
-
-def arch_of(t: Tensor) -> int:
-    """The architecture whose tiles serve t's device: 0 on the host, 80, 86, 89, 90, 100 or 120 on a GPU."""
-    if t.is_cuda:
-        return nearest_arch(*torch.cuda.get_device_capability(t.device))
-    if not INTERPRETED:
-        raise ValueError(
-            f"Triton kernels cannot run on a tensor of device {t.device}: use a CUDA device, "
-            "or set TRITON_INTERPRET=1 before triton is imported"
-        )
-    return 0
-
-
-def on_device(t: Tensor) -> AbstractContextManager[object]:
-    """Make t's device current: Triton launches on the current device, whatever its arguments live on."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def check_activation(activation: str) -> None:
@@ -129,7 +96,7 @@ def describable(*tensors: Tensor) -> bool:
 def regular(x: Tensor, *weights: Tensor) -> bool:
     """Whether a GEMM's operands are what the large tiles are made for: contiguous rows that start at multiples of 16 elements and
     of 16 bytes, sizes that are multiples of 16, of x (M, K) but for M. Otherwise every element has an address of its own, which
-    takes more registers than a large tile leaves: see `tiles.loose_tile`."""
+    takes more registers than a large tile leaves: see `tiles.unaligned_tile`."""
     sizes = (x.shape[1], *(n for w in weights for n in w.shape))
     return all(n % 16 == 0 for n in sizes) and all(
         t.stride(1) == 1 and t.stride(0) % 16 == 0 and _address(t) % 16 == 0 for t in (x, *weights)
@@ -162,11 +129,6 @@ def descriptor(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
 
 
-def multiprocessors(t: Tensor) -> int:
-    """How many programs a persistent grid should have on t's device."""
-    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 1
-
-
 def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
     """Strides for a kernel's arguments, zeros for an absent tensor."""
     return t.stride() if t is not None else (0,) * dims
@@ -180,7 +142,7 @@ def gemm_options(kind: str, tile: TileConfig, K: int, activation: str, *, dropou
         "BM": tile.bm,
         "BN": tile.bn,
         "BK": tile.bk,
-        "PIECE": epilogue_piece(tile, kind, dropout),
+        "EPILOGUE_N": epilogue_n(tile, kind, dropout),
         "GROUP_M": tile.group_m,
         "EVEN_K": K % tile.bk == 0,
         "INTERPRET": INTERPRETED,

@@ -30,19 +30,19 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .aot import cache_dir as reports_dir
-from .launch import arch_of
-from .numerics import INTERPRETED
-from .tiles import KINDS, TileConfig, TunedKey, analytic_choice, candidates, shape_class, use_tuned, why_invalid
-from .tune_calls import DTYPES, calls
+from ..audit.compile import cache_dir as reports_dir
+from ..device.casts import INTERPRETED
+from ..host.hardware import arch_of
+from ..host.tiles import KINDS, TileConfig, TunedKey, analytic_choice, candidates, shape_class, use_tuned, why_invalid
+from .launches import DTYPES, calls
 
 __all__ = ["Tuned", "cache_dir", "interleaved_medians", "load", "search_space", "tune"]
 
 Timer = Callable[[Callable[[], None]], float]
 """Runs one launch and gives the seconds it took."""
 
-_SOURCES = ("activations", "dropout", "epilogue", "gated", "gemm", "linear", "mlp", "numerics", "tiles")
-"""Modules whose text decides how fast a tile is; a change to any makes what was measured stale."""
+_SOURCES = ("device/*.py", "host/tiles.py", "gated.py", "linear.py", "mlp.py")
+"""Files whose text decides how fast a tile is; a change to any makes what was measured stale."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class _EventTimer:
 
 
 def _need_gpu(device: str | torch.device) -> None:
-    hint = "without tuning, tiles are chosen by arithmetic (gpuckpt.kernels.tiles.choose), which needs no GPU"
+    hint = "without tuning, tiles are chosen by arithmetic (gpuckpt.kernels.host.tiles.choose), which needs no GPU"
     if torch.device(device).type != "cuda":
         raise RuntimeError(f"gpuckpt.tune measures on a CUDA device; got device={str(device)!r}. {hint}")
     if not torch.cuda.is_available():
@@ -219,8 +219,9 @@ def _need_gpu(device: str | torch.device) -> None:
 
 
 def _source_hash() -> str:
-    home = Path(__file__).parent
-    return hashlib.sha256(b"".join((home / f"{name}.py").read_bytes() for name in _SOURCES)).hexdigest()
+    home = Path(__file__).parents[1]
+    files = [path for pattern in _SOURCES for path in sorted(home.glob(pattern))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _keep(result: Tuned) -> None:

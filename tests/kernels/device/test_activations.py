@@ -8,9 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from gpuckpt.kernels.activations import ACTIVATIONS, activate, derivative
-from gpuckpt.kernels.numerics import INTERPRETED, narrow, widen
-from gpuckpt.kernels.reference import act_derivative_ref, act_ref
+from gpuckpt.kernels.device.activations import ACTIVATIONS, activate, derivative
+from gpuckpt.kernels.device.casts import INTERPRETED, narrow, widen
+from gpuckpt.kernels.testing.reference import act_derivative_ref, act_ref
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these kernels run on CPU tensors, in Triton's interpreter")
 

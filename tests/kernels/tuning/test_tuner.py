@@ -7,10 +7,11 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from gpuckpt.kernels import tiles, tune, tune_calls
+from gpuckpt.kernels.device.casts import INTERPRETED
+from gpuckpt.kernels.host import tiles
+from gpuckpt.kernels.host.tiles import KINDS, TileConfig, analytic_choice, candidates, choose, why_invalid
 from gpuckpt.kernels.linear import db_partials_shape
-from gpuckpt.kernels.numerics import INTERPRETED
-from gpuckpt.kernels.tiles import KINDS, TileConfig, analytic_choice, candidates, choose, why_invalid
+from gpuckpt.kernels.tuning import launches, tuner
 from triton.runtime.errors import OutOfResources
 
 
@@ -26,7 +27,7 @@ class Clock:
 
     def __init__(self, price, monkeypatch, refuse=()):
         self.price, self.refuse, self.asked = price, refuse, []
-        monkeypatch.setattr(tune, "calls", lambda *_: lambda tile: tile)
+        monkeypatch.setattr(tuner, "calls", lambda *_: lambda tile: tile)
 
     def __call__(self, tile):
         self.asked.append(tile)
@@ -37,7 +38,7 @@ class Clock:
 
 def run(clock, kind="linear", M=4096, N=4096, K=1024, **more):
     options = {"timer": clock, "arch": 90, "device": "cpu", "rounds": 5, **more}
-    return tune.tune(kind, M, N, K, **options)
+    return tuner.tune(kind, M, N, K, **options)
 
 
 def test_the_fastest_tile_wins_and_is_found_again(monkeypatch):
@@ -46,9 +47,9 @@ def test_the_fastest_tile_wins_and_is_found_again(monkeypatch):
     assert found.tile == best
     assert found.default_tile == analytic_choice("linear", 4096, 4096, 1024, "bf16", 90) != best
     assert found.speedup == 2.0
-    assert len(found.measured) == len(tune.search_space("linear", "bf16", 90))
+    assert len(found.measured) == len(tuner.search_space("linear", "bf16", 90))
     assert choose("linear", 4096, 4096, 1024, "bf16", 90) == found.default_tile, "tuning alone changes no choice"
-    table = tune.load()
+    table = tuner.load()
     assert dict(table) == {("linear", (4096, 4096, 1024), "bf16", 90): best}
     for M in (2049, 3000, 4096):
         assert choose("linear", M, 4096, 1024, "bf16", 90) == best
@@ -78,7 +79,7 @@ def test_tiles_take_turns_and_the_median_counts(monkeypatch):
 
 
 def test_tiles_that_do_not_fit_are_named_and_passed_over(monkeypatch):
-    space = tune.search_space("gated_fwd", "bf16", 90)
+    space = tuner.search_space("gated_fwd", "bf16", 90)
     default = analytic_choice("gated_fwd", 4096, 4096, 1024, "bf16", 90)
     bad = next(t for t in space if t != default)
     found = run(Clock(lambda t: 1.0, monkeypatch, refuse={bad}), "gated_fwd")
@@ -92,7 +93,7 @@ def test_tiles_that_do_not_fit_are_named_and_passed_over(monkeypatch):
 @pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_search_space_can_run_and_sums_in_one_order(kind, arch, dtype):
-    space = tune.search_space(kind, dtype, arch)
+    space = tuner.search_space(kind, dtype, arch)
     assert space[: len(candidates(kind, dtype, arch))] == candidates(kind, dtype, arch)
     assert len(set(space)) == len(space)
     assert all(why_invalid(kind, t, dtype, arch) is None for t in space)
@@ -103,7 +104,7 @@ def test_the_search_space_can_run_and_sums_in_one_order(kind, arch, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_timed_is_what_the_layers_run(kind):
     """The launches fill all they should, with the tile they are given."""
-    launch = tune_calls.calls(kind, 20, 24, 40, "fp32", "silu", "cpu")(TileConfig(16, 16, 16, 4, 1))
+    launch = launches.calls(kind, 20, 24, 40, "fp32", "silu", "cpu")(TileConfig(16, 16, 16, 4, 1))
     names = launch.__code__.co_freevars
     outputs = {n: c.cell_contents for n, c in zip(names, launch.__closure__, strict=True)
                if n in ("first", "second", "third", "db", "dbg", "dbu")}  # fmt: skip
@@ -127,10 +128,10 @@ def test_a_whole_tuning_in_the_interpreter(monkeypatch):
         return next(times)
 
     small = TileConfig(64, 64, 64, 4, 2)
-    found = tune.tune("linear", 70, 65, 64, tiles=[small], rounds=2, device="cpu", timer=timer, arch=90)
+    found = tuner.tune("linear", 70, 65, 64, tiles=[small], rounds=2, device="cpu", timer=timer, arch=90)
     assert found.default_seconds == 3.0
     assert found.tile == small
-    tune.load()
+    tuner.load()
     assert choose("linear", 70, 65, 64, "bf16", 90) == small
     # Buffers are sized by the same choice as launches are made; on the host nothing was tuned.
     assert db_partials_shape(torch.empty(70, 64), torch.empty(65, 64)) == (1, 65)
@@ -138,30 +139,30 @@ def test_a_whole_tuning_in_the_interpreter(monkeypatch):
 
 def test_results_of_other_kernels_or_compilers_are_passed_over(monkeypatch):
     run(Clock(lambda t: 1.0 + t.bm, monkeypatch))
-    (path,) = tune.cache_dir().glob("*.json")
+    (path,) = tuner.cache_dir().glob("*.json")
     kept = json.loads(path.read_text())
     for key in ("triton", "source"):
         path.write_text(json.dumps({**kept, key: "another"}))
-        assert dict(tune.load()) == {}
+        assert dict(tuner.load()) == {}
     path.write_text(json.dumps(kept))
-    assert len(tune.load()) == 1
+    assert len(tuner.load()) == 1
 
 
 def test_a_second_result_replaces_the_first(monkeypatch):
     fast, faster = TileConfig(64, 64, 64, 4, 2), TileConfig(64, 64, 64, 8, 2)
     run(Clock(lambda t: 1.0 if t == fast else 2.0, monkeypatch))
     run(Clock(lambda t: 1.0 if t == faster else 2.0, monkeypatch))
-    assert list(tune.load().values()) == [faster]
-    assert [p.suffix for p in tune.cache_dir().iterdir()] == [".json"]
+    assert list(tuner.load().values()) == [faster]
+    assert [p.suffix for p in tuner.cache_dir().iterdir()] == [".json"]
 
 
 def test_a_process_chooses_by_one_table_only(monkeypatch):
     run(Clock(lambda t: 1.0 + t.bm, monkeypatch))
-    first = tune.load()
-    tune.load()
+    first = tuner.load()
+    tuner.load()
     run(Clock(lambda t: 1.0 + t.bm, monkeypatch), "dual")
     with pytest.raises(RuntimeError, match="one table only"):
-        tune.load()
+        tuner.load()
     assert choose("linear", 4096, 4096, 1024, "bf16", 90) == first["linear", (4096, 4096, 1024), "bf16", 90]
 
 
@@ -174,13 +175,13 @@ def test_a_process_chooses_by_one_table_only(monkeypatch):
 )
 def test_a_tile_that_must_not_be_used_is_refused(change, message, monkeypatch):
     run(Clock(lambda t: 1.0, monkeypatch))
-    (path,) = tune.cache_dir().glob("*.json")
+    (path,) = tuner.cache_dir().glob("*.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=message):
-        tune.load()
+        tuner.load()
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"no result of gpuckpt.tune \(KeyError\('triton'\)\); delete it"):
-        tune.load()
+        tuner.load()
 
 
 def test_mistakes_are_explained(monkeypatch):
@@ -198,14 +199,14 @@ def test_mistakes_are_explained(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
 def test_without_a_gpu_it_says_so():
     with pytest.raises(RuntimeError, match="torch finds none here; without tuning, tiles are chosen by arithmetic"):
-        tune.tune("linear", 64, 64, 64)
+        tuner.tune("linear", 64, 64, 64)
     with pytest.raises(RuntimeError, match="got device='cpu'"):
-        tune.tune("linear", 64, 64, 64, device="cpu")
+        tuner.tune("linear", 64, 64, 64, device="cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device and compiled kernels")
 def test_on_a_gpu_two_tiles_are_timed():
     arch = tiles.nearest_arch(*torch.cuda.get_device_capability())
-    found = tune.tune("linear", 512, 512, 512, tiles=candidates("linear", "bf16", arch)[-2:], rounds=3)
+    found = tuner.tune("linear", 512, 512, 512, tiles=candidates("linear", "bf16", arch)[-2:], rounds=3)
     assert all(0 < seconds < 1 for _, seconds in found.measured)

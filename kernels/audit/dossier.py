@@ -1,6 +1,6 @@
 """The static dossier: every shipped kernel compiled ahead of time, beside the bounds it promises to keep.
 
-`build` compiles (`aot`), counts how many blocks a multiprocessor holds and what the roofline allows (`roofline`), and
+`build` compiles (`compile`), counts how many blocks a multiprocessor holds and what the roofline allows (`roofline`), and
 `violations` compares with the bounds below. None of it needs a GPU, and none of it is a measurement of speed.
 
 Bounds: no spill on any architecture, and no stack on sm_90 and sm_100; shared memory within what a block may have; tensor cores
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import roofline
-from .aot import Report, compile_all
-from .registry import ARCHS, KernelSpec, shipped
+from .compile import Report, compile_all
+from .specs import ARCHS, KernelSpec, shipped
 
 __all__ = ["SHAPES", "Dossier", "Entry", "Estimate", "build", "representative", "violations"]
 
@@ -101,7 +101,7 @@ def build(
 ) -> Dossier:
     """Compile and check every kernel shipped for `archs` (ints, 80 for sm_80), or just `specs`.
 
-    jobs, progress: as in `aot.compile_all`. Raises `ValueError` for an architecture that nothing ships for.
+    jobs, progress: as in `compile.compile_all`. Raises `ValueError` for an architecture that nothing ships for.
     """
     wanted = [s for arch in dict.fromkeys(archs) for s in shipped(arch)] if specs is None else list(specs)
     reports = compile_all(wanted, jobs, progress)

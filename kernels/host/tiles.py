@@ -2,7 +2,7 @@
 
 Everything here is pure arithmetic on ints and strings; nothing is timed and nothing is tuned, so forward and recompute
 always agree on the order of the reduction over K, and a recomputed z has the bits of the first one. The one exception is asked
-for: `use_tuned` puts a table of measured tiles (see `tune`) before the rule, once a process, with the same order over K.
+for: `use_tuned` puts a table of measured tiles (see `tuning`) before the rule, once a process, with the same order over K.
 
 Kinds of kernel: "linear" (forward and recompute-backward of one linear layer), "linear_dropout" (the same with dropout, whose
 random numbers need registers), "dual" (an MLP's backward), "gated_fwd" and "gated_bwd".
@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from .dtypes import ELEMENT_BYTES
+from .hardware import SHARED_MEMORY_BYTES, SM_COUNT
+
 __all__ = [
     "KINDS",
-    "SHARED_MEMORY_BYTES",
-    "SM_COUNT",
     "BlockTile",
     "Kind",
     "TileConfig",
@@ -26,21 +27,12 @@ __all__ = [
     "backward_form",
     "candidates",
     "choose",
-    "epilogue_piece",
-    "loose_tile",
-    "nearest_arch",
+    "epilogue_n",
     "shape_class",
+    "unaligned_tile",
     "use_tuned",
     "why_invalid",
 ]
-
-SHARED_MEMORY_BYTES = {0: 1 << 40, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-"""Shared memory that one block may use, by architecture (CUDA programming guide, table of compute capabilities)."""
-
-SM_COUNT = {0: 1, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
-"""Multiprocessors of the largest common card (A100, RTX 3090 class, RTX 4090, H100 SXM, B200, RTX 5090)."""
-
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -114,9 +106,9 @@ _SMALL_8 = _T(64, 64, 64, 8, 3, max_registers=255)
 _MEDIUM = {3: _T(128, 64, 64, 4, 3), 4: _T(128, 64, 64, 4, 4)}
 _SMALL = _T(64, 64, 64, 4, 3)
 # Where the address of every element is kept, nothing larger is free of spills; such loads are not asynchronous.
-_LOOSE = _T(64, 64, 64, 8, 2, max_registers=255)
-_LOOSE_LOW = _T(32, 64, 64, 8, 2, max_registers=255)
-_LOOSE_FP32 = _T(64, 64, 16, 8, 4, max_registers=224)
+_UNALIGNED = _T(64, 64, 64, 8, 2, max_registers=255)
+_UNALIGNED_LOW = _T(32, 64, 64, 8, 2, max_registers=255)
+_UNALIGNED_FP32 = _T(64, 64, 16, 8, 4, max_registers=224)
 _HOPPER = {
     "linear": (_WIDE, _LARGE[4], _MEDIUM[4]),
     "linear_dropout": (_LARGE[4], _MEDIUM[4]),
@@ -140,19 +132,6 @@ _TABLE: dict[tuple[int, bool], dict[str, tuple[TileConfig, ...]]] = {
     **{(arch, True): _HOPPER for arch in (90, 100)},
     **{(arch, False): _FP32 for arch in (80, 86, 89, 90, 100, 120)},
 }
-
-
-def nearest_arch(major: int, minor: int) -> int:
-    """The architecture whose table serves compute capability major.minor: the newest one of the same family, not newer.
-
-    >>> nearest_arch(8, 7), nearest_arch(9, 0), nearest_arch(10, 3), nearest_arch(12, 1)
-    (86, 90, 100, 120)
-    """
-    cc = 10 * major + minor
-    fitting = [a for a in SHARED_MEMORY_BYTES if 0 < a <= cc]
-    if not fitting:
-        raise ValueError(f"compute capability {major}.{minor} is not supported; kernels need 8.0 (Ampere) or newer")
-    return max(fitting)
 
 
 def why_invalid(kind: str, tile: TileConfig, dtype: str, arch: int) -> str | None:
@@ -199,24 +178,24 @@ def candidates(kind: str, dtype: str, arch: int) -> tuple[TileConfig, ...]:
 
 
 def choose(kind: str, M: int, N: int, K: int, dtype: str, arch: int, *, regular: bool = True) -> TileConfig:
-    """The tile for an (M, N) output reduced over K: `loose_tile` for operands that are not `regular`, else a tuned one where
+    """The tile for an (M, N) output reduced over K: `unaligned_tile` for operands that are not `regular`, else a tuned one where
     `use_tuned` gave one, else the analytic choice.
 
     K does not enter that: the reduction order depends on bk alone, which all candidates of a dtype and architecture share.
     """
     if arch and not regular:
-        return loose_tile(kind, dtype, arch)
+        return unaligned_tile(kind, dtype, arch)
     tuned = _tuned.get((kind, shape_class(M, N, K), dtype, arch))
     return tuned or analytic_choice(kind, M, N, K, dtype, arch)
 
 
-def loose_tile(kind: str, dtype: str, arch: int) -> TileConfig:
-    """The tile for operands that are not `launch.regular`: small, because each element's address is kept in registers."""
+def unaligned_tile(kind: str, dtype: str, arch: int) -> TileConfig:
+    """The tile for operands that are not `arguments.regular`: small, because each element's address is kept in registers."""
     if dtype == "fp32":
         # Uncapped, sm_90 spills in a light kernel, for a second block; capped, sm_100 and sm_120 do, which pair registers.
-        return candidates(kind, dtype, arch)[0] if arch in (100, 120) else _LOOSE_FP32
+        return candidates(kind, dtype, arch)[0] if arch in (100, 120) else _UNALIGNED_FP32
     needy = kind in ("gated_bwd", "linear_dropout")
-    return _LOOSE_LOW if needy and arch not in (90, 100) else _LOOSE
+    return _UNALIGNED_LOW if needy and arch not in (90, 100) else _UNALIGNED
 
 
 def analytic_choice(kind: str, M: int, N: int, K: int, dtype: str, arch: int) -> TileConfig:
@@ -273,7 +252,7 @@ def _clip(size: int, most: int) -> int:
     return max(16, min(most, _power_of_two(size)))
 
 
-def epilogue_piece(tile: TileConfig, kind: str = "linear", dropout: bool = False) -> int:
+def epilogue_n(tile: TileConfig, kind: str = "linear", dropout: bool = False) -> int:
     """Columns that an epilogue handles at a time, so that its temporaries fit beside the accumulators: 32 elements a thread,
     16 where accumulators already take half of the registers or random numbers are drawn, 8 where several of them do."""
     accumulators = KINDS[kind].accumulators

@@ -2,8 +2,8 @@
 
 tile, dtype, loading    Every combination that the launchers choose by themselves: on sm_90 and sm_100 16-bit operands come
                         through descriptors. Pointers there are for who asks for them (`tma=False`): bf16 with one activation.
-layout                  Operands are regular (`launch.regular`: inner strides are the constant 1, outer ones and sizes multiples
-                        of 16), or nothing is known about them and the small loose tile is taken: both are compiled. Where
+layout                  Operands are regular (`arguments.regular`: inner strides are the constant 1, outer ones and sizes
+                        multiples of 16), or nothing is known about them and the small loose tile is taken: both are compiled. Where
                         pointers are used, so is a K that is no multiple of the preferred tile's step; descriptors mask it.
 optional operands       Bias, residual, h and the sums for db are all given. A launch without one is the same code less its
                         loads, stores and addresses.
@@ -18,7 +18,7 @@ sm_86, sm_89, sm_120    run sm_80's tiles through the same code generator: the e
 Not compiled: outputs and gradients whose layout is irregular beside regular operands (they are allocated contiguous; such a dy
 cost up to 12 spills outside of the K loop), strides past 2^31, and outputs of another dtype than the operands.
 
-Constants and options are those of the launchers (`launch.gemm_options`); a test compares whole launches with what is compiled.
+Constants and options are those of the launchers (`arguments.gemm_options`); a test compares whole launches with what is compiled.
 Types follow from the arguments' names, so a new argument needs no entry here.
 """
 
@@ -26,13 +26,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .activations import ACTIVATIONS
-from .gated import gated_fwd_kernel, gated_recompute_bwd_kernel
-from .launch import gemm_options
-from .linear import linear_fwd_kernel, linear_recompute_bwd_kernel
-from .mlp import mlp_dual_bwd_kernel
-from .registry import WHOLE_ARCHS, KernelSpec, make_spec
-from .tiles import KINDS, TileConfig, candidates, loose_tile
+from ..device.activations import ACTIVATIONS
+from ..gated import gated_fwd_kernel, gated_recompute_bwd_kernel
+from ..host.arguments import gemm_options
+from ..host.tiles import KINDS, TileConfig, candidates, unaligned_tile
+from ..linear import linear_fwd_kernel, linear_recompute_bwd_kernel
+from ..mlp import mlp_dual_bwd_kernel
+from .specs import WHOLE_ARCHS, KernelSpec, make_spec
 
 __all__ = ["dual_specs", "gated_specs", "linear_specs", "specs", "uses_tma"]
 
@@ -62,7 +62,7 @@ def specs(arch: int) -> list[KernelSpec]:
             if arch not in WHOLE_ARCHS and dtype == "fp16":
                 continue
             for activation in _EXTREMES if dtype == "bf16" else _EXTREMES[:1]:
-                found += _kind_specs(kind, dtype, arch, loose_tile(kind, dtype, arch), activation, loose=True)
+                found += _kind_specs(kind, dtype, arch, unaligned_tile(kind, dtype, arch), activation, loose=True)
     return found
 
 

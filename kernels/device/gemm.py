@@ -3,7 +3,7 @@
 Shapes: a (M, K), b (N, K); acc (BM, BN) = a b^T in fp32.
 
 The K loop reads through pointers (any strides; cp.async from sm_80 on) or through tensor descriptors (TMA, sm_90 and sm_100;
-rows contiguous and 16-byte aligned, see `launch.describable`). Both add in the same order, so both give the same bits.
+rows contiguous and 16-byte aligned, see `arguments.describable`). Both add in the same order, so both give the same bits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numerics import operand
+from .casts import operand
 
 __all__ = ["accumulate", "accumulate_two", "halves", "tile_of"]
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from gpuckpt.kernels import roofline as rl
+from gpuckpt.kernels.audit import roofline as rl
 
 
 def test_imports_neither_torch_nor_triton():
-    script = "import sys, gpuckpt.kernels.roofline; assert not {'torch', 'triton', 'cupy', 'numpy'} & set(sys.modules)"
+    script = (
+        "import sys, gpuckpt.kernels.audit.roofline; assert not {'torch', 'triton', 'cupy', 'numpy'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
@@ -104,7 +106,7 @@ def test_devices_are_complete_and_consistent():
 
 
 def test_limits_agree_with_the_tile_rule():
-    from gpuckpt.kernels import tiles
+    from gpuckpt.kernels.host import tiles
 
     assert {a: limits.block_shared_bytes for a, limits in rl.SM_LIMITS.items()} == {
         a: size for a, size in tiles.SHARED_MEMORY_BYTES.items() if a

@@ -8,7 +8,7 @@ Formulas: gelu is z Phi(z) with the normal Phi (erf form, Hendrycks and Gimpel 2
 their tanh approximation written as z sigmoid(2u), which is the same function with one exponential; relu2 is max(z, 0)^2
 (So et al. 2021, arXiv:2109.08668); silu is z sigmoid(z). At z = 0 relu's derivative is 0, as in torch; NaN passes through.
 
-Plain torch versions, which share no code with these, are in `reference`.
+Plain torch versions, which share no code with these, are in `testing.reference`.
 """
 
 from __future__ import annotations

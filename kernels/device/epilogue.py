@@ -1,6 +1,6 @@
 """What follows the K loops: forward from z to y, backward from z and the gradient to dz, h and db. Nothing of z is written.
 
-Both work on PIECE columns of a tile at a time, by halving: the temporaries of a whole 128 x 128 tile do not fit beside its
+Both work on EPILOGUE_N columns of a tile at a time, by halving: the temporaries of a whole 128 x 128 tile do not fit beside its
 accumulator (at 128 x 128 with 8 warps on sm_90 the unsplit backward has 80 spills, the split one none).
 
 Legend: z (BM, BN) fp32 without bias; o_m, o_n global rows and columns; p_* pointers to (M, N) matrices, None where absent.
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from .activations import activate, derivative
+from .casts import narrow, widen
 from .dropout import drop
 from .gemm import halves
-from .numerics import narrow, widen
 
 __all__ = ["emit_backward", "emit_forward"]
 
@@ -43,19 +43,19 @@ def emit_forward(
     DROPOUT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    PIECE: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """y = dropout(act(z + b)) + residual, for columns col0 .. col0 + BN."""
-    if BN > PIECE:
+    if BN > EPILOGUE_N:
         left, right = halves(z, BM, BN)
         emit_forward(
             left, row0, col0, p_b, p_res, p_y, M, N, stride_b, stride_rm, stride_rn, stride_ym, stride_yn,
-            seed, offset, first_row, threshold, scale, ACT, DROPOUT, BM, BN // 2, PIECE, INTERPRET,
+            seed, offset, first_row, threshold, scale, ACT, DROPOUT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
         emit_forward(
             right, row0, col0 + BN // 2, p_b, p_res, p_y, M, N, stride_b, stride_rm, stride_rn, stride_ym, stride_yn,
-            seed, offset, first_row, threshold, scale, ACT, DROPOUT, BM, BN // 2, PIECE, INTERPRET,
+            seed, offset, first_row, threshold, scale, ACT, DROPOUT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
     else:
         o_m = row0 + tl.arange(0, BM)
@@ -104,14 +104,14 @@ def emit_backward(
     DROPOUT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    PIECE: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """dz = dropout(g) * act'(z + b), h = dropout(act(z + b)), db = sum of dz over the tile's rows (p_db: the tile's row).
 
     g: the gradient of dropout(act(z + b)) as an fp32 block, or None where it is read from p_dy.
     """
-    if BN > PIECE:
+    if BN > EPILOGUE_N:
         left, right = halves(z, BM, BN)
         if p_dy is None:
             g_left, g_right = halves(g, BM, BN)
@@ -120,12 +120,12 @@ def emit_backward(
         emit_backward(
             left, g_left, row0, col0, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, stride_dym, stride_dyn, stride_dzm,
             stride_dzn, stride_hm, stride_hn, stride_dbn, seed, offset, first_row, threshold, scale,
-            ACT, DROPOUT, BM, BN // 2, PIECE, INTERPRET,
+            ACT, DROPOUT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
         emit_backward(
             right, g_right, row0, col0 + BN // 2, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, stride_dym, stride_dyn,
             stride_dzm, stride_dzn, stride_hm, stride_hn, stride_dbn, seed, offset, first_row, threshold, scale,
-            ACT, DROPOUT, BM, BN // 2, PIECE, INTERPRET,
+            ACT, DROPOUT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
     else:
         o_m = row0 + tl.arange(0, BM)

@@ -1,4 +1,4 @@
-"""The process behind `aot.compile_all`: reads one request a line, compiles, answers one line of JSON.
+"""The process behind `compile.compile_all`: reads one request a line, compiles, answers one line of JSON.
 
 Started with TRITON_INTERPRET=0. Triton's own cache is pointed at a folder that goes away with the process: it would keep five
 copies of the intermediate code of every kernel, and the report is all that is wanted.

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from gpuckpt.kernels.dropout import Dropout
+from gpuckpt.kernels.device.casts import INTERPRETED
+from gpuckpt.kernels.device.dropout import Dropout
+from gpuckpt.kernels.host.tiles import TileConfig
 from gpuckpt.kernels.linear import linear_fwd, linear_recompute_bwd
-from gpuckpt.kernels.numerics import INTERPRETED
-from gpuckpt.kernels.reference import act_derivative_ref, act_ref
-from gpuckpt.kernels.tiles import TileConfig
+from gpuckpt.kernels.testing.reference import act_derivative_ref, act_ref
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter")
 

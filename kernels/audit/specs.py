@@ -1,7 +1,7 @@
 """Every kernel that ships, written down once: what is compiled, with which types, tiles and promises.
 
-A `KernelSpec` is all that an ahead-of-time compiler needs; nothing here touches a GPU or compiles anything. Each kernel
-module states its own specs in a function `specs(arch)`; `shipped` collects them.
+A `KernelSpec` is all that an ahead-of-time compiler needs; nothing here touches a GPU or compiles anything. `gemm_specs` and
+`block_specs` state them; `shipped` collects them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = [
     "ARCHS",
-    "KERNEL_MODULES",
+    "SPEC_MODULES",
     "STORED",
     "WHOLE_ARCHS",
     "KernelSpec",
@@ -26,8 +26,8 @@ __all__ = [
 ARCHS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that kernels are shipped for, as ints: 80 is sm_80."""
 
-KERNEL_MODULES: tuple[str, ...] = ("specs", "cross_entropy", "norm")
-"""Modules of this package that state specs."""
+SPEC_MODULES: tuple[str, ...] = ("gemm_specs", "block_specs")
+"""Modules of this room that state specs, each in a function `specs(arch)`."""
 
 WHOLE_ARCHS = (80, 90, 100)
 """Those that everything is compiled for. sm_86, sm_89 and sm_120 run sm_80's kernels through the same code generator: for them it
@@ -140,7 +140,7 @@ def shipped(arch: int) -> list[KernelSpec]:
     """Every kernel x tile x dtype that ships for `arch`, names unique."""
     if arch not in ARCHS:
         raise ValueError(f"unknown architecture {arch!r}; kernels ship for {ARCHS}")
-    found = [s for m in KERNEL_MODULES for s in importlib.import_module(f"{__package__}.{m}").specs(arch)]
+    found = [s for m in SPEC_MODULES for s in importlib.import_module(f"{__package__}.{m}").specs(arch)]
     names = [s.name for s in found]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
