@@ -50,40 +50,11 @@ _DROPOUT_ARGS = ["seed", "offset", "first_row", "threshold"]
 
 @triton.jit
 def _forward_tile(
-    pid,
-    p_x,
-    p_w,
-    p_b,
-    p_res,
-    p_y,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_b,
-    stride_rm,
-    stride_rn,
-    stride_ym,
-    stride_yn,
-    seed,
-    offset,
-    first_row,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EPILOGUE_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    pid, p_x, p_w, p_b, p_res, p_y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b, stride_rm,
+    stride_rn, stride_ym, stride_yn, seed, offset, first_row, threshold, scale, ACT: tl.constexpr,
+    DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPILOGUE_N: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     i_m, i_n = tile_of(pid, M, N, BM, BN, GROUP_M)
     row0 = i_m.to(tl.int64) * BM
     col0 = i_n.to(tl.int64) * BN

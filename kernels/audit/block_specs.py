@@ -39,7 +39,7 @@ def _cross_entropy_specs(arch: int) -> list[KernelSpec]:
                     "ignore_index": "i32",
                     **scalars,
                 }
-                common = {"variant": variant, "dtype": dtype, "arch": arch, "tile": tile}
+                common: dict[str, Any] = {"variant": variant, "dtype": dtype, "arch": arch, "tile": tile}
                 divisible = ("p_logits", "p_target", "V", "stride_m")
                 found.append(
                     make_spec(

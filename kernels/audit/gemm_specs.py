@@ -3,8 +3,9 @@
 tile, dtype, loading    Every combination that the launchers choose by themselves: on sm_90 and sm_100 16-bit operands come
                         through descriptors. Pointers there are for who asks for them (`tma=False`): bf16 with one activation.
 layout                  Operands are regular (`arguments.regular`: inner strides are the constant 1, outer ones and sizes
-                        multiples of 16), or nothing is known about them and the small loose tile is taken: both are compiled. Where
-                        pointers are used, so is a K that is no multiple of the preferred tile's step; descriptors mask it.
+                        multiples of 16), or nothing is known about them and the small unaligned tile is taken: both are
+                        compiled. Where pointers are used, so is a K that is no multiple of the preferred tile's step;
+                        descriptors mask it.
 optional operands       Bias, residual, h and the sums for db are all given. A launch without one is the same code less its
                         loads, stores and addresses.
 activation              A kernel's registers depend on it, and not only upwards: ptxas may hold a light kernel to a round number

@@ -106,7 +106,7 @@ def regular(x: Tensor, *weights: Tensor) -> bool:
 def _address(t: Tensor) -> int:
     """Where t begins; for a tensor without memory, where it would begin in an aligned one."""
     if isinstance(t, FakeTensor) or t.is_meta:
-        return t.storage_offset() * t.element_size()
+        return int(t.storage_offset()) * t.element_size()
     return t.data_ptr()
 
 

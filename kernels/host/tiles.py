@@ -109,14 +109,14 @@ _SMALL = _T(64, 64, 64, 4, 3)
 _UNALIGNED = _T(64, 64, 64, 8, 2, max_registers=255)
 _UNALIGNED_LOW = _T(32, 64, 64, 8, 2, max_registers=255)
 _UNALIGNED_FP32 = _T(64, 64, 16, 8, 4, max_registers=224)
-_HOPPER = {
+_HOPPER: dict[str, tuple[TileConfig, ...]] = {
     "linear": (_WIDE, _LARGE[4], _MEDIUM[4]),
     "linear_dropout": (_LARGE[4], _MEDIUM[4]),
     "dual": (_LARGE[4], _TALL),
     "gated_fwd": (_LARGE[3], _TALL),
     "gated_bwd": (_TALL, _SMALL_8),
 }
-_AMPERE = {
+_AMPERE: dict[str, tuple[TileConfig, ...]] = {
     "linear": (_LARGE[3], _MEDIUM[3]),
     "linear_dropout": (_LARGE[3], _MEDIUM[3]),
     "dual": (_TALL_WHOLE, _SMALL),
@@ -125,7 +125,7 @@ _AMPERE = {
 }
 # fp32 has no tensor cores here. With 32 outputs a thread some architecture spills (ptxas 12.8); with 16 none does. Smaller tiles
 # spill again: ptxas then limits itself to 80 or 96 registers.
-_FP32 = dict.fromkeys(KINDS, (_T(64, 64, 16, 8, 4),))
+_FP32: dict[str, tuple[TileConfig, ...]] = dict.fromkeys(KINDS, (_T(64, 64, 16, 8, 4),))
 
 _TABLE: dict[tuple[int, bool], dict[str, tuple[TileConfig, ...]]] = {
     **{(arch, True): _AMPERE for arch in (80, 86, 89, 120)},
