@@ -43,18 +43,18 @@ __all__ = ["db_partials_shape", "gated_fwd", "gated_recompute_bwd"]
 
 @triton.jit
 def _emit_product(
-    z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EPILOGUE_N: tl.constexpr, INTERPRET: tl.constexpr,
+    z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, strides_h, multiplier, ACT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EPILOGUE_N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     if BN > EPILOGUE_N:
         g_left, g_right = halves(z_g, BM, BN)
         u_left, u_right = halves(z_u, BM, BN)
         _emit_product(
-            g_left, u_left, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
-            ACT, BM, BN // 2, EPILOGUE_N, INTERPRET,
+            g_left, u_left, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, strides_h, multiplier, ACT, BM,
+            BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
         _emit_product(
-            g_right, u_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn,
+            g_right, u_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, strides_h,
             multiplier, ACT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
     else:
@@ -66,29 +66,29 @@ def _emit_product(
         if p_bu is not None:
             z_u += widen(tl.load(p_bu + o_n * stride_bu, mask=m_n, other=0.0), INTERPRET)[None, :]
         h = activate(z_g * multiplier, ACT) * z_u
-        p_h += o_m[:, None] * stride_hm + o_n[None, :] * stride_hn
+        p_h += o_m[:, None] * strides_h[0] + o_n[None, :] * strides_h[1]
         tl.store(p_h, narrow(h, p_h.dtype.element_ty, INTERPRET), mask=(o_m < M)[:, None] & m_n[None, :])
 
 
 @triton.jit
 def _emit_gradients(
-    z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
-    stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EPILOGUE_N: tl.constexpr, INTERPRET: tl.constexpr,
+    z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu, strides_h,
+    strides_dzg, strides_dzu, stride_dbgn, stride_dbun, multiplier, ACT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, EPILOGUE_N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     if BN > EPILOGUE_N:
         g_left, g_right = halves(z_g, BM, BN)
         u_left, u_right = halves(z_u, BM, BN)
         d_left, d_right = halves(dh, BM, BN)
         _emit_gradients(
-            g_left, u_left, d_left, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
-            stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
-            ACT, BM, BN // 2, EPILOGUE_N, INTERPRET,
+            g_left, u_left, d_left, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg,
+            stride_bu, strides_h, strides_dzg, strides_dzu, stride_dbgn, stride_dbun, multiplier, ACT, BM, BN // 2,
+            EPILOGUE_N, INTERPRET,
         )  # fmt: skip
         _emit_gradients(
-            g_right, u_right, d_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg,
-            stride_bu, stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun,
-            multiplier, ACT, BM, BN // 2, EPILOGUE_N, INTERPRET,
+            g_right, u_right, d_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N,
+            stride_bg, stride_bu, strides_h, strides_dzg, strides_dzu, stride_dbgn, stride_dbun, multiplier, ACT, BM,
+            BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
     else:
         o_m = row0 + tl.arange(0, BM)
@@ -102,16 +102,16 @@ def _emit_gradients(
         z_g *= multiplier
         a = activate(z_g, ACT)
         if p_h is not None:
-            p_h += o_m[:, None] * stride_hm + o_n[None, :] * stride_hn
+            p_h += o_m[:, None] * strides_h[0] + o_n[None, :] * strides_h[1]
             tl.store(p_h, narrow(a * z_u, p_h.dtype.element_ty, INTERPRET), mask=m)
         dz_u = dh * a
-        p_dzu += o_m[:, None] * stride_dzum + o_n[None, :] * stride_dzun
+        p_dzu += o_m[:, None] * strides_dzu[0] + o_n[None, :] * strides_dzu[1]
         tl.store(p_dzu, narrow(dz_u, p_dzu.dtype.element_ty, INTERPRET), mask=m)
         # Rows beyond M are dropped from the sums, not added as zeros: 0 * act'(b) is NaN where act' is not finite.
         if p_dbu is not None:
             tl.store(p_dbu + o_n * stride_dbun, tl.sum(tl.where(m, dz_u, 0.0), axis=0), mask=m_n)
         dz_g = dh * z_u * derivative(z_g, ACT) * multiplier
-        p_dzg += o_m[:, None] * stride_dzgm + o_n[None, :] * stride_dzgn
+        p_dzg += o_m[:, None] * strides_dzg[0] + o_n[None, :] * strides_dzg[1]
         tl.store(p_dzg, narrow(dz_g, p_dzg.dtype.element_ty, INTERPRET), mask=m)
         if p_dbg is not None:
             tl.store(p_dbg + o_n * stride_dbgn, tl.sum(tl.where(m, dz_g, 0.0), axis=0), mask=m_n)
@@ -119,34 +119,28 @@ def _emit_gradients(
 
 @triton.jit
 def gated_fwd_kernel(
-    p_x, p_wg, p_wu, p_bg, p_bu, p_h, M, N, K,
-    stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk, stride_bg, stride_bu, stride_hm, stride_hn,
-    multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
+    p_x, p_wg, p_wu, p_bg, p_bu, p_h, M, N, K, strides_x, strides_wg, strides_wu, stride_bg, stride_bu, strides_h,
+    multiplier, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPILOGUE_N: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row0 = i_m.to(tl.int64) * BM
     col0 = i_n.to(tl.int64) * BN
     z_g, z_u = accumulate_two(
-        p_x, p_wg, p_wu, row0, col0, M, N, K, stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk,
-        BM, BN, BK, EVEN_K, TMA, INTERPRET,
+        p_x, p_wg, p_wu, row0, col0, M, N, K, strides_x, strides_wg, strides_wu, BM, BN, BK, EVEN_K, TMA, INTERPRET,
     )  # fmt: skip
     _emit_product(
-        z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
-        ACT, BM, BN, EPILOGUE_N, INTERPRET,
+        z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, strides_h, multiplier, ACT, BM, BN,
+        EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 
 @triton.jit
 def gated_recompute_bwd_kernel(
-    p_x, p_wg, p_wu, p_bg, p_bu, p_dy, p_wd, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, K, D,
-    stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk, stride_bg, stride_bu,
-    stride_dym, stride_dyd, stride_wdd, stride_wdn, stride_hm, stride_hn,
-    stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgm, stride_dbgn, stride_dbum, stride_dbun,
-    multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
+    p_x, p_wg, p_wu, p_bg, p_bu, p_dy, p_wd, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, K, D, strides_x, strides_wg,
+    strides_wu, stride_bg, stride_bu, strides_dy, strides_wd, strides_h, strides_dzg, strides_dzu, strides_dbg,
+    strides_dbu, multiplier, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
@@ -154,21 +148,19 @@ def gated_recompute_bwd_kernel(
     col0 = i_n.to(tl.int64) * BN
     dh = tl.zeros((BM, BN), tl.float32)
     dh = accumulate(
-        dh, p_dy, p_wd, row0, col0, M, N, D, stride_dym, stride_dyd, stride_wdn, stride_wdd,
-        BM, BN, BK, EVEN_D, TMA, True, INTERPRET,
+        dh, p_dy, p_wd, row0, col0, M, N, D, strides_dy, (strides_wd[1], strides_wd[0]), BM, BN, BK, EVEN_D, TMA,
+        True, INTERPRET,
     )  # fmt: skip
     z_g, z_u = accumulate_two(
-        p_x, p_wg, p_wu, row0, col0, M, N, K, stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk,
-        BM, BN, BK, EVEN_K, TMA, INTERPRET,
+        p_x, p_wg, p_wu, row0, col0, M, N, K, strides_x, strides_wg, strides_wu, BM, BN, BK, EVEN_K, TMA, INTERPRET,
     )  # fmt: skip
     if p_dbg is not None:
-        p_dbg += i_m.to(tl.int64) * stride_dbgm
+        p_dbg += i_m.to(tl.int64) * strides_dbg[0]
     if p_dbu is not None:
-        p_dbu += i_m.to(tl.int64) * stride_dbum
+        p_dbu += i_m.to(tl.int64) * strides_dbu[0]
     _emit_gradients(
-        z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
-        stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
-        ACT, BM, BN, EPILOGUE_N, INTERPRET,
+        z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu, strides_h,
+        strides_dzg, strides_dzu, strides_dbg[1], strides_dbu[1], multiplier, ACT, BM, BN, EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 
@@ -237,12 +229,12 @@ def gated_fwd(
             M,
             N,
             K,
-            *x.stride(),
-            *wg.stride(),
-            *wu.stride(),
+            x.stride(),
+            wg.stride(),
+            wu.stride(),
             *strides(bg, 1),
             *strides(bu, 1),
-            *h.stride(),
+            h.stride(),
             float(gate_multiplier),
             TMA=tma,
             **gemm_options("gated_fwd", tile, K, activation),
@@ -319,18 +311,18 @@ def gated_recompute_bwd(
             N,
             K,
             D,
-            *x.stride(),
-            *wg.stride(),
-            *wu.stride(),
+            x.stride(),
+            wg.stride(),
+            wu.stride(),
             *strides(bg, 1),
             *strides(bu, 1),
-            *dy.stride(),
-            *wd.stride(),
-            *strides(h, 2),
-            *dz_g.stride(),
-            *dz_u.stride(),
-            *strides(dbg_partials, 2),
-            *strides(dbu_partials, 2),
+            dy.stride(),
+            wd.stride(),
+            strides(h, 2),
+            dz_g.stride(),
+            dz_u.stride(),
+            strides(dbg_partials, 2),
+            strides(dbu_partials, 2),
             float(gate_multiplier),
             EVEN_D=D % tile.bk == 0,
             TMA=tma,

@@ -50,134 +50,67 @@ _DROPOUT_ARGS = ["seed", "offset", "first_row", "threshold"]
 
 @triton.jit
 def _forward_tile(
-    pid, p_x, p_w, p_b, p_res, p_y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b, stride_rm,
-    stride_rn, stride_ym, stride_yn, seed, offset, first_row, threshold, scale, ACT: tl.constexpr,
-    DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPILOGUE_N: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
+    pid, p_x, p_w, p_b, p_res, p_y, M, N, K, strides_x, strides_w, stride_b, strides_res, strides_y, dropout,
+    ACT: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     i_m, i_n = tile_of(pid, M, N, BM, BN, GROUP_M)
     row0 = i_m.to(tl.int64) * BM
     col0 = i_n.to(tl.int64) * BN
     z = tl.zeros((BM, BN), tl.float32)
     z = accumulate(
-        z, p_x, p_w, row0, col0, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-        BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
+        z, p_x, p_w, row0, col0, M, N, K, strides_x, strides_w, BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
     )  # fmt: skip
     emit_forward(
-        z, row0, col0, p_b, p_res, p_y, M, N, stride_b, stride_rm, stride_rn, stride_ym, stride_yn,
-        seed, offset, first_row, threshold, scale, ACT, DROPOUT, BM, BN, EPILOGUE_N, INTERPRET,
+        z, row0, col0, p_b, p_res, p_y, M, N, stride_b, strides_res, strides_y, dropout, ACT, DROPOUT, BM, BN,
+        EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_DROPOUT_ARGS)
 def linear_fwd_kernel(
-    p_x,
-    p_w,
-    p_b,
-    p_res,
-    p_y,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_b,
-    stride_rm,
-    stride_rn,
-    stride_ym,
-    stride_yn,
-    seed,
-    offset,
-    first_row,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EPILOGUE_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    p_x, p_w, p_b, p_res, p_y, M, N, K, strides_x, strides_w, stride_b, strides_res, strides_y, seed, offset,
+    first_row, threshold, scale, ACT: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    dropout = (seed, offset, first_row, threshold, scale)
     if PERSISTENT:
         tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
         for pid in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             _forward_tile(
-                pid, p_x, p_w, p_b, p_res, p_y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
-                stride_rm, stride_rn, stride_ym, stride_yn, seed, offset, first_row, threshold, scale,
-                ACT, DROPOUT, BM, BN, BK, EPILOGUE_N, GROUP_M, EVEN_K, TMA, INTERPRET,
+                pid, p_x, p_w, p_b, p_res, p_y, M, N, K, strides_x, strides_w, stride_b, strides_res, strides_y,
+                dropout, ACT, DROPOUT, BM, BN, BK, EPILOGUE_N, GROUP_M, EVEN_K, TMA, INTERPRET,
             )  # fmt: skip
     else:
         _forward_tile(
-            tl.program_id(0), p_x, p_w, p_b, p_res, p_y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
-            stride_rm, stride_rn, stride_ym, stride_yn, seed, offset, first_row, threshold, scale,
-            ACT, DROPOUT, BM, BN, BK, EPILOGUE_N, GROUP_M, EVEN_K, TMA, INTERPRET,
+            tl.program_id(0), p_x, p_w, p_b, p_res, p_y, M, N, K, strides_x, strides_w, stride_b, strides_res,
+            strides_y, dropout, ACT, DROPOUT, BM, BN, BK, EPILOGUE_N, GROUP_M, EVEN_K, TMA, INTERPRET,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_DROPOUT_ARGS)
 def linear_recompute_bwd_kernel(
-    p_x,
-    p_w,
-    p_b,
-    p_dy,
-    p_dz,
-    p_h,
-    p_db,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_b,
-    stride_dym,
-    stride_dyn,
-    stride_dzm,
-    stride_dzn,
-    stride_hm,
-    stride_hn,
-    stride_dbm,
-    stride_dbn,
-    seed,
-    offset,
-    first_row,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    RECOMPUTE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EPILOGUE_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    p_x, p_w, p_b, p_dy, p_dz, p_h, p_db, M, N, K, strides_x, strides_w, stride_b, strides_dy, strides_dz, strides_h,
+    strides_db, seed, offset, first_row, threshold, scale, ACT: tl.constexpr, RECOMPUTE: tl.constexpr,
+    DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPILOGUE_N: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    dropout = (seed, offset, first_row, threshold, scale)
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row0 = i_m.to(tl.int64) * BM
     col0 = i_n.to(tl.int64) * BN
     z = tl.zeros((BM, BN), tl.float32)
     if RECOMPUTE:
         z = accumulate(
-            z, p_x, p_w, row0, col0, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-            BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
+            z, p_x, p_w, row0, col0, M, N, K, strides_x, strides_w, BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
         )  # fmt: skip
     if p_db is not None:
-        p_db += i_m.to(tl.int64) * stride_dbm
+        p_db += i_m.to(tl.int64) * strides_db[0]
     emit_backward(
-        z, None, row0, col0, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, stride_dym, stride_dyn, stride_dzm,
-        stride_dzn, stride_hm, stride_hn, stride_dbn, seed, offset, first_row, threshold, scale,
-        ACT, DROPOUT, BM, BN, EPILOGUE_N, INTERPRET,
+        z, None, row0, col0, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, strides_dy, strides_dz, strides_h,
+        strides_db[1], dropout, ACT, DROPOUT, BM, BN, EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 
@@ -247,11 +180,11 @@ def linear_fwd(
             M,
             N,
             K,
-            *x.stride(),
-            *weight.stride(),
+            x.stride(),
+            weight.stride(),
             *strides(bias, 1),
-            *strides(residual, 2),
-            *out.stride(),
+            strides(residual, 2),
+            out.stride(),
             *(dropout or NO_DROPOUT).kernel_args(),
             DROPOUT=dropout is not None,
             TMA=tma,
@@ -306,13 +239,13 @@ def linear_recompute_bwd(
             M,
             N,
             K,
-            *x.stride(),
-            *weight.stride(),
+            x.stride(),
+            weight.stride(),
             *strides(bias, 1),
-            *dy.stride(),
-            *dz.stride(),
-            *strides(h, 2),
-            *strides(db_partials, 2),
+            dy.stride(),
+            dz.stride(),
+            strides(h, 2),
+            strides(db_partials, 2),
             *(dropout or NO_DROPOUT).kernel_args(),
             RECOMPUTE=needs_z(activation) or h is not None,
             DROPOUT=dropout is not None,

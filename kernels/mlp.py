@@ -45,44 +45,11 @@ __all__ = ["db_partials_shape", "mlp_dual_bwd", "mlp_recompute_bwd"]
 
 @triton.jit
 def mlp_dual_bwd_kernel(
-    p_x,
-    p_w1,
-    p_b,
-    p_dy,
-    p_w2,
-    p_h,
-    p_dz,
-    p_db,
-    M,
-    N,
-    K,
-    D,
-    stride_xm,
-    stride_xk,
-    stride_w1n,
-    stride_w1k,
-    stride_b,
-    stride_dym,
-    stride_dyd,
-    stride_w2d,
-    stride_w2n,
-    stride_hm,
-    stride_hn,
-    stride_dzm,
-    stride_dzn,
-    stride_dbm,
-    stride_dbn,
-    ACT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EPILOGUE_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    TMA: tl.constexpr,
+    p_x, p_w1, p_b, p_dy, p_w2, p_h, p_dz, p_db, M, N, K, D, strides_x, strides_w1, stride_b, strides_dy, strides_w2,
+    strides_h, strides_dz, strides_db, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
-):
+):  # fmt: skip
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row0 = i_m.to(tl.int64) * BM
     col0 = i_n.to(tl.int64) * BN
@@ -90,20 +57,18 @@ def mlp_dual_bwd_kernel(
     # one accumulator miscompiled on Blackwell (triton#10821).
     dh = tl.zeros((BM, BN), tl.float32)
     dh = accumulate(
-        dh, p_dy, p_w2, row0, col0, M, N, D, stride_dym, stride_dyd, stride_w2n, stride_w2d,
-        BM, BN, BK, EVEN_D, TMA, True, INTERPRET,
+        dh, p_dy, p_w2, row0, col0, M, N, D, strides_dy, (strides_w2[1], strides_w2[0]), BM, BN, BK, EVEN_D, TMA,
+        True, INTERPRET,
     )  # fmt: skip
     z = tl.zeros((BM, BN), tl.float32)
     z = accumulate(
-        z, p_x, p_w1, row0, col0, M, N, K, stride_xm, stride_xk, stride_w1n, stride_w1k,
-        BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
+        z, p_x, p_w1, row0, col0, M, N, K, strides_x, strides_w1, BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
     )  # fmt: skip
     if p_db is not None:
-        p_db += i_m.to(tl.int64) * stride_dbm
+        p_db += i_m.to(tl.int64) * strides_db[0]
     emit_backward(
-        z, dh, row0, col0, p_b, None, p_dz, p_h, p_db, M, N, stride_b, 0, 0, stride_dzm, stride_dzn,
-        stride_hm, stride_hn, stride_dbn, 0, 0, 0, 0, 1.0,
-        ACT, False, BM, BN, EPILOGUE_N, INTERPRET,
+        z, dh, row0, col0, p_b, None, p_dz, p_h, p_db, M, N, stride_b, (0, 0), strides_dz, strides_h, strides_db[1],
+        None, ACT, False, BM, BN, EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 
@@ -160,13 +125,13 @@ def mlp_recompute_bwd(
     """
     if _form(x, w1, w2, form) == "dual":
         mlp_dual_bwd(
-            x, w1, b1, dy, w2, h, dz, db_partials, activation=activation, tile=tile, tma=tma
+            x, w1, b1, dy, w2, h, dz, db_partials, activation=activation, tile=tile, tma=tma,
         )  # fmt: skip
         return
     _check(x, w1, b1, dy, w2, h, dz, activation)
     torch.mm(dy, w2, out=dz)
     linear_recompute_bwd(
-        x, w1, b1, dz, dz, db_partials, activation=activation, h=h, tile=tile, tma=tma
+        x, w1, b1, dz, dz, db_partials, activation=activation, h=h, tile=tile, tma=tma,
     )  # fmt: skip
 
 
@@ -232,14 +197,14 @@ def mlp_dual_bwd(
             N,
             K,
             D,
-            *x.stride(),
-            *w1.stride(),
+            x.stride(),
+            w1.stride(),
             *strides(b1, 1),
-            *dy.stride(),
-            *w2.stride(),
-            *strides(h, 2),
-            *dz.stride(),
-            *strides(db_partials, 2),
+            dy.stride(),
+            w2.stride(),
+            strides(h, 2),
+            dz.stride(),
+            strides(db_partials, 2),
             EVEN_D=D % tile.bk == 0,
             TMA=tma,
             **gemm_options("dual", tile, K, activation),

@@ -68,30 +68,28 @@ def norm_fwd_kernel(
     p_b,
     p_y,
     K,
-    stride_xm,
-    stride_xk,
+    strides_x,
     stride_w,
     stride_b,
-    stride_ym,
-    stride_yk,
+    strides_y,
     eps,
     LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    p_x += row * stride_xm
-    p_y += row * stride_ym
-    mean, rstd = _statistics(p_x, K, stride_xk, eps, LAYER, BLOCK, INTERPRET)
+    p_x += row * strides_x[0]
+    p_y += row * strides_y[0]
+    mean, rstd = _statistics(p_x, K, strides_x[1], eps, LAYER, BLOCK, INTERPRET)
     o_k = tl.arange(0, BLOCK).to(tl.int64)
     for k in range(0, K, BLOCK):
         o = k + o_k
-        y = (widen(tl.load(p_x + o * stride_xk, mask=o < K, other=0.0), INTERPRET) - mean) * rstd
+        y = (widen(tl.load(p_x + o * strides_x[1], mask=o < K, other=0.0), INTERPRET) - mean) * rstd
         if p_w is not None:
             y *= widen(tl.load(p_w + o * stride_w, mask=o < K, other=0.0), INTERPRET)
         if p_b is not None:
             y += widen(tl.load(p_b + o * stride_b, mask=o < K, other=0.0), INTERPRET)
-        tl.store(p_y + o * stride_yk, narrow(y, p_y.dtype.element_ty, INTERPRET), mask=o < K)
+        tl.store(p_y + o * strides_y[1], narrow(y, p_y.dtype.element_ty, INTERPRET), mask=o < K)
 
 
 @triton.jit
@@ -102,52 +100,48 @@ def norm_bwd_rows_kernel(
     p_dx,
     p_stats,
     K,
-    stride_xm,
-    stride_xk,
+    strides_x,
     stride_w,
-    stride_dym,
-    stride_dyk,
-    stride_dxm,
-    stride_dxk,
-    stride_s,
-    stride_sm,
+    strides_dy,
+    strides_dx,
+    strides_s,
     eps,
     LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    p_x += row * stride_xm
-    p_dy += row * stride_dym
-    p_stats += row * stride_sm
-    mean, rstd = _statistics(p_x, K, stride_xk, eps, LAYER, BLOCK, INTERPRET)
+    p_x += row * strides_x[0]
+    p_dy += row * strides_dy[0]
+    p_stats += row * strides_s[1]
+    mean, rstd = _statistics(p_x, K, strides_x[1], eps, LAYER, BLOCK, INTERPRET)
     tl.store(p_stats, mean)
-    tl.store(p_stats + tl.full((), 0, tl.int64) + stride_s, rstd)
+    tl.store(p_stats + tl.full((), 0, tl.int64) + strides_s[0], rstd)
     o_k = tl.arange(0, BLOCK).to(tl.int64)
     # g = dy * w; dx = rstd (g - xhat mean(g xhat) [- mean(g)]).
     sum_g = tl.zeros((BLOCK,), tl.float32)
     sum_gx = tl.zeros((BLOCK,), tl.float32)
     for k in range(0, K, BLOCK):
         o = k + o_k
-        xhat = (widen(tl.load(p_x + o * stride_xk, mask=o < K, other=0.0), INTERPRET) - mean) * rstd
-        g = widen(tl.load(p_dy + o * stride_dyk, mask=o < K, other=0.0), INTERPRET)
+        xhat = (widen(tl.load(p_x + o * strides_x[1], mask=o < K, other=0.0), INTERPRET) - mean) * rstd
+        g = widen(tl.load(p_dy + o * strides_dy[1], mask=o < K, other=0.0), INTERPRET)
         if p_w is not None:
             g *= widen(tl.load(p_w + o * stride_w, mask=o < K, other=0.0), INTERPRET)
         sum_g += g
         sum_gx += g * xhat
     mean_gx = tl.sum(sum_gx, axis=0) / K
     mean_g = tl.sum(sum_g, axis=0) / K
-    p_dx += row * stride_dxm
+    p_dx += row * strides_dx[0]
     for k in range(0, K, BLOCK):
         o = k + o_k
-        xhat = (widen(tl.load(p_x + o * stride_xk, mask=o < K, other=0.0), INTERPRET) - mean) * rstd
-        dx = widen(tl.load(p_dy + o * stride_dyk, mask=o < K, other=0.0), INTERPRET)
+        xhat = (widen(tl.load(p_x + o * strides_x[1], mask=o < K, other=0.0), INTERPRET) - mean) * rstd
+        dx = widen(tl.load(p_dy + o * strides_dy[1], mask=o < K, other=0.0), INTERPRET)
         if p_w is not None:
             dx *= widen(tl.load(p_w + o * stride_w, mask=o < K, other=0.0), INTERPRET)
         dx -= xhat * mean_gx
         if LAYER:
             dx -= mean_g
-        tl.store(p_dx + o * stride_dxk, narrow(dx * rstd, p_dx.dtype.element_ty, INTERPRET), mask=o < K)
+        tl.store(p_dx + o * strides_dx[1], narrow(dx * rstd, p_dx.dtype.element_ty, INTERPRET), mask=o < K)
 
 
 @triton.jit
@@ -159,16 +153,11 @@ def norm_bwd_columns_kernel(
     p_db,
     M,
     K,
-    stride_xm,
-    stride_xk,
-    stride_dym,
-    stride_dyk,
-    stride_s,
-    stride_sm,
-    stride_dwm,
-    stride_dwk,
-    stride_dbm,
-    stride_dbk,
+    strides_x,
+    strides_dy,
+    strides_s,
+    strides_dw,
+    strides_db,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -178,16 +167,20 @@ def norm_bwd_columns_kernel(
     o_k = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     m_k = o_k < K
     m = (o_m < M)[:, None] & m_k[None, :]
-    dy = widen(tl.load(p_dy + o_m[:, None] * stride_dym + o_k[None, :] * stride_dyk, mask=m, other=0.0), INTERPRET)
+    dy = widen(
+        tl.load(p_dy + o_m[:, None] * strides_dy[0] + o_k[None, :] * strides_dy[1], mask=m, other=0.0), INTERPRET
+    )
     if p_dw is not None:
-        p_stats += o_m * stride_sm
+        p_stats += o_m * strides_s[1]
         mean = tl.load(p_stats, mask=o_m < M, other=0.0)
-        rstd = tl.load(p_stats + stride_s, mask=o_m < M, other=0.0)
-        x = widen(tl.load(p_x + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk, mask=m, other=0.0), INTERPRET)
+        rstd = tl.load(p_stats + strides_s[0], mask=o_m < M, other=0.0)
+        x = widen(
+            tl.load(p_x + o_m[:, None] * strides_x[0] + o_k[None, :] * strides_x[1], mask=m, other=0.0), INTERPRET
+        )
         dw = tl.sum(dy * (x - mean[:, None]) * rstd[:, None], axis=0)
-        tl.store(p_dw + i_m * stride_dwm + o_k * stride_dwk, dw, mask=m_k)
+        tl.store(p_dw + i_m * strides_dw[0] + o_k * strides_dw[1], dw, mask=m_k)
     if p_db is not None:
-        tl.store(p_db + i_m * stride_dbm + o_k * stride_dbk, tl.sum(dy, axis=0), mask=m_k)
+        tl.store(p_db + i_m * strides_db[0] + o_k * strides_db[1], tl.sum(dy, axis=0), mask=m_k)
 
 
 def _check(x: Tensor, kind: str, eps: float) -> tuple[int, int]:
@@ -230,10 +223,10 @@ def norm_fwd(
             bias,
             out,
             K,
-            *x.stride(),
+            x.stride(),
             *strides(weight, 1),
             *strides(bias, 1),
-            *out.stride(),
+            out.stride(),
             eps,
             LAYER=kind == "layer",
             BLOCK=_block(K),
@@ -289,11 +282,11 @@ def norm_bwd(
             dx,
             stats,
             K,
-            *x.stride(),
+            x.stride(),
             *strides(weight, 1),
-            *dxn.stride(),
-            *dx.stride(),
-            *stats.stride(),
+            dxn.stride(),
+            dx.stride(),
+            stats.stride(),
             eps,
             LAYER=kind == "layer",
             BLOCK=_block(K),
@@ -310,11 +303,11 @@ def norm_bwd(
                 db_partials,
                 M,
                 K,
-                *x.stride(),
-                *dxn.stride(),
-                *stats.stride(),
-                *strides(dw_partials, 2),
-                *strides(db_partials, 2),
+                x.stride(),
+                dxn.stride(),
+                stats.stride(),
+                strides(dw_partials, 2),
+                strides(db_partials, 2),
                 ROWS=ROWS_PER_SUM,
                 COLUMNS=COLUMNS_PER_SUM,
                 INTERPRET=INTERPRETED,

@@ -82,13 +82,17 @@ def _norm_specs(arch: int) -> list[KernelSpec]:
 def _norm_spec(fn: Any, kind: str, dtype: str, arch: int, stores: dict[str, int]) -> KernelSpec:
     constants: dict[str, Any] = {"LAYER": kind == "layer", "BLOCK": norm.WIDEST_BLOCK, "INTERPRET": False}
     constants |= {"ROWS": norm.ROWS_PER_SUM, "COLUMNS": norm.COLUMNS_PER_SUM}
-    constants |= {f"stride_{n}": 1 for n in ("xk", "w", "b", "yk", "dyk", "dxk", "sm", "dwk", "dbk")}
+    constants |= {"stride_w": 1, "stride_b": 1}
     if kind == "rms":
         constants["p_b"] = None
         del constants["stride_b"]
     constants = {n: v for n, v in constants.items() if n in fn.arg_names}
     special = {"p_stats": "*fp32", "p_dw": "*fp32", "p_db": "*fp32", "eps": "fp32"}
-    types = {n: special.get(n, "T" if n.startswith("p_") else "i32") for n in fn.arg_names if n not in constants}
+    types: dict[str, str | tuple[str, ...]] = {
+        n: ("i32", "1") if n.startswith("strides_") else special.get(n, "T" if n.startswith("p_") else "i32")
+        for n in fn.arg_names
+        if n not in constants
+    }
     shape = (norm.ROWS_PER_SUM, norm.COLUMNS_PER_SUM) if "ROWS" in constants else (1, norm.WIDEST_BLOCK)
     return make_spec(
         fn,
@@ -98,6 +102,6 @@ def _norm_spec(fn: Any, kind: str, dtype: str, arch: int, stores: dict[str, int]
         tile=BlockTile(*shape, norm.NUM_WARPS),
         types=types,
         constexprs=constants,
-        divisible=tuple(n for n in types if n not in ("eps", "M", "stride_s")),
+        divisible=tuple(n for n in types if n not in ("eps", "M", "strides_s")),
         meta=block_meta(stores),
     )

@@ -172,7 +172,7 @@ def _request(spec: KernelSpec, use_cache: bool) -> dict[str, Any]:
         "arch": spec.arch,
         "function": _name_function(spec.fn),
         "signature": dict(spec.signature),
-        "constexprs": {k: _encode(v) for k, v in spec.constexprs.items()},
+        "constexprs": [[k if isinstance(k, str) else list(k), _encode(v)] for k, v in spec.constexprs.items()],
         "attrs": [[list(path), value] for path, value in spec.attrs.items()],
         "options": {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options},
         "cache": str(cache_dir()),

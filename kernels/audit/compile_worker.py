@@ -93,8 +93,8 @@ def _answer(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
     source = ASTSource(
         fn=_function(request["function"]),
-        signature=request["signature"],
-        constexprs={k: _decode(v) for k, v in request["constexprs"].items()},
+        signature={n: tuple(t) if isinstance(t, list) else t for n, t in request["signature"].items()},
+        constexprs={tuple(k) if isinstance(k, list) else k: _decode(v) for k, v in request["constexprs"]},
         attrs={tuple(path): value for path, value in request["attrs"]},
     )
     parts = [source.hash(), json.dumps(request["options"], sort_keys=True), str(request["arch"]), triton.__version__]

@@ -25,6 +25,7 @@ Types follow from the arguments' names, so a new argument needs no entry here.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from ..device.activations import ACTIVATIONS
@@ -63,7 +64,7 @@ def specs(arch: int) -> list[KernelSpec]:
             if arch not in WHOLE_ARCHS and dtype == "fp16":
                 continue
             for activation in _EXTREMES if dtype == "bf16" else _EXTREMES[:1]:
-                found += _kind_specs(kind, dtype, arch, unaligned_tile(kind, dtype, arch), activation, loose=True)
+                found += _kind_specs(kind, dtype, arch, unaligned_tile(kind, dtype, arch), activation, unaligned=True)
     return found
 
 
@@ -98,29 +99,19 @@ def linear_specs(
     *,
     tma: bool = False,
     dropout: bool = False,
-    loose: bool = False,
+    unaligned: bool = False,
     even: bool = True,
 ) -> list[KernelSpec]:
     """Forward and recompute-backward of one linear layer."""
     blocks = {"p_x": (tile.bm, tile.bk), "p_w": (tile.bn, tile.bk)} if tma else {}
-    inner = ("stride_xk", "stride_wk", "stride_b")
     shared = {"DROPOUT": dropout, "TMA": tma}
-    forward = (*inner, "stride_rn", "stride_yn"), {**shared, "PERSISTENT": tma}
-    backward = (*inner, "stride_dyn", "stride_dzn", "stride_hn", "stride_dbn"), {**shared, "RECOMPUTE": True}
+    common = functools.partial(
+        _spec, kind="linear", dtype=dtype, arch=arch, tile=tile, activation=activation, blocks=blocks,
+        unaligned=unaligned, even=even,
+    )  # fmt: skip
     return [
-        _spec(linear_fwd_kernel, "linear", *forward, dtype, arch, tile, activation, blocks, loose=loose, even=even),
-        _spec(
-            linear_recompute_bwd_kernel,
-            "linear",
-            *backward,
-            dtype,
-            arch,
-            tile,
-            activation,
-            blocks,
-            loose=loose,
-            even=even,
-        ),
+        common(linear_fwd_kernel, flags={**shared, "PERSISTENT": tma}),
+        common(linear_recompute_bwd_kernel, flags={**shared, "RECOMPUTE": True}),
     ]
 
 
@@ -131,16 +122,15 @@ def dual_specs(
     activation: str,
     *,
     tma: bool = False,
-    loose: bool = False,
+    unaligned: bool = False,
     even: bool = True,
 ) -> list[KernelSpec]:
     """The dual-GEMM backward of an MLP."""
     square = (tile.bm, tile.bk)
     blocks = {"p_x": square, "p_w1": (tile.bn, tile.bk), "p_dy": square, "p_w2": (tile.bk, tile.bn)} if tma else {}
-    inner = tuple(f"stride_{n}" for n in ("xk", "w1k", "b", "dyd", "w2n", "hn", "dzn", "dbn"))
     flags = {"TMA": tma, "EVEN_D": True}
     return [
-        _spec(mlp_dual_bwd_kernel, "dual", inner, flags, dtype, arch, tile, activation, blocks, loose=loose, even=even)
+        _spec(mlp_dual_bwd_kernel, "dual", dtype, arch, tile, activation, blocks, flags, unaligned=unaligned, even=even)
     ]
 
 
@@ -152,73 +142,56 @@ def gated_specs(
     activation: str,
     *,
     tma: bool = False,
-    loose: bool = False,
+    unaligned: bool = False,
     even: bool = True,
 ) -> list[KernelSpec]:
     """Forward (kind "gated_fwd") or recompute-backward ("gated_bwd") of a gated MLP."""
     rows, weights = (tile.bm, tile.bk), (tile.bn, tile.bk)
     blocks = {"p_x": rows, "p_wg": weights, "p_wu": weights} if tma else {}
-    inner = tuple(f"stride_{n}" for n in ("xk", "wgk", "wuk", "bg", "bu", "hn"))
     flags = {"TMA": tma}
-    if kind == "gated_fwd":
-        return [
-            _spec(gated_fwd_kernel, kind, inner, flags, dtype, arch, tile, activation, blocks, loose=loose, even=even)
-        ]
-    if tma:
-        blocks |= {"p_dy": rows, "p_wd": (tile.bk, tile.bn)}
-    inner += tuple(f"stride_{n}" for n in ("dyd", "wdn", "dzgn", "dzun", "dbgn", "dbun"))
-    flags |= {"EVEN_D": True}
-    return [
-        _spec(
-            gated_recompute_bwd_kernel,
-            kind,
-            inner,
-            flags,
-            dtype,
-            arch,
-            tile,
-            activation,
-            blocks,
-            loose=loose,
-            even=even,
-        )
-    ]
+    fn = gated_fwd_kernel
+    if kind == "gated_bwd":
+        fn = gated_recompute_bwd_kernel
+        blocks |= {"p_dy": rows, "p_wd": (tile.bk, tile.bn)} if tma else {}
+        flags |= {"EVEN_D": True}
+    return [_spec(fn, kind, dtype, arch, tile, activation, blocks, flags, unaligned=unaligned, even=even)]
 
 
 def _spec(
     fn: Any,
     kind: str,
-    inner: tuple[str, ...],
-    flags: dict[str, Any],
     dtype: str,
     arch: int,
     tile: TileConfig,
     activation: str,
     blocks: dict[str, tuple[int, int]],
+    flags: dict[str, Any],
     *,
-    loose: bool,
+    unaligned: bool,
     even: bool,
 ) -> KernelSpec:
-    """inner: strides that are 1. flags: constants beyond those of every GEMM kernel. blocks: descriptors and their block shapes.
-    loose: no stride is known, and nothing is a multiple of anything. even: K and D are multiples of the tile's step."""
+    """blocks: descriptors and their block shapes. flags: constants beyond those of every GEMM kernel. unaligned: no stride is
+    known, and nothing is a multiple of anything. even: K and D are multiples of the tile's step."""
     options = gemm_options(kind, tile, 0, activation, dropout=flags.get("DROPOUT", False))
     constexprs = {n: options[n] for n in fn.arg_names if n in options} | flags
     constexprs["INTERPRET"] = False
-    if loose or not even:
+    if unaligned or not even:
         constexprs |= {n: False for n in ("EVEN_K", "EVEN_D") if n in constexprs}
-    if not loose:
-        constexprs |= dict.fromkeys(inner, 1)
-    types: dict[str, str] = {}
+    if not unaligned:
+        constexprs |= {n: 1 for n in fn.arg_names if n.startswith("stride_")}
+    types: dict[str, str | tuple[str, ...]] = {}
     for n in fn.arg_names:
         if n in blocks:
             types[n] = f"tensordesc<{dtype}[{blocks[n][0]},{blocks[n][1]}]>"
+        elif n.startswith("strides_"):
+            types[n] = ("i32", "i32" if unaligned else "1")
         elif n not in constexprs:
             types[n] = _TYPES.get(n, "T" if n.startswith("p_") else "i32")
-    aligned = [n for n in types if n not in blocks and (n.startswith(("p_", "stride_")) or n in ("N", "K", "D"))]
+    aligned = [n for n in types if n not in blocks and (n.startswith(("p_", "stride")) or n in ("N", "K", "D"))]
     marks = (
         "tma" if blocks else "",
         "dropout" if flags.get("DROPOUT") else "",
-        "loose" if loose else "" if even else "uneven",
+        "loose" if unaligned else "" if even else "uneven",
     )
     return make_spec(
         fn,
@@ -228,12 +201,12 @@ def _spec(
         tile=tile,
         types=types,
         constexprs=constexprs,
-        divisible=() if loose else tuple(aligned),
+        divisible=() if unaligned else tuple(aligned),
         meta={
             "activation": activation,
             "gemm_loops": 1 + ("p_dy" in fn.arg_names and "D" in fn.arg_names),
             "tensor_cores": dtype != "fp32",
             "tma": bool(blocks),
-            "pipelined": not loose,
+            "pipelined": not unaligned,
         },
     )

@@ -49,9 +49,10 @@ class KernelSpec:
 
     name: unique within an architecture, e.g. "linear_fwd[gelu_tanh,bf16,128x128x64]".
     fn: the `triton.jit` function. Under TRITON_INTERPRET=1 it is an interpreted one and cannot be compiled.
-    signature: argument name -> Triton type ("*bf16", "i64", "constexpr", ...), in the order of `fn`'s arguments.
-    constexprs: argument name -> value.
-    attrs: {(argument index,): [["tt.divisibility", 16]]}; without it nothing is pipelined.
+    signature: argument name -> Triton type ("*bf16", "i64", "constexpr", ...), in the order of `fn`'s arguments; of strides that
+    are passed as a tuple, a tuple of types.
+    constexprs: argument name -> value, or (argument index, place in the tuple) -> value.
+    attrs: {(argument index,): [["tt.divisibility", 16]]}, or (argument index, place); without it nothing is pipelined.
     dtype: "fp32" | "fp16" | "bf16", the type of the matrices. arch: 80, 86, 89, 90, 100 or 120.
     tile: the `TileConfig` or `BlockTile` used. options: of the compiler, beyond num_warps and num_stages.
     meta: what to check in the compiled code. Keys:
@@ -63,8 +64,8 @@ class KernelSpec:
 
     name: str
     fn: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
+    signature: Mapping[str, str | tuple[str, ...]]
+    constexprs: Mapping[str | tuple[int, int], Any]
     attrs: Mapping[tuple[int, ...], list[list[Any]]]
     num_warps: int
     num_stages: int
@@ -82,33 +83,45 @@ def make_spec(
     dtype: str,
     arch: int,
     tile: Any,
-    types: Mapping[str, str],
+    types: Mapping[str, str | tuple[str, ...]],
     constexprs: Mapping[str, Any],
     divisible: tuple[str, ...],
     meta: Mapping[str, Any],
 ) -> KernelSpec:
     """Fill in what follows from the kernel's own argument list.
 
-    types: runtime argument -> type; "T" stands for a pointer to `dtype`. Every argument that is neither
-    in `types` nor in `constexprs` is an error. divisible: names of arguments that are multiples of 16 (bytes for pointers,
-    elements for integers).
+    types: runtime argument -> type; "T" stands for a pointer to `dtype`, "1" in a tuple for the constant. Every argument
+    that is neither in `types` nor in `constexprs` is an error. divisible: names of arguments that are multiples of 16
+    (bytes for pointers, elements for integers).
     """
     names = list(fn.arg_names)
     missing = [n for n in names if n not in types and n not in constexprs]
     unknown = [n for n in (*types, *constexprs, *divisible) if n not in names]
     if missing or unknown:
         raise ValueError(f"{fn.__name__}: arguments without a type: {missing}; names it does not have: {unknown}")
-    signature = {
-        n: "constexpr" if n in constexprs else (_POINTER_TYPES[dtype] if types[n] == "T" else types[n]) for n in names
-    }
+    signature: dict[str, str | tuple[str, ...]] = {}
+    constants: dict[Any, Any] = dict(constexprs)
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    marked: list[tuple[int, ...]]
+    for place, name in enumerate(names):
+        own = "constexpr" if name in constexprs else types[name]
+        if isinstance(own, tuple):
+            constants |= {(place, k): 1 for k, t in enumerate(own) if t == "1"}
+            marked = [(place, k) for k, t in enumerate(own) if t != "1"]
+            signature[name] = tuple("constexpr" if t == "1" else t for t in own)
+        else:
+            marked = [(place,)]
+            signature[name] = _POINTER_TYPES[dtype] if own == "T" else own
+        if name in divisible:
+            attrs |= {path: [["tt.divisibility", 16]] for path in marked}
     kernel = str(fn.__name__).lstrip("_").removesuffix("_kernel")
     most = getattr(tile, "max_registers", None)
     return KernelSpec(
         name=f"{kernel}[{variant},{dtype},{tile.label}]",
         fn=fn,
         signature=signature,
-        constexprs=dict(constexprs),
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
+        constexprs=constants,
+        attrs=attrs,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         dtype=dtype,

@@ -55,8 +55,10 @@ NO_DROPOUT = Dropout(0.0, 0)
 
 
 @triton.jit
-def drop(v, o_m, o_n, seed, offset, first_row, threshold, scale):
-    """v (BM, BN) in fp32 with dropped elements zero and kept ones scaled. o_m (BM), o_n (BN): int64 positions."""
+def drop(v, o_m, o_n, dropout):
+    """v (BM, BN) in fp32 with dropped elements zero and kept ones scaled. o_m (BM), o_n (BN): int64 positions.
+    dropout: `Dropout.kernel_args`."""
+    seed, offset, first_row, threshold, scale = dropout
     column = tl.broadcast_to(o_n[None, :], v.shape).to(tl.uint32)
     row = tl.broadcast_to((o_m + first_row)[:, None], v.shape).to(tl.uint32)
     stream = tl.full(v.shape, 0, tl.int64) + offset

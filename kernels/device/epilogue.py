@@ -21,41 +21,19 @@ __all__ = ["emit_backward", "emit_forward"]
 
 @triton.jit
 def emit_forward(
-    z,
-    row0,
-    col0,
-    p_b,
-    p_res,
-    p_y,
-    M,
-    N,
-    stride_b,
-    stride_rm,
-    stride_rn,
-    stride_ym,
-    stride_yn,
-    seed,
-    offset,
-    first_row,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    EPILOGUE_N: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    z, row0, col0, p_b, p_res, p_y, M, N, stride_b, strides_res, strides_y, dropout, ACT: tl.constexpr,
+    DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EPILOGUE_N: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     """y = dropout(act(z + b)) + residual, for columns col0 .. col0 + BN."""
     if BN > EPILOGUE_N:
         left, right = halves(z, BM, BN)
         emit_forward(
-            left, row0, col0, p_b, p_res, p_y, M, N, stride_b, stride_rm, stride_rn, stride_ym, stride_yn,
-            seed, offset, first_row, threshold, scale, ACT, DROPOUT, BM, BN // 2, EPILOGUE_N, INTERPRET,
+            left, row0, col0, p_b, p_res, p_y, M, N, stride_b, strides_res, strides_y, dropout, ACT, DROPOUT, BM,
+            BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
         emit_forward(
-            right, row0, col0 + BN // 2, p_b, p_res, p_y, M, N, stride_b, stride_rm, stride_rn, stride_ym, stride_yn,
-            seed, offset, first_row, threshold, scale, ACT, DROPOUT, BM, BN // 2, EPILOGUE_N, INTERPRET,
+            right, row0, col0 + BN // 2, p_b, p_res, p_y, M, N, stride_b, strides_res, strides_y, dropout, ACT,
+            DROPOUT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
     else:
         o_m = row0 + tl.arange(0, BM)
@@ -66,47 +44,20 @@ def emit_forward(
             z += widen(tl.load(p_b + o_n * stride_b, mask=m_n, other=0.0), INTERPRET)[None, :]
         y = activate(z, ACT)
         if DROPOUT:
-            y = drop(y, o_m, o_n, seed, offset, first_row, threshold, scale)
+            y = drop(y, o_m, o_n, dropout)
         if p_res is not None:
-            p_res += o_m[:, None] * stride_rm + o_n[None, :] * stride_rn
+            p_res += o_m[:, None] * strides_res[0] + o_n[None, :] * strides_res[1]
             y += widen(tl.load(p_res, mask=m, other=0.0), INTERPRET)
-        p_y += o_m[:, None] * stride_ym + o_n[None, :] * stride_yn
+        p_y += o_m[:, None] * strides_y[0] + o_n[None, :] * strides_y[1]
         tl.store(p_y, narrow(y, p_y.dtype.element_ty, INTERPRET), mask=m)
 
 
 @triton.jit
 def emit_backward(
-    z,
-    g,
-    row0,
-    col0,
-    p_b,
-    p_dy,
-    p_dz,
-    p_h,
-    p_db,
-    M,
-    N,
-    stride_b,
-    stride_dym,
-    stride_dyn,
-    stride_dzm,
-    stride_dzn,
-    stride_hm,
-    stride_hn,
-    stride_dbn,
-    seed,
-    offset,
-    first_row,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    EPILOGUE_N: tl.constexpr,
+    z, g, row0, col0, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, strides_dy, strides_dz, strides_h, stride_dbn,
+    dropout, ACT: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EPILOGUE_N: tl.constexpr,
     INTERPRET: tl.constexpr,
-):
+):  # fmt: skip
     """dz = dropout(g) * act'(z + b), h = dropout(act(z + b)), db = sum of dz over the tile's rows (p_db: the tile's row).
 
     g: the gradient of dropout(act(z + b)) as an fp32 block, or None where it is read from p_dy.
@@ -118,14 +69,12 @@ def emit_backward(
         else:
             g_left, g_right = None, None
         emit_backward(
-            left, g_left, row0, col0, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, stride_dym, stride_dyn, stride_dzm,
-            stride_dzn, stride_hm, stride_hn, stride_dbn, seed, offset, first_row, threshold, scale,
-            ACT, DROPOUT, BM, BN // 2, EPILOGUE_N, INTERPRET,
+            left, g_left, row0, col0, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, strides_dy, strides_dz, strides_h,
+            stride_dbn, dropout, ACT, DROPOUT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
         emit_backward(
-            right, g_right, row0, col0 + BN // 2, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, stride_dym, stride_dyn,
-            stride_dzm, stride_dzn, stride_hm, stride_hn, stride_dbn, seed, offset, first_row, threshold, scale,
-            ACT, DROPOUT, BM, BN // 2, EPILOGUE_N, INTERPRET,
+            right, g_right, row0, col0 + BN // 2, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, strides_dy, strides_dz,
+            strides_h, stride_dbn, dropout, ACT, DROPOUT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
     else:
         o_m = row0 + tl.arange(0, BM)
@@ -137,16 +86,16 @@ def emit_backward(
         if p_h is not None:
             h = activate(z, ACT)
             if DROPOUT:
-                h = drop(h, o_m, o_n, seed, offset, first_row, threshold, scale)
-            p_h += o_m[:, None] * stride_hm + o_n[None, :] * stride_hn
+                h = drop(h, o_m, o_n, dropout)
+            p_h += o_m[:, None] * strides_h[0] + o_n[None, :] * strides_h[1]
             tl.store(p_h, narrow(h, p_h.dtype.element_ty, INTERPRET), mask=m)
         if p_dy is not None:
-            p_dy += o_m[:, None] * stride_dym + o_n[None, :] * stride_dyn
+            p_dy += o_m[:, None] * strides_dy[0] + o_n[None, :] * strides_dy[1]
             g = widen(tl.load(p_dy, mask=m, other=0.0), INTERPRET)
         if DROPOUT:
-            g = drop(g, o_m, o_n, seed, offset, first_row, threshold, scale)
+            g = drop(g, o_m, o_n, dropout)
         dz = g * derivative(z, ACT)
-        p_dz += o_m[:, None] * stride_dzm + o_n[None, :] * stride_dzn
+        p_dz += o_m[:, None] * strides_dz[0] + o_n[None, :] * strides_dz[1]
         tl.store(p_dz, narrow(dz, p_dz.dtype.element_ty, INTERPRET), mask=m)
         if p_db is not None:
             # A row beyond M has z = b there, and 0 * act'(z) is NaN where act' is not finite: dropped, not added.

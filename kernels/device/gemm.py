@@ -31,26 +31,9 @@ def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr
 
 @triton.jit
 def accumulate(
-    acc,
-    p_a,
-    p_b,
-    row0,
-    col0,
-    M,
-    N,
-    K,
-    stride_am,
-    stride_ak,
-    stride_bn,
-    stride_bk,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-    B_IS_KN: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    acc, p_a, p_b, row0, col0, M, N, K, strides_a, strides_b, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, B_IS_KN: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     """acc + a[row0:row0+BM] b[col0:col0+BN]^T, K in steps of BK from 0 up: the order that makes a recomputed z bitwise equal.
 
     row0, col0 are int64, and so is every offset before it meets a stride. fp32 operands are multiplied in full precision
@@ -70,8 +53,8 @@ def accumulate(
         o_k = tl.arange(0, BK)
         m_m = o_m < M
         m_n = o_n < N
-        p_a += o_m[:, None] * stride_am + o_k[None, :].to(tl.int64) * stride_ak
-        p_b += o_n[None, :] * stride_bn + o_k[:, None].to(tl.int64) * stride_bk
+        p_a += o_m[:, None] * strides_a[0] + o_k[None, :].to(tl.int64) * strides_a[1]
+        p_b += o_n[None, :] * strides_b[0] + o_k[:, None].to(tl.int64) * strides_b[1]
         step = tl.full((), BK, tl.int64)
         for i_k in tl.range(0, tl.cdiv(K, BK)):
             if EVEN_K:
@@ -82,34 +65,16 @@ def accumulate(
                 b_a = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
                 b_b = tl.load(p_b, mask=m_n[None, :] & m_k[:, None], other=0.0)
             acc = tl.dot(operand(b_a, INTERPRET), operand(b_b, INTERPRET), acc, input_precision="ieee")
-            p_a += step * stride_ak
-            p_b += step * stride_bk
+            p_a += step * strides_a[1]
+            p_b += step * strides_b[1]
     return acc
 
 
 @triton.jit
 def accumulate_two(
-    p_a,
-    p_b,
-    p_c,
-    row0,
-    col0,
-    M,
-    N,
-    K,
-    stride_am,
-    stride_ak,
-    stride_bn,
-    stride_bk,
-    stride_cn,
-    stride_ck,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    p_a, p_b, p_c, row0, col0, M, N, K, strides_a, strides_b, strides_c, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     """(a b^T, a c^T) for b and c (N, K), each as `accumulate` would have it, with a read once for both."""
     acc_b = tl.zeros((BM, BN), tl.float32)
     acc_c = tl.zeros((BM, BN), tl.float32)
@@ -128,9 +93,9 @@ def accumulate_two(
         o_k = tl.arange(0, BK)
         m_m = o_m < M
         m_n = o_n < N
-        p_a += o_m[:, None] * stride_am + o_k[None, :].to(tl.int64) * stride_ak
-        p_b += o_n[None, :] * stride_bn + o_k[:, None].to(tl.int64) * stride_bk
-        p_c += o_n[None, :] * stride_cn + o_k[:, None].to(tl.int64) * stride_ck
+        p_a += o_m[:, None] * strides_a[0] + o_k[None, :].to(tl.int64) * strides_a[1]
+        p_b += o_n[None, :] * strides_b[0] + o_k[:, None].to(tl.int64) * strides_b[1]
+        p_c += o_n[None, :] * strides_c[0] + o_k[:, None].to(tl.int64) * strides_c[1]
         step = tl.full((), BK, tl.int64)
         for i_k in tl.range(0, tl.cdiv(K, BK)):
             if EVEN_K:
@@ -145,9 +110,9 @@ def accumulate_two(
             b_a = operand(b_a, INTERPRET)
             acc_b = tl.dot(b_a, operand(b_b, INTERPRET), acc_b, input_precision="ieee")
             acc_c = tl.dot(b_a, operand(b_c, INTERPRET), acc_c, input_precision="ieee")
-            p_a += step * stride_ak
-            p_b += step * stride_bk
-            p_c += step * stride_ck
+            p_a += step * strides_a[1]
+            p_b += step * strides_b[1]
+            p_c += step * strides_c[1]
     return acc_b, acc_c
 
 

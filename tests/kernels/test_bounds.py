@@ -71,7 +71,7 @@ MUTANTS = {
     ),
     "columns of the weight unmasked": ("mlp_dual_bwd", "gemm", "m_n = o_n < N", "m_n = o_n >= 0"),
     "last step of K unmasked": ("gated_fwd", "gemm", "m_k = o_k < K - i_k * BK", "m_k = o_k < BK"),
-    "wrong stride in K": ("linear_recompute_bwd", "gemm", "p_b += step * stride_bk", "p_b += step * stride_bn"),
+    "wrong stride in K": ("linear_recompute_bwd", "gemm", "p_b += step * strides_b[1]", "p_b += step * strides_b[0]"),
     "output unmasked in M": ("linear_fwd", "epilogue", "(o_m < M)[:, None]", "(o_m >= 0)[:, None]"),
     "bias unmasked": ("linear_fwd", "epilogue", "stride_b, mask=m_n, other", "stride_b, mask=m_n | True, other"),
     "half of the tile twice": (
@@ -83,8 +83,8 @@ MUTANTS = {
     "all partial sums in one row": (
         "linear_recompute_bwd",
         "linear",
-        "p_db += i_m.to(tl.int64) * stride_dbm",
-        "p_db += 0 * stride_dbm",
+        "p_db += i_m.to(tl.int64) * strides_db[0]",
+        "p_db += 0 * strides_db[0]",
     ),
     "gate written beyond N": (
         "gated_recompute_bwd",

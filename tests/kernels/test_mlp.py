@@ -107,7 +107,7 @@ FAULTS = {
     "no bias": ("epilogue", "z += widen(tl.load(p_b", "z += 0 * widen(tl.load(p_b"),
     "derivative forgotten": ("epilogue", "dz = g * derivative(z, ACT)", "dz = g"),
     "gradient halves swapped": ("epilogue", "g_left, g_right = halves(g", "g_right, g_left = halves(g"),
-    "W2 read as if transposed": ("mlp", "stride_dyd, stride_w2n, stride_w2d", "stride_dyd, stride_w2d, stride_w2n"),
+    "W2 read as if transposed": ("mlp", "(strides_w2[1], strides_w2[0])", "strides_w2"),
     "x and dy swapped": ("mlp", "z, dh, row0", "dh, z, row0"),
     "h of the gradient": ("epilogue", "h = activate(z, ACT)", "h = activate(g, ACT)"),
 }

@@ -61,7 +61,7 @@ BACKWARD = {
     "derivative forgotten": ("epilogue", "* derivative(z, ACT)", "* 1.0"),
     "value instead of derivative": ("epilogue", "* derivative(z, ACT)", "* activate(z, ACT)"),
     "half of the tile twice": ("epilogue", "right, g_right, row0", "left, g_left, row0"),
-    "db of one row of tiles": ("linear", "p_db += i_m.to(tl.int64) * stride_dbm", "p_db += 0 * stride_dbm"),
+    "db of one row of tiles": ("linear", "p_db += i_m.to(tl.int64) * strides_db[0]", "p_db += 0 * strides_db[0]"),
     "h left unactivated": ("epilogue", "h = activate(z, ACT)", "h = z"),
 }
 

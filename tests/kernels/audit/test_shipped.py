@@ -75,21 +75,31 @@ def launches(monkeypatch):
     return on
 
 
+def flattened(spec, arguments):
+    """Path, name, compiled type, constant and launched value of each argument, those in tuples one by one."""
+    for place, (name, kind) in enumerate(spec.signature.items()):
+        if isinstance(kind, tuple):
+            assert len(kind) == len(arguments[name])
+            for k, (inner, value) in enumerate(zip(kind, arguments[name], strict=True)):
+                yield (place, k), name, inner, spec.constexprs.get((place, k)), value
+        else:
+            yield (place,), name, kind, spec.constexprs.get(name), arguments[name]
+
+
 def why_not(spec, arguments):
     """In what a launch is more than what was compiled, or None: the compiler may know less of it, never more."""
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": None, **spec.options}
     asked = {"num_stages": 3, "maxnreg": None} | {n: v for n, v in arguments.items() if n in OPTIONS}
     if options != asked:
         return f"options {asked}, compiled with {options}"
-    for place, (name, kind) in enumerate(spec.signature.items()):
-        value = arguments[name]
+    for path, name, kind, constant, value in flattened(spec, arguments):
         if name in ("EVEN_K", "EVEN_D") and (value or arguments.get("TMA")):
             continue  # the same code without masks; and descriptors have none
         if kind == "constexpr":
-            if value != spec.constexprs[name] or type(value) is not type(spec.constexprs[name]):
-                return f"{name}={value!r}, compiled for {spec.constexprs[name]!r}"
+            if value != constant or type(value) is not type(constant):
+                return f"{name}={value!r}, compiled for {constant!r}"
             continue
-        if value is None or (name.startswith("stride_") and value in (0, 1)):
+        if value is None or (name.startswith("stride") and value in (0, 1)):
             continue  # an absent operand, or a stride that the launch knows better
         if isinstance(value, Tensor):
             own = f"*{TYPES[value.dtype]}"
@@ -102,7 +112,7 @@ def why_not(spec, arguments):
         if own != kind and (own, kind) != ("i32", "i64"):
             return f"{name} is {own}, compiled for {kind}"
         start = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
-        if (place,) in spec.attrs and start % 16:
+        if path in spec.attrs and start % 16:
             return f"{name} is no multiple of 16 as it was compiled for"
     return None
 
