@@ -22,21 +22,10 @@ from torch import Tensor
 from .device.activations import activate, derivative
 from .device.casts import narrow, widen
 from .device.gemm import accumulate, accumulate_two, halves, tile_of
-from .host.arguments import (
-    check_activation,
-    check_out,
-    check_shape,
-    check_sums,
-    check_tile,
-    descriptor,
-    gemm_options,
-    regular,
-    strides,
-    use_descriptors,
-)
-from .host.dtypes import dtype_name
-from .host.hardware import arch_of, on_device
-from .host.tiles import TileConfig, choose
+from .host.arguments import strides
+from .host.hardware import on_device
+from .host.problem import GemmProblem, partials_shape
+from .host.tiles import TileConfig
 
 __all__ = ["db_partials_shape", "gated_fwd", "gated_recompute_bwd"]
 
@@ -164,31 +153,9 @@ def gated_recompute_bwd_kernel(
     )  # fmt: skip
 
 
-def _tile(kind: str, x: Tensor, *weights: Tensor, tile: TileConfig | None) -> TileConfig:
-    (M, K), N = x.shape, weights[0].shape[0]
-    dtype, arch = dtype_name(x), arch_of(x)
-    tile = tile or choose(kind, M, N, K, dtype, arch, regular=regular(x, *weights))
-    check_tile(kind, tile, dtype, arch)
-    return tile
-
-
-def _check(
-    x: Tensor, wg: Tensor, bg: Tensor | None, wu: Tensor, bu: Tensor | None, activation: str
-) -> tuple[int, int, int]:
-    check_activation(activation)
-    for name, t in (("x", x), ("wg", wg), ("wu", wu)):
-        if t.dim() != 2:
-            raise ValueError(f"{name} must be a matrix; got shape {tuple(t.shape)}")
-        if t.dtype != x.dtype:
-            raise TypeError(f"x is {x.dtype} and {name} {t.dtype}; cast one of them")
-    (M, K), N = x.shape, wg.shape[0]
-    check_shape({"wg": (wg, (N, K)), "wu": (wu, (N, K)), "bg": (bg, (N,)), "bu": (bu, (N,))}, x)
-    return M, N, K
-
-
 def db_partials_shape(x: Tensor, wg: Tensor, wu: Tensor, wd: Tensor, tile: TileConfig | None = None) -> tuple[int, int]:
     """Shape of each of the fp32 buffers that `gated_recompute_bwd` wants for db_g and db_u: (ceil(M / bm), N)."""
-    return -(-x.shape[0] // _tile("gated_bwd", x, wg, wu, wd, tile=tile).bm), wg.shape[0]
+    return partials_shape("gated_bwd", x, wg, wu, wd, tile=tile)
 
 
 def gated_fwd(
@@ -211,24 +178,18 @@ def gated_fwd(
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
-    M, N, K = _check(x, wg, bg, wu, bu, activation)
-    check_shape({"h": (h, (M, N))}, x)
-    check_out(h=h)
-    tile = _tile("gated_fwd", x, wg, wu, tile=tile)
-    if M == 0 or N == 0:
+    gemm = GemmProblem.checked("gated_fwd", activation, tile, x, {"wg": wg, "wu": wu})
+    gemm.check(biases={"bg": bg, "bu": bu}, outputs={"h": h})
+    if not gemm.tiles:
         return
-    tma = use_descriptors(tma, arch_of(x), regular(x, wg, wu), x, wg, wu)
+    tma, operands = gemm.operands(tma)
     with on_device(x):
-        gated_fwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
-            descriptor(x, tile.bm, tile.bk) if tma else x,
-            descriptor(wg, tile.bn, tile.bk) if tma else wg,
-            descriptor(wu, tile.bn, tile.bk) if tma else wu,
+        gated_fwd_kernel[(gemm.tiles,)](
+            *operands,
             bg,
             bu,
             h,
-            M,
-            N,
-            K,
+            *gemm.sizes,
             x.stride(),
             wg.stride(),
             wu.stride(),
@@ -237,7 +198,7 @@ def gated_fwd(
             h.stride(),
             float(gate_multiplier),
             TMA=tma,
-            **gemm_options("gated_fwd", tile, K, activation),
+            **gemm.options(),
         )
 
 
@@ -268,49 +229,29 @@ def gated_recompute_bwd(
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
-    M, N, K = _check(x, wg, bg, wu, bu, activation)
-    if dy.dim() != 2 or wd.dim() != 2:
-        raise ValueError(f"dy and wd must be matrices; got shapes {tuple(dy.shape)} and {tuple(wd.shape)}")
-    if dy.dtype != x.dtype or wd.dtype != x.dtype:
-        raise TypeError(f"x is {x.dtype}, dy {dy.dtype} and wd {wd.dtype}; cast them to one dtype")
-    D = dy.shape[1]
-    tile = _tile("gated_bwd", x, wg, wu, wd, tile=tile)
-    partials = db_partials_shape(x, wg, wu, wd, tile)
-    check_shape(
-        {
-            "dy": (dy, (M, D)),
-            "wd": (wd, (D, N)),
-            "h": (h, (M, N)),
-            "dz_g": (dz_g, (M, N)),
-            "dz_u": (dz_u, (M, N)),
-            "dbg_partials": (dbg_partials, partials),
-            "dbu_partials": (dbu_partials, partials),
-        },
-        x,
-    )
-    check_out(h=h, dz_g=dz_g, dz_u=dz_u, dbg_partials=dbg_partials, dbu_partials=dbu_partials)
-    check_sums(dbg_partials=dbg_partials, dbu_partials=dbu_partials)
-    if M == 0 or N == 0:
+    gemm = GemmProblem.checked("gated_bwd", activation, tile, x, {"wg": wg, "wu": wu}, {"dy": dy, "wd": wd})
+    outputs = {"h": h, "dz_g": dz_g, "dz_u": dz_u}
+    sums = {"dbg_partials": dbg_partials, "dbu_partials": dbu_partials}
+    gemm.check(biases={"bg": bg, "bu": bu}, outputs=outputs, sums=sums)
+    if not gemm.tiles:
         return
-    tma = use_descriptors(tma, arch_of(x), regular(x, wg, wu, wd), x, wg, wu, dy, wd)
+    tma, (x_in, wg_in, wu_in, dy_in, wd_in) = gemm.operands(tma)
     with on_device(x):
-        gated_recompute_bwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
-            descriptor(x, tile.bm, tile.bk) if tma else x,
-            descriptor(wg, tile.bn, tile.bk) if tma else wg,
-            descriptor(wu, tile.bn, tile.bk) if tma else wu,
+        gated_recompute_bwd_kernel[(gemm.tiles,)](
+            x_in,
+            wg_in,
+            wu_in,
             bg,
             bu,
-            descriptor(dy, tile.bm, tile.bk) if tma else dy,
-            descriptor(wd, tile.bk, tile.bn) if tma else wd,
+            dy_in,
+            wd_in,
             h,
             dz_g,
             dz_u,
             dbg_partials,
             dbu_partials,
-            M,
-            N,
-            K,
-            D,
+            *gemm.sizes,
+            gemm.D,
             x.stride(),
             wg.stride(),
             wu.stride(),
@@ -324,7 +265,6 @@ def gated_recompute_bwd(
             strides(dbg_partials, 2),
             strides(dbu_partials, 2),
             float(gate_multiplier),
-            EVEN_D=D % tile.bk == 0,
             TMA=tma,
-            **gemm_options("gated_bwd", tile, K, activation),
+            **gemm.options(),
         )

@@ -26,21 +26,10 @@ from .device.activations import needs_z
 from .device.dropout import NO_DROPOUT, Dropout
 from .device.epilogue import emit_backward, emit_forward
 from .device.gemm import accumulate, tile_of
-from .host.arguments import (
-    check_activation,
-    check_out,
-    check_shape,
-    check_sums,
-    check_tile,
-    descriptor,
-    gemm_options,
-    regular,
-    strides,
-    use_descriptors,
-)
-from .host.dtypes import dtype_name
-from .host.hardware import arch_of, multiprocessors, on_device
-from .host.tiles import TileConfig, choose
+from .host.arguments import strides
+from .host.hardware import multiprocessors, on_device
+from .host.problem import GemmProblem, partials_shape
+from .host.tiles import TileConfig
 
 __all__ = ["db_partials_shape", "linear_fwd", "linear_recompute_bwd"]
 
@@ -114,31 +103,15 @@ def linear_recompute_bwd_kernel(
     )  # fmt: skip
 
 
-def _tile(x: Tensor, weight: Tensor, tile: TileConfig | None, dropout: Dropout | None) -> TileConfig:
-    (M, K), N = x.shape, weight.shape[0]
-    dtype, arch = dtype_name(x), arch_of(x)
-    kind = "linear" if dropout is None else "linear_dropout"
-    tile = tile or choose(kind, M, N, K, dtype, arch, regular=regular(x, weight))
-    check_tile(kind, tile, dtype, arch)
-    return tile
-
-
-def _check(x: Tensor, weight: Tensor, activation: str) -> tuple[int, int, int]:
-    check_activation(activation)
-    if x.dim() != 2 or weight.dim() != 2:
-        raise ValueError(f"x and weight must be matrices; got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
-    (M, K), N = x.shape, weight.shape[0]
-    check_shape({"weight": (weight, (N, K))}, x)
-    if weight.dtype != x.dtype:
-        raise TypeError(f"x is {x.dtype} and weight {weight.dtype}; cast one of them")
-    return M, N, K
+def _kind(dropout: Dropout | None) -> str:
+    return "linear" if dropout is None else "linear_dropout"
 
 
 def db_partials_shape(
     x: Tensor, weight: Tensor, tile: TileConfig | None = None, dropout: Dropout | None = None
 ) -> tuple[int, int]:
     """Shape of the fp32 buffer `linear_recompute_bwd` wants for db: one row for each row of tiles, (ceil(M / bm), N)."""
-    return -(-x.shape[0] // _tile(x, weight, tile, dropout).bm), weight.shape[0]
+    return partials_shape(_kind(dropout), x, weight, tile=tile)
 
 
 def linear_fwd(
@@ -162,24 +135,18 @@ def linear_fwd(
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
-    M, N, K = _check(x, weight, activation)
-    check_shape({"bias": (bias, (N,)), "residual": (residual, (M, N)), "out": (out, (M, N))}, x)
-    check_out(out=out)
-    tile = _tile(x, weight, tile, dropout)
-    if M == 0 or N == 0:
+    gemm = GemmProblem.checked(_kind(dropout), activation, tile, x, {"weight": weight})
+    gemm.check(biases={"bias": bias}, inputs={"residual": residual}, outputs={"out": out})
+    if not gemm.tiles:
         return
-    tma = use_descriptors(tma, arch_of(x), regular(x, weight), x, weight)
-    tiles = triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn)
+    tma, operands = gemm.operands(tma)
     with on_device(x):
-        linear_fwd_kernel[(min(tiles, multiprocessors(x)) if tma else tiles,)](
-            descriptor(x, tile.bm, tile.bk) if tma else x,
-            descriptor(weight, tile.bn, tile.bk) if tma else weight,
+        linear_fwd_kernel[(min(gemm.tiles, multiprocessors(x)) if tma else gemm.tiles,)](
+            *operands,
             bias,
             residual,
             out,
-            M,
-            N,
-            K,
+            *gemm.sizes,
             x.stride(),
             weight.stride(),
             *strides(bias, 1),
@@ -189,7 +156,7 @@ def linear_fwd(
             DROPOUT=dropout is not None,
             TMA=tma,
             PERSISTENT=tma,
-            **gemm_options("linear", tile, K, activation, dropout=dropout is not None),
+            **gemm.options(dropout=dropout is not None),
         )
 
 
@@ -216,29 +183,21 @@ def linear_recompute_bwd(
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
-    M, N, K = _check(x, weight, activation)
-    tile = _tile(x, weight, tile, dropout)
-    partials = (db_partials, db_partials_shape(x, weight, tile))
-    check_shape(
-        {"bias": (bias, (N,)), "dy": (dy, (M, N)), "dz": (dz, (M, N)), "h": (h, (M, N)), "db_partials": partials}, x
-    )
-    check_out(dz=dz, h=h, db_partials=db_partials)
-    check_sums(db_partials=db_partials)
-    if M == 0 or N == 0:
+    gemm = GemmProblem.checked(_kind(dropout), activation, tile, x, {"weight": weight})
+    outputs, sums = {"dz": dz, "h": h}, {"db_partials": db_partials}
+    gemm.check(biases={"bias": bias}, inputs={"dy": dy}, outputs=outputs, sums=sums)
+    if not gemm.tiles:
         return
-    tma = use_descriptors(tma, arch_of(x), regular(x, weight), x, weight)
+    tma, operands = gemm.operands(tma)
     with on_device(x):
-        linear_recompute_bwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
-            descriptor(x, tile.bm, tile.bk) if tma else x,
-            descriptor(weight, tile.bn, tile.bk) if tma else weight,
+        linear_recompute_bwd_kernel[(gemm.tiles,)](
+            *operands,
             bias,
             dy,
             dz,
             h,
             db_partials,
-            M,
-            N,
-            K,
+            *gemm.sizes,
             x.stride(),
             weight.stride(),
             *strides(bias, 1),
@@ -250,5 +209,5 @@ def linear_recompute_bwd(
             RECOMPUTE=needs_z(activation) or h is not None,
             DROPOUT=dropout is not None,
             TMA=tma,
-            **gemm_options("linear", tile, K, activation, dropout=dropout is not None),
+            **gemm.options(dropout=dropout is not None),
         )

@@ -22,21 +22,11 @@ from torch import Tensor
 
 from .device.epilogue import emit_backward
 from .device.gemm import accumulate, tile_of
-from .host.arguments import (
-    check_activation,
-    check_out,
-    check_shape,
-    check_sums,
-    check_tile,
-    descriptor,
-    gemm_options,
-    regular,
-    strides,
-    use_descriptors,
-)
+from .host.arguments import check_out, check_shape, strides
 from .host.dtypes import dtype_name
 from .host.hardware import arch_of, on_device
-from .host.tiles import TileConfig, backward_form, choose
+from .host.problem import GemmProblem, check_operands, partials_shape
+from .host.tiles import TileConfig, backward_form
 from .linear import db_partials_shape as plain_db_partials_shape
 from .linear import linear_recompute_bwd
 
@@ -78,14 +68,6 @@ def _form(x: Tensor, w1: Tensor, w2: Tensor, form: str | None) -> str:
     return form or backward_form(w1.shape[0], x.shape[1], w2.shape[0], dtype_name(x), arch_of(x))
 
 
-def _dual_tile(x: Tensor, w1: Tensor, w2: Tensor, tile: TileConfig | None) -> TileConfig:
-    (M, K), N = x.shape, w1.shape[0]
-    dtype, arch = dtype_name(x), arch_of(x)
-    tile = tile or choose("dual", M, N, K, dtype, arch, regular=regular(x, w1, w2))
-    check_tile("dual", tile, dtype, arch)
-    return tile
-
-
 def db_partials_shape(
     x: Tensor,
     w1: Tensor,
@@ -97,7 +79,7 @@ def db_partials_shape(
     """Shape of the fp32 buffer that `mlp_recompute_bwd` with the same arguments wants for db1."""
     if _form(x, w1, w2, form) == "plain":
         return plain_db_partials_shape(x, w1, tile)
-    return -(-x.shape[0] // _dual_tile(x, w1, w2, tile).bm), w1.shape[0]
+    return partials_shape("dual", x, w1, w2, tile=tile)
 
 
 def mlp_recompute_bwd(
@@ -128,35 +110,14 @@ def mlp_recompute_bwd(
             x, w1, b1, dy, w2, h, dz, db_partials, activation=activation, tile=tile, tma=tma,
         )  # fmt: skip
         return
-    _check(x, w1, b1, dy, w2, h, dz, activation)
+    check_operands(activation, x, {"w1": w1}, {"dy": dy, "w2": w2})
+    M, N = x.shape[0], w1.shape[0]
+    check_shape({"b1": (b1, (N,)), "h": (h, (M, N)), "dz": (dz, (M, N))}, x)
+    check_out(h=h, dz=dz)
     torch.mm(dy, w2, out=dz)
     linear_recompute_bwd(
         x, w1, b1, dz, dz, db_partials, activation=activation, h=h, tile=tile, tma=tma,
     )  # fmt: skip
-
-
-def _check(
-    x: Tensor, w1: Tensor, b1: Tensor | None, dy: Tensor, w2: Tensor, h: Tensor | None, dz: Tensor, activation: str
-) -> None:
-    check_activation(activation)
-    for name, t in (("x", x), ("w1", w1), ("dy", dy), ("w2", w2)):
-        if t.dim() != 2:
-            raise ValueError(f"{name} must be a matrix; got shape {tuple(t.shape)}")
-        if t.dtype != x.dtype:
-            raise TypeError(f"x is {x.dtype} and {name} {t.dtype}; cast one of them")
-    (M, K), N, D = x.shape, w1.shape[0], dy.shape[1]
-    check_shape(
-        {
-            "w1": (w1, (N, K)),
-            "b1": (b1, (N,)),
-            "dy": (dy, (M, D)),
-            "w2": (w2, (D, N)),
-            "h": (h, (M, N)),
-            "dz": (dz, (M, N)),
-        },
-        x,
-    )
-    check_out(h=h, dz=dz)
 
 
 def mlp_dual_bwd(
@@ -174,29 +135,23 @@ def mlp_dual_bwd(
     tma: bool | None = None,
 ) -> None:
     """The dual form of `mlp_recompute_bwd`, whose arguments these are. tma: as in `linear_fwd`."""
-    _check(x, w1, b1, dy, w2, h, dz, activation)
-    (M, K), N, D = x.shape, w1.shape[0], dy.shape[1]
-    tile = _dual_tile(x, w1, w2, tile)
-    check_shape({"db_partials": (db_partials, (-(-M // tile.bm), N))}, x)
-    check_out(db_partials=db_partials)
-    check_sums(db_partials=db_partials)
-    if M == 0 or N == 0:
+    gemm = GemmProblem.checked("dual", activation, tile, x, {"w1": w1}, {"dy": dy, "w2": w2})
+    gemm.check(biases={"b1": b1}, outputs={"h": h, "dz": dz}, sums={"db_partials": db_partials})
+    if not gemm.tiles:
         return
-    tma = use_descriptors(tma, arch_of(x), regular(x, w1, w2), x, w1, dy, w2)
+    tma, (x_in, w1_in, dy_in, w2_in) = gemm.operands(tma)
     with on_device(x):
-        mlp_dual_bwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
-            descriptor(x, tile.bm, tile.bk) if tma else x,
-            descriptor(w1, tile.bn, tile.bk) if tma else w1,
+        mlp_dual_bwd_kernel[(gemm.tiles,)](
+            x_in,
+            w1_in,
             b1,
-            descriptor(dy, tile.bm, tile.bk) if tma else dy,
-            descriptor(w2, tile.bk, tile.bn) if tma else w2,
+            dy_in,
+            w2_in,
             h,
             dz,
             db_partials,
-            M,
-            N,
-            K,
-            D,
+            *gemm.sizes,
+            gemm.D,
             x.stride(),
             w1.stride(),
             *strides(b1, 1),
@@ -205,7 +160,6 @@ def mlp_dual_bwd(
             strides(h, 2),
             dz.stride(),
             strides(db_partials, 2),
-            EVEN_D=D % tile.bk == 0,
             TMA=tma,
-            **gemm_options("dual", tile, K, activation),
+            **gemm.options(),
         )

@@ -15,7 +15,7 @@ from gpuckpt.kernels import cross_entropy, gated, linear, mlp, norm
 from gpuckpt.kernels.audit.specs import ARCHS, WHOLE_ARCHS, shipped
 from gpuckpt.kernels.device.activations import ACTIVATIONS
 from gpuckpt.kernels.device.dropout import Dropout
-from gpuckpt.kernels.host import arguments, hardware
+from gpuckpt.kernels.host import arguments, hardware, problem
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {v: k for k, v in DTYPES.items()} | {torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 compiled = functools.cache(shipped)
-MODULES = (linear, mlp, gated, norm, cross_entropy)
+MODULES = (linear, mlp, gated, norm, cross_entropy, problem)
 
 
 def launched_names():
