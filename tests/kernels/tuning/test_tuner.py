@@ -184,6 +184,14 @@ def test_a_tile_that_must_not_be_used_is_refused(change, message, monkeypatch):
         tuner.load()
 
 
+def test_the_name_at_the_root_is_the_function():
+    from gpuckpt.kernels import tuning
+
+    from gpuckpt import tune
+
+    assert tune is tuning.tune is tuner.tune
+
+
 def test_mistakes_are_explained(monkeypatch):
     clock = Clock(lambda t: 1.0, monkeypatch)
     with pytest.raises(ValueError, match="unknown kind 'gemm'; choose one of linear"):
