@@ -23,11 +23,11 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from gpuckpt.kernels import roofline
-from gpuckpt.kernels.aot import Report, compile_all
-from gpuckpt.kernels.dossier import SHAPES, representative
-from gpuckpt.kernels.registry import KernelSpec, make_spec, shipped
-from gpuckpt.kernels.tiles import TileConfig
+from gpuckpt.kernels.audit import roofline
+from gpuckpt.kernels.audit.compile import Report, compile_all
+from gpuckpt.kernels.audit.dossier import SHAPES, representative
+from gpuckpt.kernels.audit.specs import KernelSpec, make_spec, shipped
+from gpuckpt.kernels.host.tiles import TileConfig
 
 HERE = Path(__file__).resolve().parent
 MLP, HEAD = SHAPES["gemm"], SHAPES["cross_entropy"]

@@ -2,8 +2,8 @@
 
 For each version: installs that wheel by its exact number, alone, into a folder of its own (torch pins no Triton), puts it first
 on the import path of a fresh process, compiles there the preferred bf16 tile of each kernel and way of loading for each
-architecture, and checks the bounds of `gpuckpt.kernels.dossier`. Writes benchmarks/results/triton_matrix.md. Needs no GPU. Ends
-with 1 where a bound is broken, and with an error where a version cannot be had.
+architecture, and checks the bounds of `gpuckpt.kernels.audit.dossier`. Writes benchmarks/results/triton_matrix.md. Needs no GPU.
+Ends with 1 where a bound is broken, and with an error where a version cannot be had.
 
 Not done: running the kernels. That needs a GPU, and Triton 3.6.0's interpreter needs an older NumPy than is pinned here.
 """
@@ -36,9 +36,9 @@ def compile_here(archs: list[int], jobs: int | None, every_tile: bool) -> dict[s
     """In the process that has the version: the dossier as `Dossier.to_json` writes it."""
     import triton
 
-    from gpuckpt.kernels.aot import Report
-    from gpuckpt.kernels.dossier import build
-    from gpuckpt.kernels.registry import KernelSpec, shipped
+    from gpuckpt.kernels.audit.compile import Report
+    from gpuckpt.kernels.audit.dossier import build
+    from gpuckpt.kernels.audit.specs import KernelSpec, shipped
 
     def progress(report: Report) -> None:
         print(

@@ -29,6 +29,7 @@ _HOME = {
         "SavedTensorModified",
     ),
     "gpuckpt.budget": ("CheckpointBudget",),
+    "gpuckpt.kernels.tuning": ("tune",),
     "gpuckpt.memory": ("MemoryUsageTracker",),
     "gpuckpt.units": ("format_bytes", "parse_bytes"),
     "gpuckpt.planning": ("Certificate", "Chain", "Keep", "Plan", "Recompute", "Stage", "plan_chain", "simulate"),
@@ -61,7 +62,6 @@ _HOME = {
 _MODULES = {
     "functional": "gpuckpt.functional",
     "nn": "gpuckpt.nn",
-    "tune": "gpuckpt.kernels.tune",
 }
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
@@ -87,7 +87,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
         RecomputeMismatch,
         SavedTensorModified,
     )
-    from gpuckpt.kernels import tune
+    from gpuckpt.kernels.tuning import tune
     from gpuckpt.memory import MemoryUsageTracker
     from gpuckpt.planning import Certificate, Chain, Keep, Plan, Recompute, Stage, plan_chain, simulate
     from gpuckpt.pytorch.checkpoint import checkpoint

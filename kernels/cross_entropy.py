@@ -22,21 +22,22 @@ import triton
 import triton.language as tl
 from torch import Tensor, int64
 
-from .activations import activate
-from .launch import check_out, check_shape, dtype_name, on_device
-from .numerics import INTERPRETED, narrow, widen
-from .registry import STORED, KernelSpec, block_dtypes, block_meta, make_spec
-from .tiles import BlockTile
+from .device.activations import activate
+from .device.casts import INTERPRETED, narrow, widen
+from .host.arguments import check_out, check_shape
+from .host.dtypes import dtype_name
+from .host.hardware import on_device
+from .host.tiles import BlockTile
 
-__all__ = ["choose_rows", "cross_entropy_bwd", "cross_entropy_fwd", "specs"]
+__all__ = ["choose_rows", "cross_entropy_bwd", "cross_entropy_fwd"]
 
 
-_TILES = (BlockTile(1, 4096, 8), BlockTile(1, 1024, 4))
+TILES = (BlockTile(1, 4096, 8), BlockTile(1, 1024, 4))
 
 
 def choose_rows(V: int) -> BlockTile:
     """The block for rows of V elements: wide ones where a row fills several of them."""
-    return _TILES[0] if 4 * _TILES[1].columns < V else _TILES[1]
+    return TILES[0] if 4 * TILES[1].columns < V else TILES[1]
 
 
 @triton.jit
@@ -261,51 +262,3 @@ def _options(
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-
-
-def specs(arch: int) -> list[KernelSpec]:
-    """Both kernels at both blocks, without and with every option, as called on contiguous 16-byte aligned logits."""
-    found = []
-    scalars = dict.fromkeys(("smoothing", "z_weight", "inv_softcap", "softcap"), "fp32")
-    for dtype in block_dtypes(arch):
-        for tile in _TILES:
-            for variant, options in (("plain", False), ("softcap_smooth", True)):
-                constexprs = {
-                    "SOFTCAP": options,
-                    "SMOOTH": options,
-                    "BLOCK": tile.columns,
-                    "INTERPRET": False,
-                    "stride_t": 1,
-                }
-                types = {
-                    "p_logits": "T",
-                    "p_target": "*i64",
-                    "V": "i32",
-                    "stride_m": "i32",
-                    "ignore_index": "i32",
-                    **scalars,
-                }
-                common = {"variant": variant, "dtype": dtype, "arch": arch, "tile": tile}
-                divisible = ("p_logits", "p_target", "V", "stride_m")
-                found.append(
-                    make_spec(
-                        cross_entropy_fwd_kernel,
-                        types={**types, "p_loss": "*fp32"},
-                        constexprs=constexprs,
-                        divisible=(*divisible, "p_loss"),
-                        meta=block_meta({"f32": 1}),
-                        **common,
-                    )
-                )
-                found.append(
-                    make_spec(
-                        cross_entropy_bwd_kernel,
-                        types={**types, "p_dloss": "*fp32"},
-                        constexprs={**constexprs, "stride_d": 1},
-                        divisible=(*divisible, "p_dloss"),
-                        # Zeros for an ignored row, or its gradient.
-                        meta=block_meta({f"{tile.columns}x{STORED[dtype]}": 2}),
-                        **common,
-                    )
-                )
-    return found

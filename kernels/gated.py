@@ -19,44 +19,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, derivative
-from .gemm import accumulate, accumulate_two, halves, tile_of
-from .launch import (
-    arch_of,
-    check_activation,
-    check_out,
-    check_shape,
-    check_sums,
-    check_tile,
-    descriptor,
-    dtype_name,
-    gemm_options,
-    on_device,
-    regular,
-    strides,
-    use_descriptors,
-)
-from .numerics import narrow, widen
-from .tiles import TileConfig, choose
+from .device.activations import activate, derivative
+from .device.casts import narrow, widen
+from .device.gemm import accumulate, accumulate_two, halves, tile_of
+from .host.arguments import strides
+from .host.hardware import on_device
+from .host.problem import GemmProblem, partials_shape
+from .host.tiles import TileConfig
 
 __all__ = ["db_partials_shape", "gated_fwd", "gated_recompute_bwd"]
 
 
 @triton.jit
 def _emit_product(
-    z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECE: tl.constexpr, INTERPRET: tl.constexpr,
+    z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, strides_h, multiplier, ACT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EPILOGUE_N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    if BN > PIECE:
+    if BN > EPILOGUE_N:
         g_left, g_right = halves(z_g, BM, BN)
         u_left, u_right = halves(z_u, BM, BN)
         _emit_product(
-            g_left, u_left, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
-            ACT, BM, BN // 2, PIECE, INTERPRET,
+            g_left, u_left, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, strides_h, multiplier, ACT, BM,
+            BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
         _emit_product(
-            g_right, u_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn,
-            multiplier, ACT, BM, BN // 2, PIECE, INTERPRET,
+            g_right, u_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, strides_h,
+            multiplier, ACT, BM, BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
     else:
         o_m = row0 + tl.arange(0, BM)
@@ -67,29 +55,29 @@ def _emit_product(
         if p_bu is not None:
             z_u += widen(tl.load(p_bu + o_n * stride_bu, mask=m_n, other=0.0), INTERPRET)[None, :]
         h = activate(z_g * multiplier, ACT) * z_u
-        p_h += o_m[:, None] * stride_hm + o_n[None, :] * stride_hn
+        p_h += o_m[:, None] * strides_h[0] + o_n[None, :] * strides_h[1]
         tl.store(p_h, narrow(h, p_h.dtype.element_ty, INTERPRET), mask=(o_m < M)[:, None] & m_n[None, :])
 
 
 @triton.jit
 def _emit_gradients(
-    z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
-    stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECE: tl.constexpr, INTERPRET: tl.constexpr,
+    z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu, strides_h,
+    strides_dzg, strides_dzu, stride_dbgn, stride_dbun, multiplier, ACT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, EPILOGUE_N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    if BN > PIECE:
+    if BN > EPILOGUE_N:
         g_left, g_right = halves(z_g, BM, BN)
         u_left, u_right = halves(z_u, BM, BN)
         d_left, d_right = halves(dh, BM, BN)
         _emit_gradients(
-            g_left, u_left, d_left, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
-            stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
-            ACT, BM, BN // 2, PIECE, INTERPRET,
+            g_left, u_left, d_left, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg,
+            stride_bu, strides_h, strides_dzg, strides_dzu, stride_dbgn, stride_dbun, multiplier, ACT, BM, BN // 2,
+            EPILOGUE_N, INTERPRET,
         )  # fmt: skip
         _emit_gradients(
-            g_right, u_right, d_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg,
-            stride_bu, stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun,
-            multiplier, ACT, BM, BN // 2, PIECE, INTERPRET,
+            g_right, u_right, d_right, row0, col0 + BN // 2, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N,
+            stride_bg, stride_bu, strides_h, strides_dzg, strides_dzu, stride_dbgn, stride_dbun, multiplier, ACT, BM,
+            BN // 2, EPILOGUE_N, INTERPRET,
         )  # fmt: skip
     else:
         o_m = row0 + tl.arange(0, BM)
@@ -103,16 +91,16 @@ def _emit_gradients(
         z_g *= multiplier
         a = activate(z_g, ACT)
         if p_h is not None:
-            p_h += o_m[:, None] * stride_hm + o_n[None, :] * stride_hn
+            p_h += o_m[:, None] * strides_h[0] + o_n[None, :] * strides_h[1]
             tl.store(p_h, narrow(a * z_u, p_h.dtype.element_ty, INTERPRET), mask=m)
         dz_u = dh * a
-        p_dzu += o_m[:, None] * stride_dzum + o_n[None, :] * stride_dzun
+        p_dzu += o_m[:, None] * strides_dzu[0] + o_n[None, :] * strides_dzu[1]
         tl.store(p_dzu, narrow(dz_u, p_dzu.dtype.element_ty, INTERPRET), mask=m)
         # Rows beyond M are dropped from the sums, not added as zeros: 0 * act'(b) is NaN where act' is not finite.
         if p_dbu is not None:
             tl.store(p_dbu + o_n * stride_dbun, tl.sum(tl.where(m, dz_u, 0.0), axis=0), mask=m_n)
         dz_g = dh * z_u * derivative(z_g, ACT) * multiplier
-        p_dzg += o_m[:, None] * stride_dzgm + o_n[None, :] * stride_dzgn
+        p_dzg += o_m[:, None] * strides_dzg[0] + o_n[None, :] * strides_dzg[1]
         tl.store(p_dzg, narrow(dz_g, p_dzg.dtype.element_ty, INTERPRET), mask=m)
         if p_dbg is not None:
             tl.store(p_dbg + o_n * stride_dbgn, tl.sum(tl.where(m, dz_g, 0.0), axis=0), mask=m_n)
@@ -120,34 +108,28 @@ def _emit_gradients(
 
 @triton.jit
 def gated_fwd_kernel(
-    p_x, p_wg, p_wu, p_bg, p_bu, p_h, M, N, K,
-    stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk, stride_bg, stride_bu, stride_hm, stride_hn,
-    multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECE: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, INTERPRET: tl.constexpr,
+    p_x, p_wg, p_wu, p_bg, p_bu, p_h, M, N, K, strides_x, strides_wg, strides_wu, stride_bg, stride_bu, strides_h,
+    multiplier, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPILOGUE_N: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row0 = i_m.to(tl.int64) * BM
     col0 = i_n.to(tl.int64) * BN
     z_g, z_u = accumulate_two(
-        p_x, p_wg, p_wu, row0, col0, M, N, K, stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk,
-        BM, BN, BK, EVEN_K, TMA, WARP_SPECIALIZE, INTERPRET,
+        p_x, p_wg, p_wu, row0, col0, M, N, K, strides_x, strides_wg, strides_wu, BM, BN, BK, EVEN_K, TMA, INTERPRET,
     )  # fmt: skip
     _emit_product(
-        z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, stride_hm, stride_hn, multiplier,
-        ACT, BM, BN, PIECE, INTERPRET,
+        z_g, z_u, row0, col0, p_bg, p_bu, p_h, M, N, stride_bg, stride_bu, strides_h, multiplier, ACT, BM, BN,
+        EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 
 @triton.jit
 def gated_recompute_bwd_kernel(
-    p_x, p_wg, p_wu, p_bg, p_bu, p_dy, p_wd, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, K, D,
-    stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk, stride_bg, stride_bu,
-    stride_dym, stride_dyd, stride_wdd, stride_wdn, stride_hm, stride_hn,
-    stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgm, stride_dbgn, stride_dbum, stride_dbun,
-    multiplier,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECE: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    p_x, p_wg, p_wu, p_bg, p_bu, p_dy, p_wd, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, K, D, strides_x, strides_wg,
+    strides_wu, stride_bg, stride_bu, strides_dy, strides_wd, strides_h, strides_dzg, strides_dzu, strides_dbg,
+    strides_dbu, multiplier, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
@@ -155,49 +137,25 @@ def gated_recompute_bwd_kernel(
     col0 = i_n.to(tl.int64) * BN
     dh = tl.zeros((BM, BN), tl.float32)
     dh = accumulate(
-        dh, p_dy, p_wd, row0, col0, M, N, D, stride_dym, stride_dyd, stride_wdn, stride_wdd,
-        BM, BN, BK, EVEN_D, TMA, True, WARP_SPECIALIZE, INTERPRET,
+        dh, p_dy, p_wd, row0, col0, M, N, D, strides_dy, (strides_wd[1], strides_wd[0]), BM, BN, BK, EVEN_D, TMA,
+        True, INTERPRET,
     )  # fmt: skip
     z_g, z_u = accumulate_two(
-        p_x, p_wg, p_wu, row0, col0, M, N, K, stride_xm, stride_xk, stride_wgn, stride_wgk, stride_wun, stride_wuk,
-        BM, BN, BK, EVEN_K, TMA, WARP_SPECIALIZE, INTERPRET,
+        p_x, p_wg, p_wu, row0, col0, M, N, K, strides_x, strides_wg, strides_wu, BM, BN, BK, EVEN_K, TMA, INTERPRET,
     )  # fmt: skip
     if p_dbg is not None:
-        p_dbg += i_m.to(tl.int64) * stride_dbgm
+        p_dbg += i_m.to(tl.int64) * strides_dbg[0]
     if p_dbu is not None:
-        p_dbu += i_m.to(tl.int64) * stride_dbum
+        p_dbu += i_m.to(tl.int64) * strides_dbu[0]
     _emit_gradients(
-        z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu,
-        stride_hm, stride_hn, stride_dzgm, stride_dzgn, stride_dzum, stride_dzun, stride_dbgn, stride_dbun, multiplier,
-        ACT, BM, BN, PIECE, INTERPRET,
+        z_g, z_u, dh, row0, col0, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, stride_bg, stride_bu, strides_h,
+        strides_dzg, strides_dzu, strides_dbg[1], strides_dbu[1], multiplier, ACT, BM, BN, EPILOGUE_N, INTERPRET,
     )  # fmt: skip
-
-
-def _tile(kind: str, x: Tensor, *weights: Tensor, tile: TileConfig | None) -> TileConfig:
-    (M, K), N = x.shape, weights[0].shape[0]
-    dtype, arch = dtype_name(x), arch_of(x)
-    tile = tile or choose(kind, M, N, K, dtype, arch, regular=regular(x, *weights))
-    check_tile(kind, tile, dtype, arch)
-    return tile
-
-
-def _check(
-    x: Tensor, wg: Tensor, bg: Tensor | None, wu: Tensor, bu: Tensor | None, activation: str
-) -> tuple[int, int, int]:
-    check_activation(activation)
-    for name, t in (("x", x), ("wg", wg), ("wu", wu)):
-        if t.dim() != 2:
-            raise ValueError(f"{name} must be a matrix; got shape {tuple(t.shape)}")
-        if t.dtype != x.dtype:
-            raise TypeError(f"x is {x.dtype} and {name} {t.dtype}; cast one of them")
-    (M, K), N = x.shape, wg.shape[0]
-    check_shape({"wg": (wg, (N, K)), "wu": (wu, (N, K)), "bg": (bg, (N,)), "bu": (bu, (N,))}, x)
-    return M, N, K
 
 
 def db_partials_shape(x: Tensor, wg: Tensor, wu: Tensor, wd: Tensor, tile: TileConfig | None = None) -> tuple[int, int]:
     """Shape of each of the fp32 buffers that `gated_recompute_bwd` wants for db_g and db_u: (ceil(M / bm), N)."""
-    return -(-x.shape[0] // _tile("gated_bwd", x, wg, wu, wd, tile=tile).bm), wg.shape[0]
+    return partials_shape("gated_bwd", x, wg, wu, wd, tile=tile)
 
 
 def gated_fwd(
@@ -212,43 +170,35 @@ def gated_fwd(
     gate_multiplier: float = 1.0,
     tile: TileConfig | None = None,
     tma: bool | None = None,
-    warp_specialize: bool = False,
 ) -> None:
     """h = act(gate_multiplier (x wg^T + bg)) * (x wu^T + bu); neither factor is written.
 
     x (M, K), wg and wu (N, K): one dtype, any strides; M, N or K may be 0. bg, bu (N) or None. h (M, N).
-    tile, tma, warp_specialize: as in `linear_fwd`.
+    tile, tma: as in `linear_fwd`.
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
-    M, N, K = _check(x, wg, bg, wu, bu, activation)
-    check_shape({"h": (h, (M, N))}, x)
-    check_out(h=h)
-    tile = _tile("gated_fwd", x, wg, wu, tile=tile)
-    if M == 0 or N == 0:
+    gemm = GemmProblem.checked("gated_fwd", activation, tile, x, {"wg": wg, "wu": wu})
+    gemm.check(biases={"bg": bg, "bu": bu}, outputs={"h": h})
+    if not gemm.tiles:
         return
-    tma = use_descriptors(tma, arch_of(x), regular(x, wg, wu), x, wg, wu)
+    tma, operands = gemm.operands(tma)
     with on_device(x):
-        gated_fwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
-            descriptor(x, tile.bm, tile.bk) if tma else x,
-            descriptor(wg, tile.bn, tile.bk) if tma else wg,
-            descriptor(wu, tile.bn, tile.bk) if tma else wu,
+        gated_fwd_kernel[(gemm.tiles,)](
+            *operands,
             bg,
             bu,
             h,
-            M,
-            N,
-            K,
-            *x.stride(),
-            *wg.stride(),
-            *wu.stride(),
+            *gemm.sizes,
+            x.stride(),
+            wg.stride(),
+            wu.stride(),
             *strides(bg, 1),
             *strides(bu, 1),
-            *h.stride(),
+            h.stride(),
             float(gate_multiplier),
             TMA=tma,
-            WARP_SPECIALIZE=warp_specialize,
-            **gemm_options("gated_fwd", tile, K, activation),
+            **gemm.options(),
         )
 
 
@@ -270,7 +220,6 @@ def gated_recompute_bwd(
     gate_multiplier: float = 1.0,
     tile: TileConfig | None = None,
     tma: bool | None = None,
-    warp_specialize: bool = False,
 ) -> None:
     """h, dz_g and dz_u of `gated_fwd` for the gradient dy of y = h wd^T, everything recomputed from x.
 
@@ -280,64 +229,42 @@ def gated_recompute_bwd(
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
-    M, N, K = _check(x, wg, bg, wu, bu, activation)
-    if dy.dim() != 2 or wd.dim() != 2:
-        raise ValueError(f"dy and wd must be matrices; got shapes {tuple(dy.shape)} and {tuple(wd.shape)}")
-    if dy.dtype != x.dtype or wd.dtype != x.dtype:
-        raise TypeError(f"x is {x.dtype}, dy {dy.dtype} and wd {wd.dtype}; cast them to one dtype")
-    D = dy.shape[1]
-    tile = _tile("gated_bwd", x, wg, wu, wd, tile=tile)
-    partials = db_partials_shape(x, wg, wu, wd, tile)
-    check_shape(
-        {
-            "dy": (dy, (M, D)),
-            "wd": (wd, (D, N)),
-            "h": (h, (M, N)),
-            "dz_g": (dz_g, (M, N)),
-            "dz_u": (dz_u, (M, N)),
-            "dbg_partials": (dbg_partials, partials),
-            "dbu_partials": (dbu_partials, partials),
-        },
-        x,
-    )
-    check_out(h=h, dz_g=dz_g, dz_u=dz_u, dbg_partials=dbg_partials, dbu_partials=dbu_partials)
-    check_sums(dbg_partials=dbg_partials, dbu_partials=dbu_partials)
-    if M == 0 or N == 0:
+    gemm = GemmProblem.checked("gated_bwd", activation, tile, x, {"wg": wg, "wu": wu}, {"dy": dy, "wd": wd})
+    outputs = {"h": h, "dz_g": dz_g, "dz_u": dz_u}
+    sums = {"dbg_partials": dbg_partials, "dbu_partials": dbu_partials}
+    gemm.check(biases={"bg": bg, "bu": bu}, outputs=outputs, sums=sums)
+    if not gemm.tiles:
         return
-    tma = use_descriptors(tma, arch_of(x), regular(x, wg, wu, wd), x, wg, wu, dy, wd)
+    tma, (x_in, wg_in, wu_in, dy_in, wd_in) = gemm.operands(tma)
     with on_device(x):
-        gated_recompute_bwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
-            descriptor(x, tile.bm, tile.bk) if tma else x,
-            descriptor(wg, tile.bn, tile.bk) if tma else wg,
-            descriptor(wu, tile.bn, tile.bk) if tma else wu,
+        gated_recompute_bwd_kernel[(gemm.tiles,)](
+            x_in,
+            wg_in,
+            wu_in,
             bg,
             bu,
-            descriptor(dy, tile.bm, tile.bk) if tma else dy,
-            descriptor(wd, tile.bk, tile.bn) if tma else wd,
+            dy_in,
+            wd_in,
             h,
             dz_g,
             dz_u,
             dbg_partials,
             dbu_partials,
-            M,
-            N,
-            K,
-            D,
-            *x.stride(),
-            *wg.stride(),
-            *wu.stride(),
+            *gemm.sizes,
+            gemm.D,
+            x.stride(),
+            wg.stride(),
+            wu.stride(),
             *strides(bg, 1),
             *strides(bu, 1),
-            *dy.stride(),
-            *wd.stride(),
-            *strides(h, 2),
-            *dz_g.stride(),
-            *dz_u.stride(),
-            *strides(dbg_partials, 2),
-            *strides(dbu_partials, 2),
+            dy.stride(),
+            wd.stride(),
+            strides(h, 2),
+            dz_g.stride(),
+            dz_u.stride(),
+            strides(dbg_partials, 2),
+            strides(dbu_partials, 2),
             float(gate_multiplier),
-            EVEN_D=D % tile.bk == 0,
             TMA=tma,
-            WARP_SPECIALIZE=warp_specialize,
-            **gemm_options("gated_bwd", tile, K, activation),
+            **gemm.options(),
         )

@@ -22,27 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import needs_z
-from .dropout import NO_DROPOUT, Dropout
-from .epilogue import emit_backward, emit_forward
-from .gemm import accumulate, tile_of
-from .launch import (
-    arch_of,
-    check_activation,
-    check_out,
-    check_shape,
-    check_sums,
-    check_tile,
-    descriptor,
-    dtype_name,
-    gemm_options,
-    multiprocessors,
-    on_device,
-    regular,
-    strides,
-    use_descriptors,
-)
-from .tiles import TileConfig, choose
+from .device.activations import needs_z
+from .device.dropout import NO_DROPOUT, Dropout
+from .device.epilogue import emit_backward, emit_forward
+from .device.gemm import accumulate, tile_of
+from .host.arguments import strides
+from .host.hardware import multiprocessors, on_device
+from .host.problem import GemmProblem, partials_shape
+from .host.tiles import TileConfig
 
 __all__ = ["db_partials_shape", "linear_fwd", "linear_recompute_bwd"]
 
@@ -52,194 +39,79 @@ _DROPOUT_ARGS = ["seed", "offset", "first_row", "threshold"]
 
 @triton.jit
 def _forward_tile(
-    pid,
-    p_x,
-    p_w,
-    p_b,
-    p_res,
-    p_y,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_b,
-    stride_rm,
-    stride_rn,
-    stride_ym,
-    stride_yn,
-    seed,
-    offset,
-    first_row,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PIECE: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
+    pid, p_x, p_w, p_b, p_res, p_y, M, N, K, strides_x, strides_w, stride_b, strides_res, strides_y, dropout,
+    ACT: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
-):
+):  # fmt: skip
     i_m, i_n = tile_of(pid, M, N, BM, BN, GROUP_M)
     row0 = i_m.to(tl.int64) * BM
     col0 = i_n.to(tl.int64) * BN
     z = tl.zeros((BM, BN), tl.float32)
     z = accumulate(
-        z, p_x, p_w, row0, col0, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-        BM, BN, BK, EVEN_K, TMA, False, WARP_SPECIALIZE, INTERPRET,
+        z, p_x, p_w, row0, col0, M, N, K, strides_x, strides_w, BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
     )  # fmt: skip
     emit_forward(
-        z, row0, col0, p_b, p_res, p_y, M, N, stride_b, stride_rm, stride_rn, stride_ym, stride_yn,
-        seed, offset, first_row, threshold, scale, ACT, DROPOUT, BM, BN, PIECE, INTERPRET,
+        z, row0, col0, p_b, p_res, p_y, M, N, stride_b, strides_res, strides_y, dropout, ACT, DROPOUT, BM, BN,
+        EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_DROPOUT_ARGS)
 def linear_fwd_kernel(
-    p_x,
-    p_w,
-    p_b,
-    p_res,
-    p_y,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_b,
-    stride_rm,
-    stride_rn,
-    stride_ym,
-    stride_yn,
-    seed,
-    offset,
-    first_row,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PIECE: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    p_x, p_w, p_b, p_res, p_y, M, N, K, strides_x, strides_w, stride_b, strides_res, strides_y, seed, offset,
+    first_row, threshold, scale, ACT: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    dropout = (seed, offset, first_row, threshold, scale)
     if PERSISTENT:
         tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
         for pid in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             _forward_tile(
-                pid, p_x, p_w, p_b, p_res, p_y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
-                stride_rm, stride_rn, stride_ym, stride_yn, seed, offset, first_row, threshold, scale,
-                ACT, DROPOUT, BM, BN, BK, PIECE, GROUP_M, EVEN_K, TMA, WARP_SPECIALIZE, INTERPRET,
+                pid, p_x, p_w, p_b, p_res, p_y, M, N, K, strides_x, strides_w, stride_b, strides_res, strides_y,
+                dropout, ACT, DROPOUT, BM, BN, BK, EPILOGUE_N, GROUP_M, EVEN_K, TMA, INTERPRET,
             )  # fmt: skip
     else:
         _forward_tile(
-            tl.program_id(0), p_x, p_w, p_b, p_res, p_y, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
-            stride_rm, stride_rn, stride_ym, stride_yn, seed, offset, first_row, threshold, scale,
-            ACT, DROPOUT, BM, BN, BK, PIECE, GROUP_M, EVEN_K, TMA, WARP_SPECIALIZE, INTERPRET,
+            tl.program_id(0), p_x, p_w, p_b, p_res, p_y, M, N, K, strides_x, strides_w, stride_b, strides_res,
+            strides_y, dropout, ACT, DROPOUT, BM, BN, BK, EPILOGUE_N, GROUP_M, EVEN_K, TMA, INTERPRET,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_DROPOUT_ARGS)
 def linear_recompute_bwd_kernel(
-    p_x,
-    p_w,
-    p_b,
-    p_dy,
-    p_dz,
-    p_h,
-    p_db,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_b,
-    stride_dym,
-    stride_dyn,
-    stride_dzm,
-    stride_dzn,
-    stride_hm,
-    stride_hn,
-    stride_dbm,
-    stride_dbn,
-    seed,
-    offset,
-    first_row,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    RECOMPUTE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PIECE: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    p_x, p_w, p_b, p_dy, p_dz, p_h, p_db, M, N, K, strides_x, strides_w, stride_b, strides_dy, strides_dz, strides_h,
+    strides_db, seed, offset, first_row, threshold, scale, ACT: tl.constexpr, RECOMPUTE: tl.constexpr,
+    DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPILOGUE_N: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    dropout = (seed, offset, first_row, threshold, scale)
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row0 = i_m.to(tl.int64) * BM
     col0 = i_n.to(tl.int64) * BN
     z = tl.zeros((BM, BN), tl.float32)
     if RECOMPUTE:
         z = accumulate(
-            z, p_x, p_w, row0, col0, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-            BM, BN, BK, EVEN_K, TMA, False, WARP_SPECIALIZE, INTERPRET,
+            z, p_x, p_w, row0, col0, M, N, K, strides_x, strides_w, BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
         )  # fmt: skip
     if p_db is not None:
-        p_db += i_m.to(tl.int64) * stride_dbm
+        p_db += i_m.to(tl.int64) * strides_db[0]
     emit_backward(
-        z, None, row0, col0, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, stride_dym, stride_dyn, stride_dzm,
-        stride_dzn, stride_hm, stride_hn, stride_dbn, seed, offset, first_row, threshold, scale,
-        ACT, DROPOUT, BM, BN, PIECE, INTERPRET,
+        z, None, row0, col0, p_b, p_dy, p_dz, p_h, p_db, M, N, stride_b, strides_dy, strides_dz, strides_h,
+        strides_db[1], dropout, ACT, DROPOUT, BM, BN, EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 
-def _tile(x: Tensor, weight: Tensor, tile: TileConfig | None, dropout: Dropout | None) -> TileConfig:
-    (M, K), N = x.shape, weight.shape[0]
-    dtype, arch = dtype_name(x), arch_of(x)
-    kind = "linear" if dropout is None else "linear_dropout"
-    tile = tile or choose(kind, M, N, K, dtype, arch, regular=regular(x, weight))
-    check_tile(kind, tile, dtype, arch)
-    return tile
-
-
-def _check(x: Tensor, weight: Tensor, activation: str) -> tuple[int, int, int]:
-    check_activation(activation)
-    if x.dim() != 2 or weight.dim() != 2:
-        raise ValueError(f"x and weight must be matrices; got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
-    (M, K), N = x.shape, weight.shape[0]
-    check_shape({"weight": (weight, (N, K))}, x)
-    if weight.dtype != x.dtype:
-        raise TypeError(f"x is {x.dtype} and weight {weight.dtype}; cast one of them")
-    return M, N, K
+def _kind(dropout: Dropout | None) -> str:
+    return "linear" if dropout is None else "linear_dropout"
 
 
 def db_partials_shape(
     x: Tensor, weight: Tensor, tile: TileConfig | None = None, dropout: Dropout | None = None
 ) -> tuple[int, int]:
     """Shape of the fp32 buffer `linear_recompute_bwd` wants for db: one row for each row of tiles, (ceil(M / bm), N)."""
-    return -(-x.shape[0] // _tile(x, weight, tile, dropout).bm), weight.shape[0]
+    return partials_shape(_kind(dropout), x, weight, tile=tile)
 
 
 def linear_fwd(
@@ -253,46 +125,38 @@ def linear_fwd(
     dropout: Dropout | None = None,
     tile: TileConfig | None = None,
     tma: bool | None = None,
-    warp_specialize: bool = False,
 ) -> None:
     """out = dropout(act(x weight^T + bias)) + residual, in one pass; the pre-activation is never written.
 
     x (M, K), weight (N, K), of one dtype: fp32, fp16 or bf16. bias (N), residual (M, N) and out (M, N): any of the three
     dtypes. Any strides; M, N or K may be 0. `out` may be the residual's own memory. fp32 is multiplied in full precision,
     not TF32. tile: None chooses it by shape, dtype and architecture. tma: load through tensor descriptors; None chooses by
-    architecture and alignment. warp_specialize: Triton's switch of that name, see `gemm`.
+    architecture and alignment.
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
-    M, N, K = _check(x, weight, activation)
-    check_shape({"bias": (bias, (N,)), "residual": (residual, (M, N)), "out": (out, (M, N))}, x)
-    check_out(out=out)
-    tile = _tile(x, weight, tile, dropout)
-    if M == 0 or N == 0:
+    gemm = GemmProblem.checked(_kind(dropout), activation, tile, x, {"weight": weight})
+    gemm.check(biases={"bias": bias}, inputs={"residual": residual}, outputs={"out": out})
+    if not gemm.tiles:
         return
-    tma = use_descriptors(tma, arch_of(x), regular(x, weight), x, weight)
-    tiles = triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn)
+    tma, operands = gemm.operands(tma)
     with on_device(x):
-        linear_fwd_kernel[(min(tiles, multiprocessors(x)) if tma else tiles,)](
-            descriptor(x, tile.bm, tile.bk) if tma else x,
-            descriptor(weight, tile.bn, tile.bk) if tma else weight,
+        linear_fwd_kernel[(min(gemm.tiles, multiprocessors(x)) if tma else gemm.tiles,)](
+            *operands,
             bias,
             residual,
             out,
-            M,
-            N,
-            K,
-            *x.stride(),
-            *weight.stride(),
+            *gemm.sizes,
+            x.stride(),
+            weight.stride(),
             *strides(bias, 1),
-            *strides(residual, 2),
-            *out.stride(),
+            strides(residual, 2),
+            out.stride(),
             *(dropout or NO_DROPOUT).kernel_args(),
             DROPOUT=dropout is not None,
             TMA=tma,
             PERSISTENT=tma,
-            WARP_SPECIALIZE=warp_specialize,
-            **gemm_options("linear", tile, K, activation, dropout=dropout is not None),
+            **gemm.options(dropout=dropout is not None),
         )
 
 
@@ -309,51 +173,41 @@ def linear_recompute_bwd(
     dropout: Dropout | None = None,
     tile: TileConfig | None = None,
     tma: bool | None = None,
-    warp_specialize: bool = False,
 ) -> None:
     """dz = dropout(dy) * act'(x weight^T + bias), with the pre-activation recomputed in the kernel and never written.
 
-    x, weight, bias, activation, dropout, tile, tma and warp_specialize: as in `linear_fwd`, and the same, so that z and the
+    x, weight, bias, activation, dropout, tile and tma: as in `linear_fwd`, and the same, so that z and the
     mask have the same bits. dy (M, N): any strides, zero strides too. dz (M, N): may be dy's own memory with the same strides.
     db_partials: fp32, of `db_partials_shape`; its sum over rows is db. h (M, N): written with dropout(act(z)) where given.
     Everything written is written fully.
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
-    M, N, K = _check(x, weight, activation)
-    tile = _tile(x, weight, tile, dropout)
-    partials = (db_partials, db_partials_shape(x, weight, tile))
-    check_shape(
-        {"bias": (bias, (N,)), "dy": (dy, (M, N)), "dz": (dz, (M, N)), "h": (h, (M, N)), "db_partials": partials}, x
-    )
-    check_out(dz=dz, h=h, db_partials=db_partials)
-    check_sums(db_partials=db_partials)
-    if M == 0 or N == 0:
+    gemm = GemmProblem.checked(_kind(dropout), activation, tile, x, {"weight": weight})
+    outputs, sums = {"dz": dz, "h": h}, {"db_partials": db_partials}
+    gemm.check(biases={"bias": bias}, inputs={"dy": dy}, outputs=outputs, sums=sums)
+    if not gemm.tiles:
         return
-    tma = use_descriptors(tma, arch_of(x), regular(x, weight), x, weight)
+    tma, operands = gemm.operands(tma)
     with on_device(x):
-        linear_recompute_bwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
-            descriptor(x, tile.bm, tile.bk) if tma else x,
-            descriptor(weight, tile.bn, tile.bk) if tma else weight,
+        linear_recompute_bwd_kernel[(gemm.tiles,)](
+            *operands,
             bias,
             dy,
             dz,
             h,
             db_partials,
-            M,
-            N,
-            K,
-            *x.stride(),
-            *weight.stride(),
+            *gemm.sizes,
+            x.stride(),
+            weight.stride(),
             *strides(bias, 1),
-            *dy.stride(),
-            *dz.stride(),
-            *strides(h, 2),
-            *strides(db_partials, 2),
+            dy.stride(),
+            dz.stride(),
+            strides(h, 2),
+            strides(db_partials, 2),
             *(dropout or NO_DROPOUT).kernel_args(),
             RECOMPUTE=needs_z(activation) or h is not None,
             DROPOUT=dropout is not None,
             TMA=tma,
-            WARP_SPECIALIZE=warp_specialize,
-            **gemm_options("linear", tile, K, activation, dropout=dropout is not None),
+            **gemm.options(dropout=dropout is not None),
         )

@@ -1,7 +1,7 @@
 """Backward of an MLP's first layer in one kernel: recompute z, multiply by the gradient that comes through the second layer.
 
-    y = dropout(act(x W1^T + b1)) W2^T (+ b2)
-    z = x W1^T + b1      dh = dy W2      h = dropout(act(z))      dz = dropout(dh) * act'(z)      db1 = sum of dz over rows
+    y = act(x W1^T + b1) W2^T (+ b2)
+    z = x W1^T + b1      dh = dy W2      h = act(z)      dz = dh * act'(z)      db1 = sum of dz over rows
 
 Two forms write the same h (needed for dW2 = dy^T h) and dz (for dx = dz W1, dW1 = dz^T x); neither writes z:
     dual    both GEMMs in one kernel, two sequential K loops into two fp32 accumulators; dh never reaches HBM either.
@@ -20,78 +20,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import NO_DROPOUT, Dropout
-from .epilogue import emit_backward
-from .gemm import accumulate, tile_of
-from .launch import (
-    arch_of,
-    check_activation,
-    check_out,
-    check_shape,
-    check_sums,
-    check_tile,
-    descriptor,
-    dtype_name,
-    gemm_options,
-    on_device,
-    regular,
-    strides,
-    use_descriptors,
-)
+from .device.epilogue import emit_backward
+from .device.gemm import accumulate, tile_of
+from .host.arguments import check_out, check_shape, strides
+from .host.dtypes import dtype_name
+from .host.hardware import arch_of, on_device
+from .host.problem import GemmProblem, check_operands, partials_shape
+from .host.tiles import TileConfig, backward_form
 from .linear import db_partials_shape as plain_db_partials_shape
 from .linear import linear_recompute_bwd
-from .tiles import TileConfig, backward_form, choose
 
 __all__ = ["db_partials_shape", "mlp_dual_bwd", "mlp_recompute_bwd"]
 
 
-@triton.jit(do_not_specialize=["seed", "offset", "first_row", "threshold"])
+@triton.jit
 def mlp_dual_bwd_kernel(
-    p_x,
-    p_w1,
-    p_b,
-    p_dy,
-    p_w2,
-    p_h,
-    p_dz,
-    p_db,
-    M,
-    N,
-    K,
-    D,
-    stride_xm,
-    stride_xk,
-    stride_w1n,
-    stride_w1k,
-    stride_b,
-    stride_dym,
-    stride_dyd,
-    stride_w2d,
-    stride_w2n,
-    stride_hm,
-    stride_hn,
-    stride_dzm,
-    stride_dzn,
-    stride_dbm,
-    stride_dbn,
-    seed,
-    offset,
-    first_row,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PIECE: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
+    p_x, p_w1, p_b, p_dy, p_w2, p_h, p_dz, p_db, M, N, K, D, strides_x, strides_w1, stride_b, strides_dy, strides_w2,
+    strides_h, strides_dz, strides_db, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
-):
+):  # fmt: skip
     i_m, i_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row0 = i_m.to(tl.int64) * BM
     col0 = i_n.to(tl.int64) * BN
@@ -99,20 +47,18 @@ def mlp_dual_bwd_kernel(
     # one accumulator miscompiled on Blackwell (triton#10821).
     dh = tl.zeros((BM, BN), tl.float32)
     dh = accumulate(
-        dh, p_dy, p_w2, row0, col0, M, N, D, stride_dym, stride_dyd, stride_w2n, stride_w2d,
-        BM, BN, BK, EVEN_D, TMA, True, WARP_SPECIALIZE, INTERPRET,
+        dh, p_dy, p_w2, row0, col0, M, N, D, strides_dy, (strides_w2[1], strides_w2[0]), BM, BN, BK, EVEN_D, TMA,
+        True, INTERPRET,
     )  # fmt: skip
     z = tl.zeros((BM, BN), tl.float32)
     z = accumulate(
-        z, p_x, p_w1, row0, col0, M, N, K, stride_xm, stride_xk, stride_w1n, stride_w1k,
-        BM, BN, BK, EVEN_K, TMA, False, WARP_SPECIALIZE, INTERPRET,
+        z, p_x, p_w1, row0, col0, M, N, K, strides_x, strides_w1, BM, BN, BK, EVEN_K, TMA, False, INTERPRET,
     )  # fmt: skip
     if p_db is not None:
-        p_db += i_m.to(tl.int64) * stride_dbm
+        p_db += i_m.to(tl.int64) * strides_db[0]
     emit_backward(
-        z, dh, row0, col0, p_b, None, p_dz, p_h, p_db, M, N, stride_b, 0, 0, stride_dzm, stride_dzn,
-        stride_hm, stride_hn, stride_dbn, seed, offset, first_row, threshold, scale,
-        ACT, DROPOUT, BM, BN, PIECE, INTERPRET,
+        z, dh, row0, col0, p_b, None, p_dz, p_h, p_db, M, N, stride_b, (0, 0), strides_dz, strides_h, strides_db[1],
+        None, ACT, False, BM, BN, EPILOGUE_N, INTERPRET,
     )  # fmt: skip
 
 
@@ -122,27 +68,18 @@ def _form(x: Tensor, w1: Tensor, w2: Tensor, form: str | None) -> str:
     return form or backward_form(w1.shape[0], x.shape[1], w2.shape[0], dtype_name(x), arch_of(x))
 
 
-def _dual_tile(x: Tensor, w1: Tensor, w2: Tensor, tile: TileConfig | None) -> TileConfig:
-    (M, K), N = x.shape, w1.shape[0]
-    dtype, arch = dtype_name(x), arch_of(x)
-    tile = tile or choose("dual", M, N, K, dtype, arch, regular=regular(x, w1, w2))
-    check_tile("dual", tile, dtype, arch)
-    return tile
-
-
 def db_partials_shape(
     x: Tensor,
     w1: Tensor,
     w2: Tensor,
     *,
-    dropout: Dropout | None = None,
     form: str | None = None,
     tile: TileConfig | None = None,
 ) -> tuple[int, int]:
     """Shape of the fp32 buffer that `mlp_recompute_bwd` with the same arguments wants for db1."""
     if _form(x, w1, w2, form) == "plain":
-        return plain_db_partials_shape(x, w1, tile, dropout)
-    return -(-x.shape[0] // _dual_tile(x, w1, w2, tile).bm), w1.shape[0]
+        return plain_db_partials_shape(x, w1, tile)
+    return partials_shape("dual", x, w1, w2, tile=tile)
 
 
 def mlp_recompute_bwd(
@@ -156,12 +93,11 @@ def mlp_recompute_bwd(
     db_partials: Tensor | None = None,
     *,
     activation: str,
-    dropout: Dropout | None = None,
     form: str | None = None,
     tile: TileConfig | None = None,
     tma: bool | None = None,
 ) -> None:
-    """h = dropout(act(z)) and dz = dropout(dy w2) * act'(z) with z = x w1^T + b1, which is never written.
+    """h = act(z) and dz = (dy w2) * act'(z) with z = x w1^T + b1, which is never written.
 
     x (M, K), w1 (N, K), dy (M, D), w2 (D, N): one dtype, any strides, any size may be 0. b1 (N). h (M, N), or None where w2 is
     frozen and h is not wanted. dz (M, N). db_partials: fp32, of `db_partials_shape` for the same form and tile; its sum over
@@ -171,38 +107,17 @@ def mlp_recompute_bwd(
     """
     if _form(x, w1, w2, form) == "dual":
         mlp_dual_bwd(
-            x, w1, b1, dy, w2, h, dz, db_partials, activation=activation, dropout=dropout, tile=tile, tma=tma
+            x, w1, b1, dy, w2, h, dz, db_partials, activation=activation, tile=tile, tma=tma,
         )  # fmt: skip
         return
-    _check(x, w1, b1, dy, w2, h, dz, activation)
+    check_operands(activation, x, {"w1": w1}, {"dy": dy, "w2": w2})
+    M, N = x.shape[0], w1.shape[0]
+    check_shape({"b1": (b1, (N,)), "h": (h, (M, N)), "dz": (dz, (M, N))}, x)
+    check_out(h=h, dz=dz)
     torch.mm(dy, w2, out=dz)
     linear_recompute_bwd(
-        x, w1, b1, dz, dz, db_partials, activation=activation, h=h, dropout=dropout, tile=tile, tma=tma
+        x, w1, b1, dz, dz, db_partials, activation=activation, h=h, tile=tile, tma=tma,
     )  # fmt: skip
-
-
-def _check(
-    x: Tensor, w1: Tensor, b1: Tensor | None, dy: Tensor, w2: Tensor, h: Tensor | None, dz: Tensor, activation: str
-) -> None:
-    check_activation(activation)
-    for name, t in (("x", x), ("w1", w1), ("dy", dy), ("w2", w2)):
-        if t.dim() != 2:
-            raise ValueError(f"{name} must be a matrix; got shape {tuple(t.shape)}")
-        if t.dtype != x.dtype:
-            raise TypeError(f"x is {x.dtype} and {name} {t.dtype}; cast one of them")
-    (M, K), N, D = x.shape, w1.shape[0], dy.shape[1]
-    check_shape(
-        {
-            "w1": (w1, (N, K)),
-            "b1": (b1, (N,)),
-            "dy": (dy, (M, D)),
-            "w2": (w2, (D, N)),
-            "h": (h, (M, N)),
-            "dz": (dz, (M, N)),
-        },
-        x,
-    )
-    check_out(h=h, dz=dz)
 
 
 def mlp_dual_bwd(
@@ -216,47 +131,35 @@ def mlp_dual_bwd(
     db_partials: Tensor | None = None,
     *,
     activation: str,
-    dropout: Dropout | None = None,
     tile: TileConfig | None = None,
     tma: bool | None = None,
-    warp_specialize: bool = False,
 ) -> None:
-    """The dual form of `mlp_recompute_bwd`, whose arguments these are. tma, warp_specialize: as in `linear_fwd`."""
-    _check(x, w1, b1, dy, w2, h, dz, activation)
-    (M, K), N, D = x.shape, w1.shape[0], dy.shape[1]
-    tile = _dual_tile(x, w1, w2, tile)
-    check_shape({"db_partials": (db_partials, (-(-M // tile.bm), N))}, x)
-    check_out(db_partials=db_partials)
-    check_sums(db_partials=db_partials)
-    if M == 0 or N == 0:
+    """The dual form of `mlp_recompute_bwd`, whose arguments these are. tma: as in `linear_fwd`."""
+    gemm = GemmProblem.checked("dual", activation, tile, x, {"w1": w1}, {"dy": dy, "w2": w2})
+    gemm.check(biases={"b1": b1}, outputs={"h": h, "dz": dz}, sums={"db_partials": db_partials})
+    if not gemm.tiles:
         return
-    tma = use_descriptors(tma, arch_of(x), regular(x, w1, w2), x, w1, dy, w2)
+    tma, (x_in, w1_in, dy_in, w2_in) = gemm.operands(tma)
     with on_device(x):
-        mlp_dual_bwd_kernel[(triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn),)](
-            descriptor(x, tile.bm, tile.bk) if tma else x,
-            descriptor(w1, tile.bn, tile.bk) if tma else w1,
+        mlp_dual_bwd_kernel[(gemm.tiles,)](
+            x_in,
+            w1_in,
             b1,
-            descriptor(dy, tile.bm, tile.bk) if tma else dy,
-            descriptor(w2, tile.bk, tile.bn) if tma else w2,
+            dy_in,
+            w2_in,
             h,
             dz,
             db_partials,
-            M,
-            N,
-            K,
-            D,
-            *x.stride(),
-            *w1.stride(),
+            *gemm.sizes,
+            gemm.D,
+            x.stride(),
+            w1.stride(),
             *strides(b1, 1),
-            *dy.stride(),
-            *w2.stride(),
-            *strides(h, 2),
-            *dz.stride(),
-            *strides(db_partials, 2),
-            *(dropout or NO_DROPOUT).kernel_args(),
-            DROPOUT=dropout is not None,
-            EVEN_D=D % tile.bk == 0,
+            dy.stride(),
+            w2.stride(),
+            strides(h, 2),
+            dz.stride(),
+            strides(db_partials, 2),
             TMA=tma,
-            WARP_SPECIALIZE=warp_specialize,
-            **gemm_options("dual", tile, K, activation, dropout=dropout is not None),
+            **gemm.options(),
         )

@@ -17,25 +17,22 @@ Not here: allocation, autograd, adding up the partials.
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arch_of, check_out, check_shape, check_sums, dtype_name, on_device, strides
-from .numerics import INTERPRETED, narrow, widen
-from .registry import STORED, KernelSpec, block_dtypes, block_meta, make_spec
-from .tiles import BlockTile
+from .device.casts import INTERPRETED, narrow, widen
+from .host.arguments import check_out, check_shape, check_sums, strides
+from .host.dtypes import dtype_name
+from .host.hardware import arch_of, on_device
 
-__all__ = ["norm_bwd", "norm_fwd", "norm_partials_shape", "specs"]
+__all__ = ["norm_bwd", "norm_fwd", "norm_partials_shape"]
 
-_ROWS = 32
-_COLUMNS = 128
-_WIDEST_BLOCK = 1024
-_WARPS = 4
-_KINDS = ("rms", "layer")
+ROWS_PER_SUM = 32
+COLUMNS_PER_SUM = 128
+WIDEST_BLOCK = 1024
+NUM_WARPS = 4
+KINDS = ("rms", "layer")
 
 
 @triton.jit
@@ -71,30 +68,28 @@ def norm_fwd_kernel(
     p_b,
     p_y,
     K,
-    stride_xm,
-    stride_xk,
+    strides_x,
     stride_w,
     stride_b,
-    stride_ym,
-    stride_yk,
+    strides_y,
     eps,
     LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    p_x += row * stride_xm
-    p_y += row * stride_ym
-    mean, rstd = _statistics(p_x, K, stride_xk, eps, LAYER, BLOCK, INTERPRET)
+    p_x += row * strides_x[0]
+    p_y += row * strides_y[0]
+    mean, rstd = _statistics(p_x, K, strides_x[1], eps, LAYER, BLOCK, INTERPRET)
     o_k = tl.arange(0, BLOCK).to(tl.int64)
     for k in range(0, K, BLOCK):
         o = k + o_k
-        y = (widen(tl.load(p_x + o * stride_xk, mask=o < K, other=0.0), INTERPRET) - mean) * rstd
+        y = (widen(tl.load(p_x + o * strides_x[1], mask=o < K, other=0.0), INTERPRET) - mean) * rstd
         if p_w is not None:
             y *= widen(tl.load(p_w + o * stride_w, mask=o < K, other=0.0), INTERPRET)
         if p_b is not None:
             y += widen(tl.load(p_b + o * stride_b, mask=o < K, other=0.0), INTERPRET)
-        tl.store(p_y + o * stride_yk, narrow(y, p_y.dtype.element_ty, INTERPRET), mask=o < K)
+        tl.store(p_y + o * strides_y[1], narrow(y, p_y.dtype.element_ty, INTERPRET), mask=o < K)
 
 
 @triton.jit
@@ -105,52 +100,48 @@ def norm_bwd_rows_kernel(
     p_dx,
     p_stats,
     K,
-    stride_xm,
-    stride_xk,
+    strides_x,
     stride_w,
-    stride_dym,
-    stride_dyk,
-    stride_dxm,
-    stride_dxk,
-    stride_s,
-    stride_sm,
+    strides_dy,
+    strides_dx,
+    strides_s,
     eps,
     LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    p_x += row * stride_xm
-    p_dy += row * stride_dym
-    p_stats += row * stride_sm
-    mean, rstd = _statistics(p_x, K, stride_xk, eps, LAYER, BLOCK, INTERPRET)
+    p_x += row * strides_x[0]
+    p_dy += row * strides_dy[0]
+    p_stats += row * strides_s[1]
+    mean, rstd = _statistics(p_x, K, strides_x[1], eps, LAYER, BLOCK, INTERPRET)
     tl.store(p_stats, mean)
-    tl.store(p_stats + tl.full((), 0, tl.int64) + stride_s, rstd)
+    tl.store(p_stats + tl.full((), 0, tl.int64) + strides_s[0], rstd)
     o_k = tl.arange(0, BLOCK).to(tl.int64)
     # g = dy * w; dx = rstd (g - xhat mean(g xhat) [- mean(g)]).
     sum_g = tl.zeros((BLOCK,), tl.float32)
     sum_gx = tl.zeros((BLOCK,), tl.float32)
     for k in range(0, K, BLOCK):
         o = k + o_k
-        xhat = (widen(tl.load(p_x + o * stride_xk, mask=o < K, other=0.0), INTERPRET) - mean) * rstd
-        g = widen(tl.load(p_dy + o * stride_dyk, mask=o < K, other=0.0), INTERPRET)
+        xhat = (widen(tl.load(p_x + o * strides_x[1], mask=o < K, other=0.0), INTERPRET) - mean) * rstd
+        g = widen(tl.load(p_dy + o * strides_dy[1], mask=o < K, other=0.0), INTERPRET)
         if p_w is not None:
             g *= widen(tl.load(p_w + o * stride_w, mask=o < K, other=0.0), INTERPRET)
         sum_g += g
         sum_gx += g * xhat
     mean_gx = tl.sum(sum_gx, axis=0) / K
     mean_g = tl.sum(sum_g, axis=0) / K
-    p_dx += row * stride_dxm
+    p_dx += row * strides_dx[0]
     for k in range(0, K, BLOCK):
         o = k + o_k
-        xhat = (widen(tl.load(p_x + o * stride_xk, mask=o < K, other=0.0), INTERPRET) - mean) * rstd
-        dx = widen(tl.load(p_dy + o * stride_dyk, mask=o < K, other=0.0), INTERPRET)
+        xhat = (widen(tl.load(p_x + o * strides_x[1], mask=o < K, other=0.0), INTERPRET) - mean) * rstd
+        dx = widen(tl.load(p_dy + o * strides_dy[1], mask=o < K, other=0.0), INTERPRET)
         if p_w is not None:
             dx *= widen(tl.load(p_w + o * stride_w, mask=o < K, other=0.0), INTERPRET)
         dx -= xhat * mean_gx
         if LAYER:
             dx -= mean_g
-        tl.store(p_dx + o * stride_dxk, narrow(dx * rstd, p_dx.dtype.element_ty, INTERPRET), mask=o < K)
+        tl.store(p_dx + o * strides_dx[1], narrow(dx * rstd, p_dx.dtype.element_ty, INTERPRET), mask=o < K)
 
 
 @triton.jit
@@ -162,16 +153,11 @@ def norm_bwd_columns_kernel(
     p_db,
     M,
     K,
-    stride_xm,
-    stride_xk,
-    stride_dym,
-    stride_dyk,
-    stride_s,
-    stride_sm,
-    stride_dwm,
-    stride_dwk,
-    stride_dbm,
-    stride_dbk,
+    strides_x,
+    strides_dy,
+    strides_s,
+    strides_dw,
+    strides_db,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -181,20 +167,24 @@ def norm_bwd_columns_kernel(
     o_k = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     m_k = o_k < K
     m = (o_m < M)[:, None] & m_k[None, :]
-    dy = widen(tl.load(p_dy + o_m[:, None] * stride_dym + o_k[None, :] * stride_dyk, mask=m, other=0.0), INTERPRET)
+    dy = widen(
+        tl.load(p_dy + o_m[:, None] * strides_dy[0] + o_k[None, :] * strides_dy[1], mask=m, other=0.0), INTERPRET
+    )
     if p_dw is not None:
-        p_stats += o_m * stride_sm
+        p_stats += o_m * strides_s[1]
         mean = tl.load(p_stats, mask=o_m < M, other=0.0)
-        rstd = tl.load(p_stats + stride_s, mask=o_m < M, other=0.0)
-        x = widen(tl.load(p_x + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk, mask=m, other=0.0), INTERPRET)
+        rstd = tl.load(p_stats + strides_s[0], mask=o_m < M, other=0.0)
+        x = widen(
+            tl.load(p_x + o_m[:, None] * strides_x[0] + o_k[None, :] * strides_x[1], mask=m, other=0.0), INTERPRET
+        )
         dw = tl.sum(dy * (x - mean[:, None]) * rstd[:, None], axis=0)
-        tl.store(p_dw + i_m * stride_dwm + o_k * stride_dwk, dw, mask=m_k)
+        tl.store(p_dw + i_m * strides_dw[0] + o_k * strides_dw[1], dw, mask=m_k)
     if p_db is not None:
-        tl.store(p_db + i_m * stride_dbm + o_k * stride_dbk, tl.sum(dy, axis=0), mask=m_k)
+        tl.store(p_db + i_m * strides_db[0] + o_k * strides_db[1], tl.sum(dy, axis=0), mask=m_k)
 
 
 def _check(x: Tensor, kind: str, eps: float) -> tuple[int, int]:
-    if kind not in _KINDS:
+    if kind not in KINDS:
         raise ValueError(f"unknown norm {kind!r}; choose 'rms' or 'layer'")
     if x.dim() != 2:
         raise ValueError(f"x must be a matrix; got shape {tuple(x.shape)}")
@@ -206,12 +196,12 @@ def _check(x: Tensor, kind: str, eps: float) -> tuple[int, int]:
 
 
 def _block(K: int) -> int:
-    return max(16, min(_WIDEST_BLOCK, triton.next_power_of_2(K)))
+    return max(16, min(WIDEST_BLOCK, triton.next_power_of_2(K)))
 
 
 def norm_partials_shape(x: Tensor) -> tuple[int, int]:
     """Shape of each fp32 buffer that `norm_bwd` wants for dw and db: (ceil(M / 32), K)."""
-    return -(-x.shape[0] // _ROWS), x.shape[1]
+    return -(-x.shape[0] // ROWS_PER_SUM), x.shape[1]
 
 
 def norm_fwd(
@@ -233,15 +223,15 @@ def norm_fwd(
             bias,
             out,
             K,
-            *x.stride(),
+            x.stride(),
             *strides(weight, 1),
             *strides(bias, 1),
-            *out.stride(),
+            out.stride(),
             eps,
             LAYER=kind == "layer",
             BLOCK=_block(K),
             INTERPRET=INTERPRETED,
-            num_warps=_WARPS,
+            num_warps=NUM_WARPS,
             num_stages=1,
         )
 
@@ -292,20 +282,20 @@ def norm_bwd(
             dx,
             stats,
             K,
-            *x.stride(),
+            x.stride(),
             *strides(weight, 1),
-            *dxn.stride(),
-            *dx.stride(),
-            *stats.stride(),
+            dxn.stride(),
+            dx.stride(),
+            stats.stride(),
             eps,
             LAYER=kind == "layer",
             BLOCK=_block(K),
             INTERPRET=INTERPRETED,
-            num_warps=_WARPS,
+            num_warps=NUM_WARPS,
             num_stages=1,
         )
         if wants_sums:
-            norm_bwd_columns_kernel[(partials[0], triton.cdiv(K, _COLUMNS))](
+            norm_bwd_columns_kernel[(partials[0], triton.cdiv(K, COLUMNS_PER_SUM))](
                 x,
                 dxn,
                 stats,
@@ -313,51 +303,14 @@ def norm_bwd(
                 db_partials,
                 M,
                 K,
-                *x.stride(),
-                *dxn.stride(),
-                *stats.stride(),
-                *strides(dw_partials, 2),
-                *strides(db_partials, 2),
-                ROWS=_ROWS,
-                COLUMNS=_COLUMNS,
+                x.stride(),
+                dxn.stride(),
+                stats.stride(),
+                strides(dw_partials, 2),
+                strides(db_partials, 2),
+                ROWS=ROWS_PER_SUM,
+                COLUMNS=COLUMNS_PER_SUM,
                 INTERPRET=INTERPRETED,
-                num_warps=_WARPS,
+                num_warps=NUM_WARPS,
                 num_stages=1,
             )
-
-
-def specs(arch: int) -> list[KernelSpec]:
-    """The kernels for wide rows, in each dtype, as called on contiguous, 16-byte aligned tensors: LayerNorm with weight and bias,
-    RMSNorm with a weight. Narrower rows take the same code in smaller blocks."""
-    found = []
-    for dtype in block_dtypes(arch):
-        row = Counter({f"{_WIDEST_BLOCK}x{STORED[dtype]}": 1})
-        for kind in _KINDS:
-            found.append(_spec(norm_fwd_kernel, kind, dtype, arch, row))
-            found.append(_spec(norm_bwd_rows_kernel, kind, dtype, arch, row + Counter({"f32": 2})))
-        # The sums over rows do not know which norm it is; LayerNorm wants both of them.
-        found.append(_spec(norm_bwd_columns_kernel, "layer", dtype, arch, {f"{_COLUMNS}xf32": 2}))
-    return found
-
-
-def _spec(fn: Any, kind: str, dtype: str, arch: int, stores: dict[str, int]) -> KernelSpec:
-    constants: dict[str, Any] = {"LAYER": kind == "layer", "BLOCK": _WIDEST_BLOCK, "INTERPRET": False}
-    constants |= {"ROWS": _ROWS, "COLUMNS": _COLUMNS}
-    constants |= {f"stride_{n}": 1 for n in ("xk", "w", "b", "yk", "dyk", "dxk", "sm", "dwk", "dbk")}
-    if kind == "rms":
-        constants["p_b"] = None
-        del constants["stride_b"]
-    constants = {n: v for n, v in constants.items() if n in fn.arg_names}
-    special = {"p_stats": "*fp32", "p_dw": "*fp32", "p_db": "*fp32", "eps": "fp32"}
-    types = {n: special.get(n, "T" if n.startswith("p_") else "i32") for n in fn.arg_names if n not in constants}
-    return make_spec(
-        fn,
-        variant=kind,
-        dtype=dtype,
-        arch=arch,
-        tile=BlockTile(*((_ROWS, _COLUMNS) if "ROWS" in constants else (1, _WIDEST_BLOCK)), _WARPS),
-        types=types,
-        constexprs=constants,
-        divisible=tuple(n for n in types if n not in ("eps", "M", "stride_s")),
-        meta=block_meta(stores),
-    )

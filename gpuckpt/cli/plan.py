@@ -164,7 +164,7 @@ def plan(
 
 def _device_called(name: str) -> str:
     """The known device for `name`, where case, blanks and dashes do not matter. Raises `ValueError` with the known ones."""
-    from gpuckpt.kernels.roofline import DEVICES
+    from gpuckpt.kernels.audit.roofline import DEVICES
 
     def plain(text: str) -> str:
         return "".join(filter(str.isalnum, text.lower()))

@@ -37,10 +37,10 @@ _MOST_ROWS = 40
 
 @dataclass(frozen=True)
 class Variant:
-    """Another way to keep a stage: spilled to the host, compressed, fused.
+    """Another way to keep a stage: spilled to the host, or fused.
 
     `saves`: storage ids held in the budget under this option; `forward_s`, `backward_s`: seconds of the stage's forward and
-    backward under it, transfers and (de)compression included. `spilled`: ids that go to host memory in its forward and come
+    backward under it, transfers included. `spilled`: ids that go to host memory in its forward and come
     back, into the budget, for its backward; one that others hold in the budget already is held on there instead.
     """
 

@@ -1,7 +1,7 @@
 """`gpuckpt audit`: the static dossier of the kernels as a terminal table, JSON, Markdown and one HTML page.
 
 Everything shown is read from compiled code or follows from it and a data sheet; nothing was run on a GPU, and every rendering
-says so. The numbers and bounds come from `gpuckpt.kernels.dossier`.
+says so. The numbers and bounds come from `gpuckpt.kernels.audit.dossier`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpuckpt.kernels.dossier import Dossier, Entry
+    from gpuckpt.kernels.audit.dossier import Dossier, Entry
 
 __all__ = ["parse_archs", "run_audit", "to_html", "to_markdown"]
 
@@ -47,7 +47,7 @@ _COLUMNS: tuple[tuple[str, str, Any], ...] = (
 
 def parse_archs(archs: Iterable[str | int]) -> list[int]:
     """ "sm_90", "90" and 90 all mean 90. Raises `ValueError` for what nothing ships for."""
-    from gpuckpt.kernels.registry import ARCHS
+    from gpuckpt.kernels.audit.specs import ARCHS
 
     found = []
     for arch in archs:
@@ -77,8 +77,8 @@ def run_audit(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from gpuckpt.kernels import dossier as dossiers
-    from gpuckpt.kernels.registry import ARCHS, shipped
+    from gpuckpt.kernels.audit import dossier as dossiers
+    from gpuckpt.kernels.audit.specs import ARCHS, shipped
 
     wanted = parse_archs(archs) or list(ARCHS)
     specs = dossiers.representative(wanted) if quick else [s for a in wanted for s in shipped(a)]

@@ -1,6 +1,6 @@
 """Activation functions and their derivatives on any array-API namespace.
 
-The names are those of the fused kernels (`gpuckpt.kernels.activations`); the code is independent of theirs and keeps the
+The names are those of the fused kernels (`gpuckpt.kernels.device.activations`); the code is independent of theirs and keeps the
 precision of its input, float64 included. The erf form of GELU is not here: the array API has no erf.
 
 z: pre-activation, of any shape. No intermediate overflows: exponentials are taken of negative numbers only.

@@ -66,7 +66,7 @@ def lay_out() -> Callable[[Tensor, str], Tensor]:
 
 @pytest.fixture
 def mutant(tmp_path: Path) -> Iterator[Callable[[str, str, str], ModuleType]]:
-    """mutant(module, old, new): the kernels package again, with `old` replaced by `new` in one of its modules.
+    """mutant(module, old, new): the kernels package again, with `old` replaced by `new` in one of its modules, in whatever room.
 
     Returns the package; its modules are imported as attributes on demand through importlib. `old` has to occur.
     """
@@ -77,7 +77,7 @@ def mutant(tmp_path: Path) -> Iterator[Callable[[str, str, str], ModuleType]]:
         name = f"mutant_kernels_{tmp_path.name}_{len(made)}"
         home = Path(gpuckpt.kernels.__file__).parent
         shutil.copytree(home, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        source = tmp_path / name / f"{module}.py"
+        (source,) = (tmp_path / name).rglob(f"{module}.py")
         text = source.read_text()
         assert old in text, f"{module}.py no longer contains {old!r}; adapt the mutation"
         source.write_text(text.replace(old, new))

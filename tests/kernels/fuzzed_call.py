@@ -89,11 +89,11 @@ class Call:
         return t
 
     def activation(self) -> str:
-        return self.random.choice(self.module("activations").ACTIVATIONS)
+        return self.random.choice(self.module("device.activations").ACTIVATIONS)
 
     def tile(self) -> object:
         """A small one, one that splits its epilogue in two, a flat one, or None for the launcher's own choice."""
-        make = self.module("tiles").TileConfig
+        make = self.module("host.tiles").TileConfig
         return self.random.choice(
             (
                 make(16, 32, 16, 4, 1, group_m=2),
@@ -107,7 +107,7 @@ class Call:
         if self.flag():
             return None
         p, seed, row = self.random.choice((0.0, 0.3, 1.0)), self.random.getrandbits(63), self.random.getrandbits(20)
-        return self.module("dropout").Dropout(p, seed, first_row=row)
+        return self.module("device.dropout").Dropout(p, seed, first_row=row)
 
     def run(self, launcher: Callable[..., None], *args: object, **options: object) -> Watch:
         self.arena.keep(*self.inputs)

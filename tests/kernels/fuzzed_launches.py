@@ -58,14 +58,14 @@ def mlp_dual_bwd(call: Call) -> Watch:
     (M, N, _), dtype, x, w1 = _linear(call, tma)
     D = call.size(1 if tma else 0)
     dy, w2 = call.input("dy", (M, D), dtype, tma), call.input("w2", (D, N), dtype, tma)
-    tile, dropout = call.tile(), call.dropout()
+    tile = call.tile()
     h = call.output("h", (M, N), dtype) if call.flag() else None
     dz = call.output("dz", (M, N), dtype)
-    shape = mlp.db_partials_shape(x, w1, w2, dropout=dropout, form="dual", tile=tile)
+    shape = mlp.db_partials_shape(x, w1, w2, form="dual", tile=tile)
     db = call.output("db_partials", shape, torch.float32) if call.flag() else None
     return call.run(
         mlp.mlp_recompute_bwd, x, w1, call.maybe("b1", (N,)), dy, w2, h, dz, db, activation=call.activation(),
-        dropout=dropout, form="dual", tile=tile, tma=tma,
+        form="dual", tile=tile, tma=tma,
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def _cross_entropy(call: Call) -> tuple[int, int, Tensor, dict[str, object]]:
         "label_smoothing": call.random.choice((0.0, 0.1)),
         "z_loss": call.random.choice((0.0, 1e-3)),
         "softcap": call.random.choice((None, 20.0)),
-        "tile": call.random.choice((call.module("tiles").BlockTile(1, 16, 1), None)),
+        "tile": call.random.choice((call.module("host.tiles").BlockTile(1, 16, 1), None)),
     }
     return M, V, target, options
 
@@ -138,58 +138,8 @@ def cross_entropy_bwd(call: Call) -> Watch:
 
 
 def _wide(call: Call) -> int:
-    """A K of one scale group of 128, or more, or less."""
+    """A K of one block of 128, or more, or less."""
     return call.random.choice((call.size(), call.size(), 127, 128, 129, 256, 300)) if call.number != 2 else 0
-
-
-def _codes(call: Call, M: int, K: int, *, written: bool) -> tuple[Tensor, Tensor]:
-    cp = call.module("compress")
-    if written:
-        return call.output("codes", (M, K), torch.uint8), call.output("scales", cp.scales_shape(M, K), torch.float32)
-    codes = call.tensor("codes", (M, K), torch.uint8, zeros=True)
-    for row in codes:
-        row[:1] = call.random.randint(0, 100)
-    call.inputs.append(codes)
-    return codes, call.input("scales", cp.scales_shape(M, K), torch.float32)
-
-
-def compress(call: Call) -> Watch:
-    M, K, cp = call.size(), _wide(call), call.module("compress")
-    x = call.input("x", (M, K), call.random.choice(DTYPES))
-    codes, scales = _codes(call, M, K, written=True)
-    seed = call.random.choice((None, call.random.getrandbits(63)))
-    return call.run(cp.compress, x, codes, scales, format=call.random.choice(list(cp.FORMATS)), seed=seed)
-
-
-def decompress(call: Call) -> Watch:
-    M, K, cp = call.size(), _wide(call), call.module("compress")
-    codes, scales = _codes(call, M, K, written=False)
-    out = call.output("out", (M, K), call.random.choice(DTYPES))
-    return call.run(cp.decompress, codes, scales, out, format=call.random.choice(list(cp.FORMATS)))
-
-
-def compressed_linear_fwd(call: Call) -> Watch:
-    M, N, K = call.size(), call.size(), _wide(call)
-    codes, scales = _codes(call, M, K, written=False)
-    w, bias = call.input("weight", (N, K), call.random.choice(DTYPES[1:])), call.maybe("bias", (N,))
-    out = call.output("out", (M, N), call.random.choice(DTYPES))
-    return call.run(
-        call.module("compressed_linear").compressed_linear_fwd, codes, scales, w, bias, out, tile=call.tile(),
-        format=call.random.choice(("int8", "e4m3", "e5m2")), activation=call.activation(),
-    )  # fmt: skip
-
-
-def compressed_linear_recompute_bwd(call: Call) -> Watch:
-    cl, M, N, K = call.module("compressed_linear"), call.size(), call.size(), _wide(call)
-    codes, scales = _codes(call, M, K, written=False)
-    w, tile = call.input("weight", (N, K), call.random.choice(DTYPES[1:])), call.tile()
-    dy, dz = call.input("dy", (M, N), w.dtype), call.output("dz", (M, N), w.dtype)
-    h = call.output("h", (M, N), w.dtype) if call.flag() else None
-    db = call.output("db_partials", cl.db_partials_shape(codes, w, tile), torch.float32) if call.flag() else None
-    return call.run(
-        cl.compressed_linear_recompute_bwd, codes, scales, w, call.maybe("bias", (N,)), dy, dz, db, h=h, tile=tile,
-        format=call.random.choice(("int8", "e4m3", "e5m2")), activation=call.activation(),
-    )  # fmt: skip
 
 
 def norm_fwd(call: Call) -> Watch:
@@ -231,10 +181,6 @@ CASES: dict[str, Callable[[Call], Watch]] = {
         gated_recompute_bwd,
         cross_entropy_fwd,
         cross_entropy_bwd,
-        compress,
-        decompress,
-        compressed_linear_fwd,
-        compressed_linear_recompute_bwd,
         norm_fwd,
         norm_bwd,
     )

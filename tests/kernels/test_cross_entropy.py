@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuckpt.kernels import cross_entropy as ce
-from gpuckpt.kernels.reference_loss import cross_entropy_ref
-from gpuckpt.kernels.tiles import BlockTile
+from gpuckpt.kernels.host.tiles import BlockTile
+from gpuckpt.kernels.testing.reference_loss import cross_entropy_ref
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAN = float("nan")

@@ -11,10 +11,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from gpuckpt.kernels import gated
-from gpuckpt.kernels.activations import ACTIVATIONS
-from gpuckpt.kernels.numerics import INTERPRETED
-from gpuckpt.kernels.reference import gated_bwd_ref, gated_ref
-from gpuckpt.kernels.tiles import TileConfig
+from gpuckpt.kernels.device.activations import ACTIVATIONS
+from gpuckpt.kernels.device.casts import INTERPRETED
+from gpuckpt.kernels.host.tiles import TileConfig
+from gpuckpt.kernels.testing.reference import gated_bwd_ref, gated_ref
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter")
 
@@ -142,7 +142,7 @@ def test_mistakes_are_explained():
         gated.gated_fwd(x, wg, bg, wu[:, :4], bu, out)
     with pytest.raises(TypeError, match="cast one of them"):
         gated.gated_fwd(x, wg.half(), bg, wu, bu, out)
-    with pytest.raises(TypeError, match="cast them to one dtype"):
+    with pytest.raises(TypeError, match=r"x is torch\.float32 and dy torch\.float16; cast one of them"):
         gated.gated_recompute_bwd(x, wg, bg, wu, bu, dy.half(), wd, None, out, out.clone())
     with pytest.raises(ValueError, match="wd has shape"):
         gated.gated_recompute_bwd(x, wg, bg, wu, bu, dy, wd.t(), None, out, out.clone())

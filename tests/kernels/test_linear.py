@@ -9,12 +9,12 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from gpuckpt.kernels.activations import ACTIVATIONS
-from gpuckpt.kernels.launch import describable
+from gpuckpt.kernels.device.activations import ACTIVATIONS
+from gpuckpt.kernels.device.casts import INTERPRETED
+from gpuckpt.kernels.host.arguments import describable
+from gpuckpt.kernels.host.tiles import TileConfig
 from gpuckpt.kernels.linear import db_partials_shape, linear_fwd, linear_recompute_bwd
-from gpuckpt.kernels.numerics import INTERPRETED
-from gpuckpt.kernels.reference import act_ref, linear_bwd_ref, linear_ref
-from gpuckpt.kernels.tiles import TileConfig
+from gpuckpt.kernels.testing.reference import act_ref, linear_bwd_ref, linear_ref
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter")
 

@@ -11,12 +11,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from gpuckpt.kernels import mlp
-from gpuckpt.kernels.activations import ACTIVATIONS
+from gpuckpt.kernels.audit.specs import ARCHS
+from gpuckpt.kernels.device.activations import ACTIVATIONS
+from gpuckpt.kernels.device.casts import INTERPRETED
+from gpuckpt.kernels.host.tiles import TileConfig, backward_form
 from gpuckpt.kernels.linear import linear_fwd
-from gpuckpt.kernels.numerics import INTERPRETED
-from gpuckpt.kernels.reference import mlp_bwd_ref
-from gpuckpt.kernels.registry import ARCHS
-from gpuckpt.kernels.tiles import TileConfig, backward_form
+from gpuckpt.kernels.testing.reference import mlp_bwd_ref
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter")
 
@@ -108,7 +108,7 @@ FAULTS = {
     "no bias": ("epilogue", "z += widen(tl.load(p_b", "z += 0 * widen(tl.load(p_b"),
     "derivative forgotten": ("epilogue", "dz = g * derivative(z, ACT)", "dz = g"),
     "gradient halves swapped": ("epilogue", "g_left, g_right = halves(g", "g_right, g_left = halves(g"),
-    "W2 read as if transposed": ("mlp", "stride_dyd, stride_w2n, stride_w2d", "stride_dyd, stride_w2d, stride_w2n"),
+    "W2 read as if transposed": ("mlp", "(strides_w2[1], strides_w2[0])", "strides_w2"),
     "x and dy swapped": ("mlp", "z, dh, row0", "dh, z, row0"),
     "h of the gradient": ("epilogue", "h = activate(z, ACT)", "h = activate(g, ACT)"),
 }

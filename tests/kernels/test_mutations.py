@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpuckpt.kernels.numerics import INTERPRETED
-from gpuckpt.kernels.tiles import TileConfig, epilogue_piece
+from gpuckpt.kernels.device.casts import INTERPRETED
+from gpuckpt.kernels.host.tiles import TileConfig, epilogue_n
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter"),
@@ -62,7 +62,7 @@ BACKWARD = {
     "derivative forgotten": ("epilogue", "* derivative(z, ACT)", "* 1.0"),
     "value instead of derivative": ("epilogue", "* derivative(z, ACT)", "* activate(z, ACT)"),
     "half of the tile twice": ("epilogue", "right, g_right, row0", "left, g_left, row0"),
-    "db of one row of tiles": ("linear", "p_db += i_m.to(tl.int64) * stride_dbm", "p_db += 0 * stride_dbm"),
+    "db of one row of tiles": ("linear", "p_db += i_m.to(tl.int64) * strides_db[0]", "p_db += 0 * strides_db[0]"),
     "h left unactivated": ("epilogue", "h = activate(z, ACT)", "h = z"),
 }
 
@@ -81,7 +81,7 @@ def test_forward_fault_is_caught(fault, mutant, linear_tests, as_good_as_torch):
 @pytest.mark.parametrize("fault", BACKWARD)
 def test_backward_fault_is_caught(fault, mutant, linear_tests, as_good_as_torch):
     kernels = mutant(*BACKWARD[fault])
-    assert epilogue_piece(SPLIT) < SPLIT.bn
+    assert epilogue_n(SPLIT) < SPLIT.bn
     bwd = importlib.import_module(f"{kernels.__name__}.linear").linear_recompute_bwd
     x, w, b, _, dy = linear_tests.draw(48, 70, 53, torch.bfloat16)
     linear_tests.check_backward(as_good_as_torch, x, w, b, dy, "silu", SPLIT)

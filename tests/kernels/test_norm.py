@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from gpuckpt.kernels import norm
-from gpuckpt.kernels.numerics import INTERPRETED
+from gpuckpt.kernels.device.casts import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter")
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 
 import pytest
 
-_path = Path(__file__).parents[2] / "benchmarks" / "promise.py"
-_spec = importlib.util.spec_from_file_location("promise", _path)
-promise = importlib.util.module_from_spec(_spec)
-sys.modules["promise"] = promise
-_spec.loader.exec_module(promise)
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+with pytest.MonkeyPatch.context() as _patch:  # the benchmark imports from its own folder
+    _patch.syspath_prepend(str(BENCHMARKS))
+    promise = importlib.import_module("promise")
 
 
 @pytest.mark.parametrize("name", list(promise.MODELS))

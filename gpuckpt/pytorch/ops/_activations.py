@@ -6,7 +6,7 @@ Every activation is told in three steps, so that nothing but the pre-activation'
     dz = grad(dy, k)    into any buffer, that of dy or of k too
     h = finish(k)       into any buffer, that of k too: the value
 
-The Triton kernels have their own (`gpuckpt.kernels.activations`); names agree.
+The Triton kernels have their own (`gpuckpt.kernels.device.activations`); names agree.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Dropout whose mask is a function of seed and position, so that backward computes it again and nothing is stored but the seed.
 
-The same bits as `gpuckpt.kernels.dropout`: element (m, n) is dropped where Philox4x32-10 (Salmon et al. 2011, "Parallel random
-numbers: as easy as 1, 2, 3"), with the seed as key and (n, m, 0, 0) as counter, gives a word below p 2^32. Numba, because the
-ten rounds are 120 passes over memory when they are written as operations on tensors.
+The same bits as `gpuckpt.kernels.device.dropout`: element (m, n) is dropped where Philox4x32-10 (Salmon et al. 2011, "Parallel
+random numbers: as easy as 1, 2, 3"), with the seed as key and (n, m, 0, 0) as counter, gives a word below p 2^32. Numba, because
+the ten rounds are 120 passes over memory when they are written as operations on tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gpuckpt.kernels.dropout import Dropout
+    from gpuckpt.kernels.device.dropout import Dropout
 
 __all__ = ["Mask", "check_dropout", "draw_seed"]
 
@@ -39,7 +39,7 @@ class Mask:
 
     def kernel(self, first_row: int) -> Dropout:
         """The same for a Triton kernel whose first row is row `first_row` of the whole."""
-        from gpuckpt.kernels.dropout import Dropout
+        from gpuckpt.kernels.device.dropout import Dropout
 
         return Dropout(self.p, self.seed, first_row=first_row)
 

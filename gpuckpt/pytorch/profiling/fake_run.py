@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from gpuckpt.kernels.roofline import Device
+from gpuckpt.kernels.audit.roofline import Device
 from gpuckpt.pytorch.profiling.measure import Measured, run_chain
 from gpuckpt.pytorch.profiling.roofline_clock import Roofline
 

@@ -242,7 +242,7 @@ def measure(
         ValueError: a device that is not known.
     """
     if fake:
-        from gpuckpt.kernels.roofline import device as device_called
+        from gpuckpt.kernels.audit.roofline import device as device_called
         from gpuckpt.pytorch.profiling.fake_run import run_fake
 
         return run_fake(model, inputs, kwargs, unit_bytes, device_called(device)).chain

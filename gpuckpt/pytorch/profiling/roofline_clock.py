@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from gpuckpt.kernels.roofline import Device
+from gpuckpt.kernels.audit.roofline import Device
 
 __all__ = ["Roofline"]
 

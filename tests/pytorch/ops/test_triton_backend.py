@@ -10,7 +10,7 @@ from gpuckpt import functional
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.kernels import linear as linear_kernels
 from gpuckpt.kernels import mlp as mlp_kernels
-from gpuckpt.kernels.numerics import INTERPRETED
+from gpuckpt.kernels.device.casts import INTERPRETED
 from gpuckpt.pytorch.ops import _activations as activations
 from gpuckpt.pytorch.ops._activations import ACTIVATIONS
 from tests.pytorch.ops.fused import OPS, assert_as_good_as_torch, gradients

@@ -11,7 +11,7 @@ from torch import nn
 from gpuckpt import measure, plan_chain
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.errors import InvalidChain
-from gpuckpt.kernels.roofline import DEVICES
+from gpuckpt.kernels.audit.roofline import DEVICES
 from gpuckpt.pytorch.profiling.roofline_clock import Roofline
 
 
