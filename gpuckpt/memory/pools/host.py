@@ -44,10 +44,11 @@ class HostBlock:
     """Bytes of a `HostPool`. NumPy views made by `np.asarray(block)` keep the block alive; with the last of them gone, the
     bytes return to the pool and then the block's charge to its ledger."""
 
-    __slots__ = ("__weakref__", "address", "charge", "nbytes")
+    __slots__ = ("__weakref__", "_buffer", "address", "charge", "nbytes")
     foreign_readers = False
 
     def __init__(self, pool: HostPool, buffer: Buffer) -> None:
+        self._buffer = buffer  # a block outlives its pool where a budget is dropped before backward has run
         self.nbytes = buffer.nbytes
         self.address: int = buffer.__array_interface__["data"][0]
         self.charge: Charge | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -82,3 +84,24 @@ def test_bytes_that_change_without_a_new_version_are_copied_anew():
     assert torch.equal(first.load(), torch.zeros(10))
     assert torch.equal(second.load(), torch.ones(10))
     assert budget.used_bytes == 80
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+@pytest.mark.parametrize("how", ["backward", "load", "checkpoint"])
+def test_a_budget_that_is_dropped_before_backward_leaves_its_bytes(how, hold):
+    """Whoever still looks into a block keeps the memory, and not the address alone."""
+    x = torch.linspace(-1, 1, 50_000).requires_grad_()
+    expected = torch.autograd.grad((x * 2).exp().sin().sum(), x)
+    budget = CheckpointBudget("4MiB", device="cpu", hold=hold)
+    if how == "checkpoint":
+        out = checkpoint(lambda x: (x * 2).exp().sin().sum(), x, budget=budget)
+    else:
+        with budget:
+            out = (x * 2).exp().sin().sum()
+    saved = budget.save(torch.full((50_000,), 3.0)).load() if how == "load" else None
+    del budget
+    gc.collect()
+    rubbish = [torch.full((50_000,), float("nan")) for _ in range(20)]
+    assert bits(torch.autograd.grad(out, x)) == bits(expected)
+    assert saved is None or bool((saved == 3).all())
+    del rubbish
