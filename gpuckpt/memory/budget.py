@@ -21,6 +21,7 @@ from gpuckpt.memory.adapters.inspect import address_of, device_of, library_of, s
 from gpuckpt.memory.compression import parse_storage_dtype
 from gpuckpt.memory.devices import choose_device
 from gpuckpt.memory.eviction import Holders, make_room, parse_policies
+from gpuckpt.memory.fork import renew_after_fork
 from gpuckpt.memory.handles import Saved, SavedInPlace, SavedInPool
 from gpuckpt.memory.ledger import Charge, Event, Ledger, Snapshot
 from gpuckpt.memory.pools.host import HostPool
@@ -81,6 +82,12 @@ class Budget:
         self._pool_lock = threading.RLock()
         # A refusal by the ledger is final and nothing has to be done around a request: the short way through.
         self._plain = self.over_cap == ("raise",)
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._pool_lock = threading.RLock()
+        if self.moving is not None:
+            self.moving = threading.RLock()
 
     @property
     def max_bytes(self) -> int:

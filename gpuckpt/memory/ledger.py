@@ -18,7 +18,6 @@ The ledger knows numbers only. Where bytes live is the pools' matter, what to do
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import deque
@@ -26,6 +25,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from gpuckpt.errors import BudgetClosed, BudgetExceeded
+from gpuckpt.memory.fork import renew_after_fork
 
 __all__ = ["Charge", "Event", "Ledger", "Snapshot"]
 
@@ -139,7 +139,7 @@ class Ledger:
         self._claims: set[_Claim] = set()
         self._dead: deque[_Claim] = deque()
         self._when_dead = self._dead.append
-        _live_ledgers.add(self)
+        renew_after_fork(self)
 
     @property
     def used_bytes(self) -> int:
@@ -345,22 +345,10 @@ class Ledger:
         if nbytes:
             self._events.append(event)
 
-    def _forked(self) -> None:
+    def after_fork(self) -> None:
         # The lock may have been held by a thread that does not exist in this process.
         self._lock = threading.RLock()
         self._closed_because = (
             "this budget belongs to the process that made it, not to its fork; make a new CheckpointBudget here"
         )
         self._limit_bytes = -1
-
-
-_live_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
-
-
-def _close_all_in_child() -> None:
-    for ledger in list(_live_ledgers):
-        ledger._forked()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_close_all_in_child)

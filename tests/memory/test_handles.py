@@ -7,8 +7,11 @@ import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -420,3 +423,50 @@ def test_a_size_may_be_any_integer_or_a_string():
     blocks = [budget.take(size, "x") for size in (np.int64(8), "16 B", 4)]
     assert [block.nbytes for block in blocks] == [8, 16, 4]
     assert budget.used_bytes == 28
+
+
+LOCKS = {
+    "ledger": lambda budget: budget.ledger._lock,
+    "pool": lambda budget: budget._pool._lock,
+    "budget": lambda budget: budget._pool_lock,
+    "moving": lambda budget: budget.moving,
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_child_that_is_forked_while_a_thread_is_inside_does_not_wait(lock):
+    spill_to = CheckpointBudget("1MiB", device="cpu", hold="pool")
+    budget = CheckpointBudget("1MiB", device="cpu", hold="pool", over_cap=("spill",), spill_to=spill_to)
+    saved = budget.save(np.arange(10.0))
+    inside, leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with LOCKS[lock](budget):
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            repr(budget), budget.remaining(), saved.load(), saved.free()
+            budget.save(np.arange(10.0))
+        except BudgetClosed:
+            status = 0
+        finally:
+            os._exit(status)
+    leave.set()
+    thread.join()
+    deadline = time.monotonic() + 20
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if found == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert found == (child, 0), "the child waits for a lock that nobody can release"
+    assert saved.load()[3] == 3.0

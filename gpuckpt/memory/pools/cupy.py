@@ -18,6 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from gpuckpt.errors import BackendUnavailable, BudgetExceeded
+from gpuckpt.memory.fork import renew_after_fork
 
 if TYPE_CHECKING:
     from gpuckpt.memory.ledger import Charge
@@ -120,9 +121,13 @@ class CupyPool:
         # Blocks whose last reader may still be running: (memory, charge, events). Finalizers append, `collect` empties.
         self._delayed: deque[tuple[Any, Charge | None, list[Any]]] = deque()
         self._lock = threading.RLock()
+        renew_after_fork(self)
         # CuPy's pool keeps what it caches to the end of the process, even when the pool itself is gone.
         self._at_end = weakref.finalize(self, _give_back, self.cupy.cuda.Device(device_id), self._pool)
         self._at_end.atexit = False  # the driver takes everything back then
+
+    def after_fork(self) -> None:
+        self._lock = threading.RLock()
 
     @property
     def live_bytes(self) -> int:

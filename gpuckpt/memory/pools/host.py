@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuckpt.errors import BudgetExceeded
+from gpuckpt.memory.fork import renew_after_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,6 +87,10 @@ class HostPool:
         # Places of dead blocks. Everyone who takes the lock empties it first.
         self._returned: deque[_Place] = deque()
         self._when_dead = self._returned.append
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.RLock()
 
     @property
     def live_bytes(self) -> int:

@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import Budget
+from gpuckpt.memory.fork import renew_after_fork
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.residency import is_resident
 from gpuckpt.pytorch.engine.saved_storage import Geometry, HeldTensor, MovableStorage, SavedStorage, flat_bytes
@@ -42,7 +43,11 @@ class StorageIndex:
         moving = None if budget is None else budget.moving
         self._moves = moving is not None
         self._lock = moving or threading.RLock()
+        renew_after_fork(self)
         self._copies_on = torch.device(budget.device) if budget is not None and budget.hold == "pool" else None
+
+    def after_fork(self) -> None:
+        self._lock = threading.RLock()
 
     @untraced
     def hold(self, tensor: torch.Tensor) -> HeldTensor:
