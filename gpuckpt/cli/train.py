@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gpuckpt import CheckpointBudget, format_bytes, parse_bytes
+from gpuckpt.budget import CheckpointBudget
 from gpuckpt.cli.text import Batches, read_text
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.memory.uncapped import uncapped
@@ -28,6 +28,7 @@ from gpuckpt.planning import Chain, plan_chain
 from gpuckpt.pytorch.fit import Fitted, fit
 from gpuckpt.pytorch.profiling.measure import measure
 from gpuckpt.report.ledger import draw_ledger, one_step
+from gpuckpt.units import format_bytes, parse_bytes
 
 __all__ = ["DEFAULT_SHARE", "Options", "Report", "table", "train", "write_report"]
 

@@ -154,11 +154,6 @@ class Ledger:
         """Bytes that are admitted, while a pool looks for their place."""
         return self._pending_bytes
 
-    @property
-    def plain_bytes(self) -> int:
-        """The part of `used_bytes` that came through `allocate`."""
-        return self._plain_bytes
-
     def charge(self, nbytes: int, what: str, handle: Charge | None = None) -> None:
         """Book `nbytes` to `handle`, or as plain accounting without one. Raises `BudgetExceeded` and then changes nothing."""
         # Built before anything is read: the container may start a collection, whose finalizers change the books.

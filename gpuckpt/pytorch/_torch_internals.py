@@ -9,6 +9,7 @@ import torch
 
 __all__ = [
     "graph_task_id",
+    "innermost_transform",
     "keep_graph",
     "pop_saved_tensors_hooks",
     "push_saved_tensors_hooks",
@@ -52,6 +53,12 @@ set_versions = torch._C._autograd._unsafe_set_version_counter
 def tensor_use_count(tensor: torch.Tensor) -> int:
     """How many hold a tensor in C++, its Python object included."""
     return int(tensor._use_count())  # type: ignore[attr-defined]
+
+
+def innermost_transform() -> str | None:
+    """The innermost transform of torch.func that this thread is in ("Grad", "Jvp", "Vmap", ...), or None."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return None if interpreter is None else str(interpreter.key().name)
 
 
 def untraced(function: F) -> F:

@@ -13,7 +13,7 @@ from torch import nn
 
 from gpuckpt import CheckpointBudget, fit
 from gpuckpt.pytorch.engine.residency import mark_resident
-from gpuckpt.pytorch.fit import Fitted
+from gpuckpt.pytorch.fitted import Fitted
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuckpt import CheckpointBudget, CheckpointError, checkpoint, fit
-from gpuckpt.pytorch.fit import Fitted
+from gpuckpt.pytorch.fitted import Fitted
 from tests.pytorch.steps import bits, blocks
 
 BACKEND = "aot_eager"

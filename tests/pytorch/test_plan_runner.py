@@ -10,7 +10,7 @@ import torch
 
 from gpuckpt import Keep, Recompute, fit, simulate
 from gpuckpt.planning import Node, tree_text
-from gpuckpt.pytorch.fit import Fitted, Planned
+from gpuckpt.pytorch.fitted import Fitted, Planned
 from tests.pytorch.mixed_blocks import COUNT, Model
 
 

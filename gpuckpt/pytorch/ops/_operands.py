@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gpuckpt.errors import DimMismatch
+from gpuckpt.pytorch._torch_internals import innermost_transform
 
 __all__ = [
     "autocast_input",
@@ -98,8 +99,7 @@ def refuse_grad_transforms(name: str, *operands: Tensor | None) -> None:
     would be dropped without a word. Under vmap alone the operation is run once for each element."""
     if torch.compiler.is_compiling():
         return
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    if interpreter is not None and interpreter.key() != torch._C._functorch.TransformType.Vmap:
+    if innermost_transform() not in (None, "Vmap"):
         raise NotImplementedError(
             f"gpuckpt.functional.{name} does not run under torch.func.grad, vjp, jvp or jacrev; use torch.autograd.grad, "
             "or torch.nn.functional.linear inside the transform"

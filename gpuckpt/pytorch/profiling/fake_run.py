@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from gpuckpt.kernels.audit.roofline import Device
-from gpuckpt.pytorch.profiling.measure import Measured, run_chain
 from gpuckpt.pytorch.profiling.roofline_clock import Roofline
+from gpuckpt.pytorch.profiling.runner import Measured, run_chain
 
 __all__ = ["run_fake"]
 

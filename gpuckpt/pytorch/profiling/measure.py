@@ -14,208 +14,18 @@ gradients and buffers and the random number generators are afterwards as before.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
-from gpuckpt.errors import InvalidChain
-from gpuckpt.planning import Chain, Stage
-from gpuckpt.pytorch._torch_internals import untraced
-from gpuckpt.pytorch.engine.fence import Environment
-from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
-from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
-from gpuckpt.pytorch.profiling.chain_finder import Outputs, find_chain, tensors_in
+from gpuckpt.kernels.audit.roofline import device as device_called
+from gpuckpt.planning import Chain
 from gpuckpt.pytorch.profiling.clock import Clock, WallClock
-from gpuckpt.pytorch.profiling.isolation import cut, fresh, have_drawn, random_states, unchanged
-from gpuckpt.pytorch.profiling.save_recorder import Saved, Storages, identity, of_parameter
-from gpuckpt.pytorch.profiling.stage_timing import StageKind, kind_key, run_again
+from gpuckpt.pytorch.profiling.fake_run import run_fake
+from gpuckpt.pytorch.profiling.isolation import unchanged
+from gpuckpt.pytorch.profiling.runner import Measured, run_chain
 
-__all__ = ["Measured", "measure", "run_chain", "run_measured"]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A chain, the modules whose calls make up its stages (in calling order), the number of each call's stage, and the names of
-    calls that draw random numbers."""
-
-    chain: Chain
-    modules: tuple[nn.Module, ...]
-    owned: tuple[int, ...]
-    random: tuple[str, ...]
-
-
-class _Measurement:
-    """What is known so far of the chain, while the model runs."""
-
-    def __init__(
-        self, chain: list[nn.Module], names: dict[nn.Module, str], storages: Storages, clock: Clock, repeats: int
-    ) -> None:
-        self.expected = chain
-        self.names = names
-        self.storages = storages
-        self.clock = clock
-        self.repeats = repeats
-        self.stages: list[Stage] = []
-        self.position = 0
-        self.previous = Outputs()
-        self.owned: list[int] = []
-        self.random: list[str] = []
-        self.kinds: dict[Any, StageKind] = {}
-        self.outside: list[tuple[torch.Tensor, int]] = []  # saved since the last stage ended
-        self.inside = False
-        self.outside_began_s = clock.now()
-
-    @untraced
-    def stage(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.position >= len(self.expected) or self.expected[self.position] is not module:
-            return run_module(module, args, kwargs)  # a call that is no part of the chain
-        self.close_outside("prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}")
-        tensors = tensors_in((args, kwargs))
-        linked = set(self.previous.unchanged())
-        inputs = self.storages.of([tensor for tensor in tensors if id(tensor) in linked])
-        extras = self.storages.of([tensor for tensor in tensors if id(tensor) not in linked])
-        number, name = len(self.stages), self.names[module]
-        environment = Environment(tensors, preserve_rng_state=True)
-        again = fresh((args, kwargs))  # before the stage may change them
-        # A recompute casts weights anew, whatever autocast remembers of other stages.
-        torch.clear_autocast_cache()
-
-        self.inside = True
-        saved = Saved()
-        cut_args, cut_kwargs = cut((args, kwargs))
-        given = tensors_in((cut_args, cut_kwargs))
-        before, states = (_versions(given), _buffer_versions(module)), random_states()
-        with saved.hooks():
-            out = run_module(module, cut_args, cut_kwargs)
-        changed = [
-            tensor for tensor, now, version in zip(tensors, given, before[0], strict=True) if now._version != version
-        ]
-        same_buffers = before[1] == _buffer_versions(module)
-        if have_drawn(states):
-            self.random.append(name)
-        saves = self.storages.of_versions(saved.tensors)
-        saved.tensors.clear()
-        out = cut(out)
-        self.owned.append(number)
-        outputs = tensors_in(out)
-        self.stages.append(
-            Stage(
-                name=name,
-                saves=saves,
-                inputs=inputs,
-                extras=extras,
-                output=self.storages.of(outputs),
-                output_bytes=sum(tensor.numel() * tensor.element_size() for tensor in outputs),
-                # An input or a buffer that is changed in place cannot be read again as it was.
-                recomputable=same_buffers and not changed,
-            )
-        )
-        if changed and same_buffers and linked.issuperset(map(id, changed)):
-            self.join(set(self.storages.of(changed)))
-        key = kind_key(module, again, [self.storages.sizes[i] for i in saves])
-        kind = self.kinds.get(key)
-        if kind is None:
-            workspace_bytes = run_again(module, again, environment, saved.shapes, name)
-            kind = self.kinds[key] = StageKind(workspace_bytes, len(saved.shapes))
-        kind.calls.append(self.position)
-        kind.time(module, again, self.clock, self.repeats)
-        self.position += 1
-        self.previous = Outputs(outputs)
-        self.inside = False
-        self.outside_began_s = self.clock.now()
-        return out
-
-    def join(self, changed: set[int]) -> None:
-        """Make the latest call, which changed those storages in place, one stage with the calls that made them."""
-        while self.owned[-1] - 1 in self.owned:
-            last, first = self.stages.pop(), self.stages.pop()
-            remade = changed.isdisjoint((*first.inputs, *first.extras))
-            self.stages.append(
-                replace(
-                    last,
-                    name=f"{first.name}+{last.name}",
-                    saves=tuple(dict.fromkeys((*first.saves, *last.saves))),
-                    inputs=first.inputs,
-                    extras=tuple(dict.fromkeys((*first.extras, *last.extras))),
-                    # Where the first returns its own input (a flatten, a dropout that is off), that was changed as well.
-                    recomputable=first.recomputable and remade,
-                )
-            )
-            number = len(self.stages) - 1
-            self.owned = [min(owner, number) for owner in self.owned]
-            if remade:
-                return
-
-    def close_outside(self, name: str) -> None:
-        """Turn what was saved outside stages since the last one into a stage of its own that is always kept."""
-        seconds = self.clock.now() - self.outside_began_s
-        saves = self.storages.of_versions(self.outside)
-        self.outside.clear()
-        if saves or name in ("prefix", "suffix"):
-            self.stages.append(Stage(name, seconds, 2 * seconds, saves, recomputable=False))
-
-    def close(self, out: Any, parameters: Sequence[nn.Parameter]) -> None:
-        """What lies after the last stage, with its backward: usually a head and a loss, and with them much workspace."""
-        self.close_outside("suffix")
-        self.inside = True
-        outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
-        # A model that returns its loss often returns logits and states beside it, through which nobody goes backward.
-        roots = [tensor for tensor in outputs if tensor.numel() == 1] or outputs
-        leaves = [tensor for tensor in (*self.previous.tensors, *parameters) if tensor.requires_grad]
-        if not roots or not leaves:
-            return
-        grads, live = [torch.ones_like(root) for root in roots], LiveBytes()
-        began_s = self.clock.now()
-        torch.autograd.grad(roots, leaves, grads, allow_unused=True, retain_graph=True)
-        backward_s = self.clock.now() - began_s
-        with live:
-            found = torch.autograd.grad(roots, leaves, grads, allow_unused=True)
-        gradients = live.numbers([grad for grad in found if grad is not None])
-        workspace_bytes = live.peak_bytes(0, live.mark(), gradients)
-        self.stages[-1] = replace(self.stages[-1], backward_s=backward_s, workspace_bytes=workspace_bytes)
-
-    @untraced
-    def note_outside(self, tensor: torch.Tensor) -> torch.Tensor:
-        detached = tensor.detach()
-        if not self.inside and not of_parameter(tensor):
-            self.outside.append((detached, tensor._version))
-        return detached
-
-    def finished(self) -> tuple[Stage, ...]:
-        """The stages, with what is known of their kinds."""
-        stages = list(self.stages)
-        last_calls = {number: call for call, number in enumerate(self.owned)}
-        for kind in self.kinds.values():
-            forward_s, backward_s = statistics.median(kind.forward_s), statistics.median(kind.backward_s)
-            for call in kind.calls:
-                number = self.owned[call]
-                stage = stages[number]
-                stages[number] = replace(
-                    stage,
-                    forward_s=stage.forward_s + forward_s,
-                    backward_s=stage.backward_s + backward_s,
-                    workspace_bytes=max(stage.workspace_bytes, kind.workspace_bytes),
-                    tail_s=kind.tail_s if last_calls[number] == call else stage.tail_s,
-                )
-        return tuple(stages)
-
-
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
-
-
-def _buffer_versions(module: nn.Module) -> list[tuple[int, int]]:
-    """Which buffers there are and how often each was changed. The count of batches of a norm is taken care of."""
-    return [
-        (id(buffer), buffer._version)
-        for name, buffer in module.named_buffers()
-        if not name.endswith("num_batches_tracked")
-    ]
+__all__ = ["measure", "run_measured"]
 
 
 def measure(
@@ -242,9 +52,6 @@ def measure(
         ValueError: a device that is not known.
     """
     if fake:
-        from gpuckpt.kernels.audit.roofline import device as device_called
-        from gpuckpt.pytorch.profiling.fake_run import run_fake
-
         return run_fake(model, inputs, kwargs, unit_bytes, device_called(device)).chain
     return run_measured(model, inputs, kwargs, unit_bytes, WallClock(), repeats).chain
 
@@ -261,33 +68,3 @@ def run_measured(
     """`measure`, and what `fit` needs to know besides."""
     with unchanged(model):
         return run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies)
-
-
-def run_chain(
-    model: nn.Module,
-    args: tuple,
-    kwargs: dict[str, Any],
-    unit_bytes: int,
-    clock: Clock,
-    repeats: int,
-    copies: bool = False,
-) -> Measured:
-    """The measuring itself; it leaves buffers and random number generators as the model left them."""
-    names = {module: name for name, module in model.named_modules()}
-    residents = [*model.parameters(), *model.buffers()]
-    residents += [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_leaf and tensor.requires_grad]
-    modules = find_chain(model, args, kwargs)
-    # What autocast remembers of a run without autograd is none of the chain's.
-    torch.clear_autocast_cache()
-    run = _Measurement(modules, names, Storages(residents, copies), clock, repeats)
-    hooks = saved_tensors_hooks(run.note_outside, identity)
-    with torch.enable_grad(), intercept(dict.fromkeys(modules), run.stage), hooks:
-        out = run_module(model, args, kwargs)
-        run.close(out, list(model.parameters()))
-    if run.position != len(modules):
-        raise InvalidChain(
-            f"{type(model).__name__} called {run.position} of {len(modules)} stages with autograd on; a chain runs the same "
-            "stages whether or not gradients are wanted"
-        )
-    chain = Chain(run.finished(), tuple(run.storages.sizes), unit_bytes, type(model).__name__)
-    return Measured(chain, tuple(modules), tuple(run.owned), tuple(run.random))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-import gpuckpt.pytorch.fit as fitting
+import gpuckpt.pytorch.fitted as fitting
 from gpuckpt import BudgetExceeded, CheckpointBudget, Keep, Recompute, fit, plan_chain, simulate
 from gpuckpt.errors import InvalidPlan, PromiseBroken
 from gpuckpt.planning import Node, tree_text, with_spill
 from gpuckpt.pytorch.engine.offload import Spill
-from gpuckpt.pytorch.fit import Fitted, Planned
+from gpuckpt.pytorch.fitted import Fitted, Planned
 from gpuckpt.pytorch.plan_runner import Walk
 from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
 from tests.pytorch.beside_plain import assert_same, beside_plain, plain_peak_bytes, train_step
