@@ -1,0 +1,1 @@
+"""What runs in forward and backward: hooks, held storages, frames and what they see."""

@@ -1,0 +1,1 @@
+"""What is learned of a model before it is planned: its chain, bytes and seconds."""
