@@ -27,6 +27,7 @@ _HOME = {
         "PromiseBroken",
         "RecomputeMismatch",
         "SavedTensorModified",
+        "StateModified",
     ),
     "gpuckpt.budget": ("CheckpointBudget",),
     "gpuckpt.kernels.tuning": ("tune",),
@@ -86,6 +87,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
         PromiseBroken,
         RecomputeMismatch,
         SavedTensorModified,
+        StateModified,
     )
     from gpuckpt.kernels.tuning import tune
     from gpuckpt.memory import MemoryUsageTracker

@@ -22,6 +22,7 @@ __all__ = [
     "PromiseBroken",
     "RecomputeMismatch",
     "SavedTensorModified",
+    "StateModified",
 ]
 
 
@@ -100,6 +101,10 @@ class SavedTensorModified(CheckpointError, RuntimeError):
 
 class RecomputeMismatch(CheckpointError, RuntimeError):
     """A recompute did not produce what the first forward produced."""
+
+
+class StateModified(SavedTensorModified, RecomputeMismatch):
+    """A parameter or buffer was changed in place between the forward of checkpointed work and its recompute."""
 
 
 class InvalidChain(CheckpointError, ValueError):

@@ -8,10 +8,14 @@ from typing import Any, TypeVar
 import torch
 
 __all__ = [
+    "function_modes",
     "graph_task_id",
     "innermost_transform",
     "keep_graph",
+    "library_switches",
+    "pop_function_mode",
     "pop_saved_tensors_hooks",
+    "push_function_mode",
     "push_saved_tensors_hooks",
     "queue_callback",
     "run_backward",
@@ -53,6 +57,22 @@ set_versions = torch._C._autograd._unsafe_set_version_counter
 def tensor_use_count(tensor: torch.Tensor) -> int:
     """How many hold a tensor in C++, its Python object included."""
     return int(tensor._use_count())  # type: ignore[attr-defined]
+
+
+library_switches: tuple[tuple[Any, Any], ...] = (
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
+)
+"""What `torch.backends.mkldnn.enabled`, `cudnn.enabled` and `cudnn.deterministic` read and set, without their properties."""
+
+push_function_mode = torch._C._push_on_torch_function_stack
+pop_function_mode = torch._C._pop_torch_function_stack
+
+
+def function_modes() -> list[Any]:
+    """The torch function modes that this thread has entered, outermost first: `with torch.device(...)` is one."""
+    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
 
 
 def innermost_transform() -> str | None:

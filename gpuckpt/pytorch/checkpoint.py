@@ -2,8 +2,9 @@
 
 Recomputing from kept inputs: Chen et al., "Training deep nets with sublinear memory cost" (2016). How it is done: frame.py.
 
-Not tracked: tensors that `fn` reaches through closures or inside opaque objects (they are used as they are at the time of
-the recompute), and in-place changes of such tensors.
+What `fn` sees besides its arguments is as it was when it runs again, see engine/fence.py. Not tracked: tensors that `fn` reaches
+through closures or inside opaque objects (they are used as they are at the time of the recompute), and in-place changes of such
+tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import untraced
-from gpuckpt.pytorch.engine.fence import Environment
+from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame, Verify, check_verify
 from gpuckpt.pytorch.engine.hooks import current_budget, enter
 from gpuckpt.pytorch.engine.storage_index import index_of
@@ -59,13 +60,16 @@ def checkpoint(
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     others = [_HERE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    environment = Environment(tensors, preserve_rng_state)
+    fence = Fence(fn, leaves, preserve_rng_state)
+    count = len(tensors)
 
     def replay(kept: list[torch.Tensor]) -> None:
-        again = iter(kept)
-        args, kwargs = pytree.tree_unflatten([next(again) if leaf is _HERE else leaf for leaf in others], spec)
-        with environment.restored():
+        given = iter(kept)
+        args, kwargs = pytree.tree_unflatten([next(given) if leaf is _HERE else leaf for leaf in others], spec)
+        with fence.restored(kept[count:]):
             fn(*args, **kwargs)
+
+    tensors += fence.kept
 
     if budget is None:
         frame = Frame(replay, current_budget(), verify)
@@ -76,7 +80,9 @@ def checkpoint(
             frame.save(tensors)
     del tensors, leaves
     with frame.hooks():
-        return fn(*args, **kwargs)
+        out = fn(*args, **kwargs)
+    fence.learn()
+    return out
 
 
 _HERE = object()  # where a tensor stood among the arguments

@@ -19,7 +19,6 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from gpuckpt.pytorch.checkpoint import checkpoint
-from gpuckpt.pytorch.profiling.chain_finder import statistics_frozen
 from gpuckpt.segments.graph import GraphCheckpointConfig
 
 __all__ = ["checkpoint_graph"]
@@ -96,8 +95,7 @@ class _Range(torch.nn.Module):
             if real:
                 buffers = real.pop()
                 return inner(*(buffers.get(i, value) for i, value in enumerate(values)))
-            with statistics_frozen(inner.modules()):
-                return inner(*(value.clone() if i in self._written else value for i, value in enumerate(values)))
+            return inner(*(value.clone() if i in self._written else value for i, value in enumerate(values)))
 
         # One tuple as the only argument: a range may well have no input, and is run again all the same.
         return checkpoint(run, tuple(value.clone() if i in self._written else value for i, value in enumerate(inputs)))

@@ -21,11 +21,11 @@ from torch.utils import _pytree as pytree
 from gpuckpt.errors import InvalidPlan
 from gpuckpt.memory import Budget
 from gpuckpt.planning import KEEP, Node, Recompute
-from gpuckpt.pytorch.engine.fence import Environment
+from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame, Verify
 from gpuckpt.pytorch.engine.offload import SPILL, Spill
 from gpuckpt.pytorch.profiling.call_hooks import run_module
-from gpuckpt.pytorch.profiling.chain_finder import Outputs, statistics_frozen, tensors_in
+from gpuckpt.pytorch.profiling.chain_finder import Outputs, tensors_in
 
 __all__ = ["Walk"]
 
@@ -50,20 +50,21 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A call of a stage: among the leaves of its arguments, tensors and other values, or `_Link`s, or (kept) `_Kept`s."""
+    """A call of a stage: among the leaves of its arguments, tensors and other values, or `_Link`s, or (kept) `_Kept`s. After the
+    arguments come the tensors that its fence wants kept."""
 
     module: torch.nn.Module
     stage: int
     leaves: Sequence[Any]
     spec: Any
-    environment: Environment
+    fence: Fence
 
     def rewritten(self, kind: type, rewrite: Callable[[Any], Any]) -> _Arrival:
         """The same call with `rewrite` applied to leaves of a kind. Most calls of a deep plan have none: they stay."""
         if not any(isinstance(leaf, kind) for leaf in self.leaves):
             return self
         leaves = [rewrite(leaf) if isinstance(leaf, kind) else leaf for leaf in self.leaves]
-        return _Arrival(self.module, self.stage, leaves, self.spec, self.environment)
+        return _Arrival(self.module, self.stage, leaves, self.spec, self.fence)
 
 
 class _Open:
@@ -84,8 +85,9 @@ class _Open:
             inner = Walk(children, budget, verify, preserve, arrivals, host)
             for call in arrivals:
                 leaves = call.rewritten(_Link, lambda leaf: inner.previous.tensors[leaf.index]).leaves
-                args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-                with call.environment.restored(), statistics_frozen(call.module.modules()):
+                count = call.spec.num_leaves
+                args, kwargs = pytree.tree_unflatten(leaves[:count], call.spec)
+                with call.fence.restored(leaves[count:]):
                     inner.step(call.stage, call.module, args, kwargs)
 
         self.frame = Frame(replay, budget, verify)
@@ -162,10 +164,12 @@ class Walk:
         while self._open and self._open[-1].last < stage:
             self._open.pop()
         opening = [_Open(node, self) for node in self._opens.pop(stage, ())]
+        fence = None
         with ExitStack() as hooks:
             if opening or self._open:
                 leaves, spec = pytree.tree_flatten((args, kwargs))
-                call = _Arrival(module, stage, leaves, spec, Environment(tensors_in(leaves), self.preserve_rng_state))
+                fence = Fence(module, leaves, self.preserve_rng_state)
+                call = _Arrival(module, stage, [*leaves, *fence.kept], spec, fence)
                 self._announce(call, opening, hooks)
                 del leaves, call
             if stage in self._spilled:
@@ -173,6 +177,8 @@ class Walk:
                 shared = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) not in linked]
                 hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
             out = run_module(module, args, kwargs)
+        if fence is not None:
+            fence.learn()
         self.previous = Outputs(tensors_in(out))
         self._calls += 1
         return out

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tests.pytorch.steps import Tally
+
 COUNT = 7
 
 
@@ -16,10 +18,10 @@ class Block(nn.Module):
         self.kind = kind
         self.linear = nn.Linear(8, 8)
         self.dropout = nn.Dropout(0.2)
-        self.calls = 0
+        self.tally = Tally()
 
     def forward(self, x, gain):
-        self.calls += 1
+        self.tally.count += 1
         x = self.dropout(self.linear(x) * gain)
         if self.kind == 0:
             return torch.tanh(x)

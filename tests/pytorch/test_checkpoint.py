@@ -35,7 +35,7 @@ def test_a_model_of_blocks(budget):
             return run(model, x, gpuckpt.checkpoint)
 
     assert gradients(model, checkpointed) == plain
-    assert all(block.calls == 3 for block in model)  # plain, forward, recompute
+    assert all(block.tally.count == 3 for block in model)  # plain, forward, recompute
 
 
 def test_what_is_kept_between_forward_and_backward_is_the_inputs(budget):

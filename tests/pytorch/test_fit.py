@@ -12,6 +12,7 @@ from torch import nn
 from gpuckpt import CheckpointBudget, checkpoint, fit
 from gpuckpt.errors import BudgetExceeded, InvalidChain, PromiseBroken, RecomputeMismatch
 from tests.pytorch.beside_plain import assert_same, plain_peak_bytes, train_step
+from tests.pytorch.steps import Tally
 
 
 class Block(nn.Module):
@@ -279,11 +280,13 @@ def test_a_stage_that_keeps_state_is_refused_by_name() -> None:
             return super().forward(torch.cat(self.past)[-len(x) :]) * torch.cat(self.past).sum(0)
 
     class Grows(Block):
-        calls = 0
+        def __init__(self):
+            super().__init__()
+            self.tally = Tally()
 
         def forward(self, x):
-            self.calls += 1
-            return super().forward(torch.cat([x] * self.calls)).mean(0, keepdim=True).expand(len(x), -1)
+            self.tally.count += 1
+            return super().forward(torch.cat([x] * self.tally.count)).mean(0, keepdim=True).expand(len(x), -1)
 
     with pytest.raises(InvalidChain, match=r"stage '1' \(Grows\) saved .* It keeps state between calls"):
         fit(nn.Sequential(Block(), Grows(), Block()), X, "1MiB")
@@ -291,26 +294,32 @@ def test_a_stage_that_keeps_state_is_refused_by_name() -> None:
 
 def test_a_stage_that_does_something_else_in_its_recompute_is_caught() -> None:
     class Changes(Block):
-        shape = 1
+        def __init__(self):
+            super().__init__()
+            self.tally = Tally()
+            self.tally.count = 1
 
         def forward(self, x):
-            return super().forward(torch.tanh(x.repeat(self.shape, 1))).reshape(self.shape, *x.shape).mean(0)
+            count = self.tally.count
+            return super().forward(torch.tanh(x.repeat(count, 1))).reshape(count, *x.shape).mean(0)
 
     model = nn.Sequential(Changes(), Changes(), Changes(), Changes())
     fit(model, X, 4096, strategy="every")
     loss = model(X).sum()
-    model[1].shape = 2
+    model[1].tally.count = 2
     with pytest.raises(RecomputeMismatch, match="shape"):
         loss.backward()
 
 
 def test_verify_catches_a_stage_whose_numbers_change() -> None:
     class Drifts(Block):
-        calls = 0
+        def __init__(self):
+            super().__init__()
+            self.tally = Tally()
 
         def forward(self, x):
-            self.calls += 1
-            return super().forward(x * self.calls)
+            self.tally.count += 1
+            return super().forward(x * self.tally.count)
 
     model = nn.Sequential(*[Drifts() for _ in range(4)])
     fit(model, X, 4096, strategy="every", verify="bitwise")

@@ -59,13 +59,13 @@ def test_random_trees_hold_and_run_what_the_simulator_says(expected, hold: str) 
         said = simulate(chain, tree)
         put_plan(fitted, tree, said.peak_bytes)
         for block in model.blocks:
-            block.calls = 0
+            block.tally.count = 0
         torch.manual_seed(4)
         loss = model(x)
         got = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
         text = tree_text(tree)
         assert fitted.budget.peak_bytes == said.peak_bytes, text
-        assert [block.calls for block in model.blocks] == list(said.forward_counts[1:-1]), text
+        assert [block.tally.count for block in model.blocks] == list(said.forward_counts[1:-1]), text
         assert fitted.budget.used_bytes == 0, text
         assert all(map(torch.equal, got, plain)), text
         nested += text.count("((") + text.count(" (")

@@ -1,70 +1,93 @@
-"""What a piece of work sees besides its arguments, and how it sees the same when it runs again."""
+"""What a piece of work sees besides its arguments, and how it sees the same when it runs again.
+
+Settings of torch (switches.py), generators of random numbers (randomness.py) and the state of the modules that it uses
+(module_state.py), as far as it can reach them (scope.py). What a recompute changes of any of these is undone when it ends.
+
+Python's and NumPy's own generators are captured for code that was seen to draw from them: in its first two calls, or while a
+model was observed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["Environment"]
+from gpuckpt.pytorch.engine.module_state import ModuleState, watch
+from gpuckpt.pytorch.engine.randomness import Generators, other_states, same_states
+from gpuckpt.pytorch.engine.scope import Scope
+from gpuckpt.pytorch.engine.switches import Switches
+
+__all__ = ["Fence"]
 
 
-class Environment:
-    """What a function sees besides its arguments: random number generators and autocast."""
+class Fence:
+    """What a call of `function` that begins now sees. `leaves`: its arguments, flattened.
 
-    __slots__ = ("_autocast", "_cpu_rng", "_device_rng")
+    `kept`: tensors that whoever runs the work again has to keep for `restored`.
+    """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], preserve_rng_state: bool) -> None:
-        devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+    __slots__ = ("_before", "_generators", "_scope", "_state", "_switches", "kept")
+
+    def __init__(self, function: Callable[..., Any], leaves: Sequence[Any], preserve_rng_state: bool) -> None:
+        devices = {
+            leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and not (leaf.is_cpu or leaf.is_meta)
+        }
         if not devices and torch.cuda.is_initialized():
             devices = {torch.device("cuda", torch.cuda.current_device())}
-        kinds = {"cpu", *(device.type for device in devices)}
-        self._autocast = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
-            for kind in kinds
-        ]
-        self._cpu_rng = torch.get_rng_state() if preserve_rng_state else None
-        self._device_rng = (
-            [(device, _rng_of(device).get_rng_state(device)) for device in devices] if preserve_rng_state else []
-        )
+        self._switches = Switches(("cpu", *{device.type for device in devices}) if devices else ("cpu",))
+        scope = self._scope = Scope(function, leaves)
+        watched = watch(scope.roots)
+        self._state = None if watched is None else ModuleState(watched)
+        self.kept: Sequence[torch.Tensor] = () if self._state is None else self._state.kept
+        self._generators: Generators | None = None
+        self._before: Any = None
+        if preserve_rng_state:
+            draws = any(known.draws for known in scope.learned)
+            watched_still = not draws and any(known.trials for known in scope.learned)
+            self._generators = Generators(devices, scope.generators, draws or watched_still)
+            if watched_still:
+                self._before = other_states()
 
-    def restored(self) -> _Restored:
-        """The same environment once more; the generators continue afterwards as if nothing had been drawn."""
-        return _Restored(self)
+    def learn(self) -> None:
+        """The work has run: what did it touch?"""
+        if self._before is not None:
+            draws = not same_states(self._before)
+            for known in self._scope.learned:
+                known.draws = known.draws or draws
+                known.trials = max(0, known.trials - 1)
+            self._before = None
+        if self._state is not None:
+            self._state.learn()
+
+    def restored(self, kept: Sequence[torch.Tensor] = ()) -> Restored:
+        """The context of a recompute. Entering raises `RecomputeMismatch` where something cannot be as it was."""
+        return Restored(self, kept)
 
 
-class _Restored:
-    """The context of a replay. No `ExitStack`: its tracebacks are cycles, which would keep a failed replay's tensors."""
+class Restored:
+    """No `ExitStack`: its tracebacks are cycles, which would keep a failed replay's tensors."""
 
-    __slots__ = ("_autocast", "_cpu_rng", "_device_rng", "_environment")
+    __slots__ = ("_fence", "_kept", "_leave")
 
-    def __init__(self, environment: Environment) -> None:
-        self._environment = environment
+    def __init__(self, fence: Fence, kept: Sequence[torch.Tensor]) -> None:
+        self._fence = fence
+        self._kept = kept
+        self._leave: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
-        before = self._environment
-        self._cpu_rng = None if before._cpu_rng is None else torch.get_rng_state()
-        self._device_rng = [(device, _rng_of(device).get_rng_state(device)) for device, _ in before._device_rng]
-        if before._cpu_rng is not None:
-            torch.set_rng_state(before._cpu_rng)
-        for device, state in before._device_rng:
-            _rng_of(device).set_rng_state(state, device)
-        self._autocast = [
-            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache)
-            for kind, dtype, enabled, cache in before._autocast
-        ]
-        for context in self._autocast:
-            context.__enter__()
+        fence = self._fence
+        try:
+            if fence._state is not None:
+                self._leave.append(fence._state.enter(self._kept))
+            if fence._generators is not None:
+                self._leave.append(fence._generators.enter())
+            self._leave.append(fence._switches.enter())
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
-        for context in reversed(self._autocast):
-            context.__exit__(*error)
-        for device, state in self._device_rng:
-            _rng_of(device).set_rng_state(state, device)
-        if self._cpu_rng is not None:
-            torch.set_rng_state(self._cpu_rng)
-
-
-def _rng_of(device: torch.device) -> Any:
-    return torch.get_device_module(device)
+        while self._leave:
+            self._leave.pop()()

@@ -7,21 +7,19 @@ arguments that every block gets (masks, positions, caches) do not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 
-__all__ = ["Outputs", "find_chain", "statistics_frozen", "tensors_in"]
+__all__ = ["Outputs", "find_chain", "tensors_in"]
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
@@ -144,24 +142,3 @@ def heaviest_path(calls: list[Call]) -> list[Call]:
         path.append(calls[number])
         number = before[number]
     return path[::-1]
-
-
-@contextmanager
-def statistics_frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run modules again without updating running statistics a second time (BatchNorm, InstanceNorm in training mode).
-
-    A momentum of zero leaves the running mean and variance bit for bit; the same kernel runs, so that the same tensors are
-    saved in the same order. The count of batches goes to a copy.
-    """
-    frozen: list[tuple[_NormBase, float | None, torch.Tensor | None]] = []
-    try:
-        for module in modules:
-            if isinstance(module, _NormBase) and module.training and module.track_running_stats:
-                count = module.num_batches_tracked
-                frozen.append((module, module.momentum, count))
-                module.momentum = 0.0
-                module.num_batches_tracked = None if count is None else count.clone()
-        yield
-    finally:
-        for norm, momentum, count in frozen:
-            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -17,9 +17,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from gpuckpt.kernels.audit.roofline import device as device_called
 from gpuckpt.planning import Chain
+from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.profiling.clock import Clock, WallClock
 from gpuckpt.pytorch.profiling.fake_run import run_fake
 from gpuckpt.pytorch.profiling.isolation import unchanged
@@ -66,5 +68,6 @@ def run_measured(
     copies: bool = False,
 ) -> Measured:
     """`measure`, and what `fit` needs to know besides."""
-    with unchanged(model):
+    fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
+    with unchanged(model), fence.restored(fence.kept):
         return run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.planning import Chain, Stage
 from gpuckpt.pytorch._torch_internals import untraced
-from gpuckpt.pytorch.engine.fence import Environment
+from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 from gpuckpt.pytorch.profiling.chain_finder import Outputs, find_chain, tensors_in
@@ -73,7 +74,7 @@ class _Measurement:
         inputs = self.storages.of([tensor for tensor in tensors if id(tensor) in linked])
         extras = self.storages.of([tensor for tensor in tensors if id(tensor) not in linked])
         number, name = len(self.stages), self.names[module]
-        environment = Environment(tensors, preserve_rng_state=True)
+        fence = Fence(module, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
         again = fresh((args, kwargs))  # before the stage may change them
         # A recompute casts weights anew, whatever autocast remembers of other stages.
         torch.clear_autocast_cache()
@@ -85,6 +86,7 @@ class _Measurement:
         before, states = (_versions(given), _buffer_versions(module)), random_states()
         with saved.hooks():
             out = run_module(module, cut_args, cut_kwargs)
+        fence.learn()
         changed = [
             tensor for tensor, now, version in zip(tensors, given, before[0], strict=True) if now._version != version
         ]
@@ -113,10 +115,10 @@ class _Measurement:
         key = kind_key(module, again, [self.storages.sizes[i] for i in saves])
         kind = self.kinds.get(key)
         if kind is None:
-            workspace_bytes = run_again(module, again, environment, saved.shapes, name)
+            workspace_bytes = run_again(module, again, fence, saved.shapes, name)
             kind = self.kinds[key] = StageKind(workspace_bytes, len(saved.shapes))
         kind.calls.append(self.position)
-        kind.time(module, again, self.clock, self.repeats)
+        kind.time(module, again, fence, self.clock, self.repeats)
         self.position += 1
         self.previous = Outputs(outputs)
         self.inside = False
@@ -224,7 +226,9 @@ def run_chain(
     names = {module: name for name, module in model.named_modules()}
     residents = [*model.parameters(), *model.buffers()]
     residents += [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_leaf and tensor.requires_grad]
-    modules = find_chain(model, args, kwargs)
+    fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
+    with fence.restored(fence.kept):
+        modules = find_chain(model, args, kwargs)
     # What autocast remembers of a run without autograd is none of the chain's.
     torch.clear_autocast_cache()
     run = _Measurement(modules, names, Storages(residents, copies), clock, repeats)

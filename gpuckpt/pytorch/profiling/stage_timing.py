@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.early_stop import replaying
-from gpuckpt.pytorch.engine.fence import Environment
+from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
@@ -49,21 +49,23 @@ class StageKind:
         """Seconds of the forward that a recompute is spared; none where the two medians differ by noise the other way."""
         return max(0.0, statistics.median(self.forward_s) - statistics.median(self.stopped_s))
 
-    def time(self, module: nn.Module, inputs: Any, clock: Clock, repeats: int) -> None:
+    def time(self, module: nn.Module, inputs: Any, fence: Fence, clock: Clock, repeats: int) -> None:
         """Time one stage of this kind: `repeats` times for the first, once for each of the others up to a limit."""
         wanted = min(repeats if not self.forward_s else 1, _MOST_SAMPLES * repeats - len(self.forward_s))
         for _ in range(wanted):
             args, kwargs = fresh(inputs)
-            began_s = clock.now()
-            out = run_module(module, args, kwargs)
-            self.forward_s.append(clock.now() - began_s)
+            with fence.restored(fence.kept):
+                began_s = clock.now()
+                out = run_module(module, args, kwargs)
+                self.forward_s.append(clock.now() - began_s)
             roots, leaves = _ends(module, (args, kwargs), out)
             grads = [torch.ones_like(root) for root in roots]
             began_s = clock.now()
             if roots and leaves:
                 torch.autograd.grad(roots, leaves, grads, allow_unused=True)
             self.backward_s.append(clock.now() - began_s)
-            self.stopped_s.append(_stopped_s(module, inputs, clock, self.saved))
+            with fence.restored(fence.kept):
+                self.stopped_s.append(_stopped_s(module, inputs, clock, self.saved))
 
 
 class _Stop(BaseException):
@@ -99,14 +101,12 @@ def _stopped_s(module: nn.Module, inputs: Any, clock: Clock, saved: int) -> floa
     return clock.now() - began_s
 
 
-def run_again(
-    module: nn.Module, inputs: Any, environment: Environment, shapes: list[tuple[int, ...]], name: str
-) -> int:
+def run_again(module: nn.Module, inputs: Any, fence: Fence, shapes: list[tuple[int, ...]], name: str) -> int:
     """Run a stage a second time; it must save the same again. Returns the bytes of its workspace."""
     args, kwargs = fresh(inputs)
     saved, live = Saved(), LiveBytes()
     torch.clear_autocast_cache()
-    with environment.restored(), live, saved.hooks():
+    with fence.restored(fence.kept), live, saved.hooks():
         out = run_module(module, args, kwargs)
     if saved.shapes != shapes:
         raise InvalidChain(

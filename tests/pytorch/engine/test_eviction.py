@@ -299,13 +299,13 @@ def test_a_frame_gets_by_with_less_than_all_it_saves(hold, share):
 
     budget = policy_budget(hold, int(share * peak), "recompute")
     for block in model:
-        block.calls = 0
+        block.tally.count = 0
     model.zero_grad(set_to_none=True)
     torch.manual_seed(3)
     loss = one_frame(model, x, budget)
     assert (bits([loss]), bits(p.grad for p in model.parameters())) == plain
     assert budget.peak_bytes <= budget.max_bytes
-    assert model[0].calls > 2, "more work for fewer bytes"
+    assert model[0].tally.count > 2, "more work for fewer bytes"
     del loss
     assert budget.used_bytes == 0
 

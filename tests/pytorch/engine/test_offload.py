@@ -97,12 +97,12 @@ def test_random_trees_hold_here_and_there_what_the_simulator_says(hold: str) -> 
         said, text = simulate(chain, tree), tree_text(tree)
         put_plan(fitted, tree)
         for block in model.blocks:
-            block.calls = 0
+            block.tally.count = 0
         torch.manual_seed(4)
         loss = model(x)
         got = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
         assert (fitted.budget.peak_bytes, host.peak_bytes) == (said.peak_bytes, said.host_peak_bytes), text
-        assert [block.calls for block in model.blocks] == list(said.forward_counts[1:-1]), text
+        assert [block.tally.count for block in model.blocks] == list(said.forward_counts[1:-1]), text
         assert (fitted.budget.used_bytes, host.used_bytes) == (0, 0), text
         assert all(map(torch.equal, got, plain)), text
         framed += any(":spill" in part for part in text.split("(")[1:])

@@ -1,0 +1,288 @@
+"""What the forward of modules saw in them, so that a recompute sees the same and leaves no trace.
+
+Of every module: its plain attributes and flags (a dropout rate, `training`, a counter, an active adapter), lists and dicts of
+such, and which tensors are its parameters and buffers (functional_call, adapters and MAML put others in their place for a
+while). A recompute gets all of these as they were, and what it changes itself is undone. Bytes that were changed in place cannot
+be brought back: that is a `StateModified`, a `RecomputeMismatch` which names the tensor.
+
+Buffers that a forward writes itself (counters, moving averages, the vectors of a power iteration) are copied before, and the
+recompute writes into copies of the copies: each is updated once. Running statistics of BatchNorm and InstanceNorm need no copy: a
+momentum of zero leaves them bit for bit, and the same kernel runs.
+
+Not seen: what is inside objects that are neither modules nor plain containers, and attributes that are tensors.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from gpuckpt.errors import StateModified
+
+__all__ = ["ModuleState", "Watched", "watch"]
+
+_INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl", "forward"}
+_PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
+_LARGEST = 64  # entries of a list or dict that is looked into
+_ABSENT: Any = object()
+
+
+class _Part:
+    """One module: which of its attributes are looked at. It is not held: what is learned of a module shall not keep it alive."""
+
+    __slots__ = ("children", "count", "is_norm", "names", "owner", "ref", "tensors")
+
+    def __init__(self, module: nn.Module) -> None:
+        held = module.__dict__
+        self.ref = weakref.ref(module)
+        self.owner = type(module).__name__
+        self.is_norm = isinstance(module, _NormBase)
+        self.count = len(held)
+        self.children = list(map(id, module._modules.values()))
+        self.tensors = len(module._parameters), len(module._buffers)
+        self.names = tuple(name for name in held if name not in _INTERNAL)
+
+    def current(self) -> bool:
+        module = self.ref()
+        return (
+            module is not None
+            and len(module.__dict__) == self.count
+            and (len(module._parameters), len(module._buffers)) == self.tensors
+            and list(map(id, module._modules.values())) == self.children
+        )
+
+
+class _Place(NamedTuple):
+    """Where a parameter or buffer stands: module number `part`, and the name there."""
+
+    part: int
+    is_buffer: bool
+    name: str
+
+
+class Watched:
+    """The modules below some roots, looked up once.
+
+    Attributes: `written`, places of buffers that a forward was seen to write; `trials`, forwards that are still watched for that.
+    """
+
+    __slots__ = ("parts", "places", "trials", "written")
+
+    def __init__(self, roots: Iterable[nn.Module]) -> None:
+        modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+        self.parts = [_Part(module) for module in modules]
+        self.places: list[_Place] = []
+        # Sharded parameters come and go with their gathered form: torch's FSDP sees to it that a recompute finds them.
+        if not any(hasattr(module, "unshard") and hasattr(module, "reshard") for module in modules):
+            self.places = [
+                _Place(part, held is module._buffers, name)
+                for part, module in enumerate(modules)
+                for held in (module._parameters, module._buffers)
+                for name, tensor in held.items()
+                if tensor is not None
+                and not is_lazy(tensor)
+                and not (held is module._buffers and isinstance(module, _NormBase))
+            ]
+        self.written: set[int] = set()
+        self.trials = 2
+
+    def current(self) -> bool:
+        """Whether the modules are still made up as they were."""
+        return all(part.current() for part in self.parts)
+
+
+_watched: weakref.WeakKeyDictionary[nn.Module, Watched] = weakref.WeakKeyDictionary()
+
+
+def watch(roots: Sequence[nn.Module]) -> Watched | None:
+    """What is watched of `roots`; None where there are none."""
+    if not roots:
+        return None
+    if len(roots) > 1:
+        return Watched(roots)
+    watched = _watched.get(roots[0])
+    if watched is None or not watched.current():
+        watched = _watched[roots[0]] = Watched(roots)
+    return watched
+
+
+class ModuleState:
+    """What a forward that begins now sees. `kept`: tensors that belong to no model, which a frame has to keep with its inputs."""
+
+    __slots__ = ("_copies", "_modules", "_seen", "_storages", "_tensors", "_versions", "_watched", "kept")
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+        self._modules: list[Any] = [part.ref() for part in watched.parts]
+        self._seen = [
+            [value if type(value := held.get(name, _ABSENT)) in _PLAIN else _captured(value) for name in part.names]
+            for part, held in zip(watched.parts, (module.__dict__ for module in self._modules), strict=True)
+        ]
+        dicts = self._dicts()
+        tensors = [dicts[part][is_buffer].get(name) for part, is_buffer, name in watched.places]
+        self._versions = [None if tensor is None else tensor._version for tensor in tensors]
+        self._storages = [None if tensor is None else _storage(tensor) for tensor in tensors]
+        self._copies: dict[int, torch.Tensor] = {}
+        if watched.trials or watched.written:
+            with torch.no_grad():
+                for number in range(len(tensors)) if watched.trials else watched.written:
+                    tensor = tensors[number]
+                    if watched.places[number].is_buffer and tensor is not None:
+                        self._copies[number] = tensor.detach().clone()
+        # A leaf belongs to a model or to the caller. Anything else was computed, and lives by being kept.
+        computed = [number for number, tensor in enumerate(tensors) if tensor is not None and not tensor.is_leaf]
+        self.kept: list[torch.Tensor] = [tensor for tensor in tensors if tensor is not None and not tensor.is_leaf]
+        self._tensors: list[Any] = tensors
+        for index, number in enumerate(computed):
+            self._tensors[number] = index
+
+    def _dicts(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        return [(module._parameters, module._buffers) for module in self._modules]
+
+    def learn(self) -> None:
+        """The forward is over: which buffers has it written?"""
+        watched = self._watched
+        if not watched.trials:
+            return
+        dicts = self._dicts()
+        for number in list(self._copies):
+            part, is_buffer, name = watched.places[number]
+            tensor = dicts[part][is_buffer].get(name)
+            if tensor is not self._tensors[number] or tensor._version != self._versions[number]:
+                watched.written.add(number)
+            else:
+                del self._copies[number]
+        watched.trials -= 1
+
+    def enter(self, kept: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Let the modules be as they were; returns what lets them be as they are now, with nothing in them of what ran between.
+
+        Raises `StateModified` where bytes were changed in place.
+        """
+        watched = self._watched
+        self._check()
+        attributes = [(module.__dict__, dict(module.__dict__)) for module in self._modules]
+        containers = [pair for held, _ in attributes for pair in _containers(held)]
+        dicts = self._dicts()
+        stood = [(dicts[part][is_buffer], name) for part, is_buffer, name in watched.places]
+        before = [held.get(name, _ABSENT) for held, name in stood]
+        for part, (held, _), seen in zip(watched.parts, attributes, self._seen, strict=True):
+            _restore(held, part.names, seen)
+        for number, (held, name) in enumerate(stood):
+            tensor = self._tensors[number]
+            if number in self._copies:
+                held[name] = self._copies[number].clone()
+            elif isinstance(tensor, int):
+                held[name] = kept[tensor]
+            elif tensor is not None:
+                held[name] = tensor
+        norms = [module for part, module in zip(watched.parts, self._modules, strict=True) if part.is_norm]
+        frozen = _freeze(norms)
+
+        def leave() -> None:
+            for norm, momentum, count in frozen:
+                norm.momentum, norm.num_batches_tracked = momentum, count
+            for (held, name), tensor in zip(stood, before, strict=True):
+                if tensor is _ABSENT:
+                    held.pop(name, None)
+                else:
+                    held[name] = tensor
+            for held, was in attributes:
+                if len(held) != len(was) or any(held.get(name, _ABSENT) is not value for name, value in was.items()):
+                    held.clear()
+                    held.update(was)
+            for container, content in containers:
+                _refill(container, content)
+
+        return leave
+
+    def _check(self) -> None:
+        watched = self._watched
+        for number, tensor in enumerate(self._tensors):
+            if tensor is None or number in self._copies or isinstance(tensor, int):  # autograd watches what is kept
+                continue
+            if tensor._version != self._versions[number] or _storage(tensor) != self._storages[number]:
+                part, is_buffer, name = watched.places[number]
+                raise StateModified(
+                    f"{'buffer' if is_buffer else 'parameter'} {name!r} of {watched.parts[part].owner}, of shape "
+                    f"{tuple(tensor.shape)}, was changed in place between the forward of checkpointed work and its backward, "
+                    "where the work runs again and would see new values; change it after backward, or outside of what is "
+                    "checkpointed"
+                )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+
+
+def _captured(value: Any) -> Any:
+    """A value to be put back: itself, or a copy of a container. Tensors are not captured, nor what contains them: they would be
+    kept alive."""
+    if value is _ABSENT or isinstance(value, torch.Tensor | nn.Module):
+        return _ABSENT
+    if type(value) in (list, dict, set, tuple):
+        if len(value) > _LARGEST or any(
+            not _harmless(item) for item in (value.values() if type(value) is dict else value)
+        ):
+            return _ABSENT
+        return (value, value.copy()) if type(value) is not tuple else value
+    return value
+
+
+def _harmless(value: Any) -> bool:
+    return type(value) in _PLAIN or (isinstance(value, tuple) and all(type(item) in _PLAIN for item in value))
+
+
+def _restore(held: dict[str, Any], names: Sequence[str], seen: list[Any]) -> None:
+    for name, value in zip(names, seen, strict=True):
+        if value is _ABSENT:
+            continue
+        if type(value) is tuple and len(value) == 2 and type(value[0]) in (list, dict, set):
+            held[name] = value[1].copy()  # the recompute may change it; the container itself stays as it is
+        elif held.get(name, _ABSENT) is not value:
+            held[name] = value
+
+
+def _containers(held: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Containers among a module's attributes, with copies of what is in them."""
+    return [
+        (value, value.copy())
+        for name, value in held.items()
+        if type(value) in (list, dict, set) and name not in _INTERNAL and len(value) <= _LARGEST
+    ]
+
+
+def _refill(container: Any, content: Any) -> None:
+    if len(container) == len(content) and (container is content or _same_items(container, content)):
+        return
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
+
+
+def _same_items(container: Any, content: Any) -> bool:
+    if isinstance(container, list):
+        return all(a is b for a, b in zip(container, content, strict=True))
+    if isinstance(container, dict):
+        return all(container.get(key, _ABSENT) is value for key, value in content.items())
+    return container == content
+
+
+def _freeze(modules: Iterable[nn.Module]) -> list[tuple[_NormBase, float | None, torch.Tensor | None]]:
+    """Keep running statistics where they are; what `leave` puts back."""
+    frozen: list[tuple[_NormBase, float | None, torch.Tensor | None]] = []
+    for module in modules:
+        if isinstance(module, _NormBase) and module.training and module.track_running_stats:
+            count = module.num_batches_tracked
+            frozen.append((module, module.momentum, count))
+            module.momentum = 0.0
+            module.num_batches_tracked = None if count is None else count.clone()
+    return frozen

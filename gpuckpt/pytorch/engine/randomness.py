@@ -1,0 +1,80 @@
+"""Random number generators: where they stood in forward, and the same numbers once more in a recompute."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["Generators", "is_generator", "other_states", "same_states"]
+
+State = tuple[Callable[[], Any], Callable[[Any], object]]  # how to read a generator's state, and how to set it
+
+_PYTHON: State = (random.getstate, random.setstate)
+_NUMPY: State = (lambda: np.random.get_state(legacy=False), np.random.set_state)
+_CPU: State = (torch.get_rng_state, torch.set_rng_state)
+
+
+def is_generator(value: object) -> bool:
+    """Whether `value` draws random numbers by a state of its own: torch's, Python's or NumPy's generators."""
+    return isinstance(value, torch.Generator | random.Random | np.random.Generator | np.random.RandomState)
+
+
+def _state_of(generator: Any) -> State:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state, generator.set_state
+    if isinstance(generator, random.Random):
+        return generator.getstate, generator.setstate
+    if isinstance(generator, np.random.RandomState):
+        return lambda: generator.get_state(legacy=False), generator.set_state
+    bits = generator.bit_generator
+
+    def put(state: Any) -> None:
+        bits.state = state
+
+    return lambda: bits.state, put
+
+
+def _device_state(device: torch.device) -> State:
+    module = torch.get_device_module(device)
+    return lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)
+
+
+class Generators:
+    """The states of torch's default generators (CPU and `devices`), of `explicit` ones, and with `others` of Python's and
+    NumPy's own."""
+
+    __slots__ = ("_states",)
+
+    def __init__(self, devices: Iterable[torch.device], explicit: Sequence[Any], others: bool) -> None:
+        ways = [_CPU, *map(_device_state, devices), *map(_state_of, explicit)]
+        if others:
+            ways += [_PYTHON, _NUMPY]
+        self._states = [(get, put, get()) for get, put in ways]
+
+    def enter(self) -> Callable[[], None]:
+        """Set the generators to where they stood; returns what lets them go on as if nothing had been drawn."""
+        now = [(put, get()) for get, put, _ in self._states]
+        for _, put, state in self._states:
+            put(state)
+
+        def leave() -> None:
+            for put, state in now:
+                put(state)
+
+        return leave
+
+
+def other_states() -> tuple[Any, Any]:
+    """Where Python's and NumPy's own generators stand, to be compared with `same_states`."""
+    return _PYTHON[0](), _NUMPY[0]()
+
+
+def same_states(before: tuple[Any, Any]) -> bool:
+    """Whether neither of the two has drawn since `other_states()` gave `before`."""
+    python, numpy = other_states()
+    inner, earlier = numpy["state"], before[1]["state"]
+    return bool(python == before[0] and inner["pos"] == earlier["pos"] and np.array_equal(inner["key"], earlier["key"]))
