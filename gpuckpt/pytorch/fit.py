@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -25,13 +27,16 @@ def fit(
     verify: Verify | None = None,
     repeats: int = 3,
     host_budget: Budget | int | str | None = None,
+    live: int = 1,
+    strict: bool = False,
 ) -> Fitted:
     """Make `model` run under a plan that keeps what autograd saves within `budget`.
 
     Args:
         model: an `nn.Sequential`, or a module that runs the blocks of `nn.ModuleList`s or `nn.Sequential`s in a row.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments for the model. If the model
-            returns its loss, the loss is planned as well.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments for the model (a dict, or a
+            tokenizer's batch); where the model takes the tuple or mapping as its one argument, that. If the model returns its
+            loss, the loss is planned as well.
         budget: a `CheckpointBudget`, or a size from which one is made on the model's device.
         strategy: how to plan; see `gpuckpt.planning.STRATEGIES`.
         hold: "account" or "pool", for a budget that is made here.
@@ -41,25 +46,48 @@ def fit(
         host_budget: what stages save may also spill to host memory and come back for their backward, where that is faster than
             recomputing them: a size, or a `CheckpointBudget` on the host with hold="pool". The strategy "optimal" weighs it,
             with transfers timed on this device; the others never spill.
+        live: how many forwards may wait for their backward at a time (2 for DPO, GANs or contrastive losses of two towers): each
+            is planned for that share of the budget. A forward beyond that is planned for what remains.
+        strict: raise `PromiseBroken` where a step holds more than its plan promised. By default such a step, under a cap that
+            holds, is noted in `Fitted.deviations` and its inputs are measured again.
 
     Raises:
         BudgetExceeded: no plan fits; the error names the smallest budget that would do. The model is untouched.
         InvalidChain: the model has no chain of stages.
         ValueError: a host budget that is not on the host, or is `budget` itself; an unknown `verify`.
     """
-    args, kwargs = (
-        ((), example_inputs)
-        if isinstance(example_inputs, dict)
-        else (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,), {})
-    )
+    if not isinstance(live, int) or isinstance(live, bool) or live < 1:
+        raise ValueError(f"live={live!r}: expected how many forwards wait for their backward at a time, 1 or more")
     check_verify(verify)
     if not isinstance(budget, Budget):
         device = next((parameter.device for parameter in model.parameters()), None)
         budget = CheckpointBudget(budget, device=device, hold=hold)
     host = None if host_budget is None else _host_budget_of(host_budget, budget)
-    fitted = Fitted(model, budget, strategy, preserve_rng_state, verify, repeats, host)
+    args, kwargs = _call_of(model, example_inputs)
+    fitted = Fitted(model, budget, strategy, preserve_rng_state, verify, repeats, host, live=live, strict=strict)
     fitted.plan_for(*args, **kwargs)
     return fitted
+
+
+def _call_of(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How to call `model` with an example: spread over its parameters where they take it so, else as the one argument."""
+    if isinstance(example, Mapping):
+        spread: tuple[tuple[Any, ...], dict[str, Any]] = ((), {str(name): value for name, value in example.items()})
+    elif type(example) in (tuple, list):
+        spread = (tuple(example), {})
+    else:
+        return (example,), {}
+    try:
+        parameters = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return spread
+    for args, kwargs in (spread, ((example,), {})):
+        try:
+            parameters.bind(*args, **kwargs)
+        except TypeError:
+            continue
+        return args, kwargs
+    return spread  # the model itself says what is missing
 
 
 def _host_budget_of(host: Budget | int | str, budget: Budget) -> Budget:

@@ -1,20 +1,20 @@
 """`Fitted`: a model that runs under a plan.
 
 The model stays the same object: its class, parameter names, `state_dict`, hooks and optimizers are untouched, and calling it
-runs under the plan. Inputs of a new shape are measured and planned when they first appear. Calls without gradients run
-plainly.
+runs under the plan. Inputs of a new shape are measured and planned when they first appear, and so is a model that was changed.
+Calls without gradients run plainly.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain
 from gpuckpt.memory import Budget
@@ -25,7 +25,7 @@ from gpuckpt.pytorch.engine.frame import Verify
 from gpuckpt.pytorch.engine.hooks import enter
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_resident
-from gpuckpt.pytorch.peak_check import Promise
+from gpuckpt.pytorch.peak_check import Deviation, StepPeaks
 from gpuckpt.pytorch.plan_runner import Walk
 from gpuckpt.pytorch.profiling.call_hooks import Bypass, Interception, run_module, set_call
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
@@ -33,8 +33,12 @@ from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
 from gpuckpt.pytorch.profiling.measure import run_measured
 from gpuckpt.pytorch.profiling.runner import Measured
+from gpuckpt.pytorch.profiling.signature import Fingerprint, describe_call
 
 __all__ = ["Fitted", "Planned"]
+
+_MOST_PLANS = 64
+_MOST_REPLANS = 2  # of one signature
 
 
 @dataclass(frozen=True)
@@ -50,20 +54,22 @@ class Planned:
 
 
 class _Step:
-    """One forward of a fitted model: the walk along the plan, and how many calls of stages have come."""
+    """One forward of a fitted model: the walk along the plan, how far along it is, and how many calls of stages have come."""
 
-    __slots__ = ("calls", "planned", "walk")
+    __slots__ = ("count", "planned", "position", "walk")
 
     def __init__(self, planned: Planned, walk: Walk) -> None:
         self.planned = planned
         self.walk = walk
-        self.calls = 0
+        self.position = self.count = 0
 
 
 class Fitted:
-    """A model that runs under a plan. Made by `fit`; calling it is calling the model.
+    """A model that runs under a plan. Made by `fit`; used like the model: calling it is calling the model, and what it does not
+    have itself (`parameters()`, `train()`, `to()`, `state_dict()`, ...) is the model's.
 
-    Attributes: `model`, `budget`, `host_budget` (None: nothing is spilled); of the latest call's input shape `plan` and `chain`.
+    Attributes: `model`, `budget`, `host_budget` (None: nothing is offloaded); of the latest call's inputs `plan` and `chain`;
+    `deviations`, steps that held more than their plan had promised, under a cap that held.
     """
 
     def __init__(
@@ -75,30 +81,43 @@ class Fitted:
         verify: Verify | None,
         repeats: int,
         host_budget: Budget | None = None,
+        *,
+        live: int = 1,
+        strict: bool = False,
     ) -> None:
         self.model = model
         self.budget = budget
         self.host_budget = host_budget
-        hint = "the model did not save what it saved when it was measured; does it depend on its data, or does someone else use "
-        self._held = Promise(f"{hint}this budget?")
-        self._spilled = Promise(f"{hint}the host budget?")
+        self._peaks = StepPeaks(budget, host_budget, strict)
         self._link: Link | None = None
         self._strategy = strategy
         self._preserve_rng_state = preserve_rng_state
         self._verify = verify
         self._repeats = repeats
-        self._planned: dict[Any, Planned] = {}
+        self._live = live
+        self._strict = strict
+        self._planned: OrderedDict[Any, Planned] = OrderedDict()
+        self._numbers_matter: set[Any] = set()  # signatures under which another int was seen to take other bytes
+        self._replanned: dict[Any, int] = {}
+        self._key: Any = None  # of the latest plan
         self._latest: Planned | None = None
-        self._began = False  # whether there has been a step
-        self._retained = False  # a graph was kept for a second backward, and its bytes with it
         self._local = threading.local()
         self._intercepted: dict[nn.Module, Interception] = {}
         self._bypass: Any = None  # the handle of the hook that notices calls that were not intercepted
-        self._parts = list(model.modules())
-        self._parameters = list(model.parameters())
+        self._look()
+
+    def _look(self) -> None:
+        self._parts = list(self.model.modules())
+        self._parameters = list(self.model.parameters())
+        self._fingerprint = Fingerprint(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "model" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.model, name)
 
     @property
     def latest(self) -> Planned:
@@ -110,22 +129,27 @@ class Fitted:
     @property
     def measured_peak_bytes(self) -> int:
         """The most bytes that the budget has held for the latest step."""
-        return self._held.measured_bytes
+        return self._peaks.held.measured_bytes
 
     @property
     def promised_peak_bytes(self) -> int:
         """What the plan said of it."""
-        return self._held.promised_bytes
+        return self._peaks.held.promised_bytes
 
     @property
     def measured_host_peak_bytes(self) -> int:
         """The most bytes that the host budget has held for the latest step; 0 without one."""
-        return self._spilled.measured_bytes
+        return self._peaks.offloaded.measured_bytes
 
     @property
     def promised_host_peak_bytes(self) -> int:
         """What the plan said of it."""
-        return self._spilled.promised_bytes
+        return self._peaks.offloaded.promised_bytes
+
+    @property
+    def deviations(self) -> list[Deviation]:
+        """Steps that held more than their plan had promised, oldest first."""
+        return list(self._peaks.deviations)
 
     @property
     def plan(self) -> Plan:
@@ -136,14 +160,20 @@ class Fitted:
         return self.latest.chain
 
     def plan_for(self, *args: Any, **kwargs: Any) -> Planned:
-        """The plan for these inputs; measured and planned where their shapes are new.
+        """The plan for these inputs; measured and planned where their shapes are new, the model was changed, or the latest step
+        held more than its plan had promised.
 
         Raises `BudgetExceeded`, with the smallest budget that would do, where no plan fits.
         """
-        if not all(interception.active for interception in self._intercepted.values()):
-            self._unwrap()  # a block was compiled since: what was measured is not what runs
+        if not all(interception.active for interception in self._intercepted.values()) or self._fingerprint.changed():
+            self._unwrap()  # a block was compiled, wrapped or added since: what was measured is not what runs
             self._planned.clear()
-        key = self._signature(args, kwargs)
+            self._look()
+        if self._peaks.deviated:
+            self._deviated()
+        key = self._signature(args, kwargs, numbers=False)
+        if key in self._numbers_matter:
+            key = self._signature(args, kwargs, numbers=True)
         planned = self._planned.get(key)
         if planned is None:
             before = self._unwrap()  # measured as it runs without us
@@ -152,13 +182,26 @@ class Fitted:
                 before += [self.model, *planned.measured.modules]
             finally:
                 self._wrap(before)
+                self._fingerprint.refresh()  # our own hook is no change
             self._planned[key] = planned
-        self._latest = planned
+            if len(self._planned) > _MOST_PLANS:
+                self._planned.popitem(last=False)
+        self._planned.move_to_end(key)
+        self._key, self._latest = key, planned
         return planned
+
+    def _deviated(self) -> None:
+        """The latest step held other bytes than measured: other contents, or another int. Measure again, but not for ever."""
+        self._peaks.deviated = False
+        key = self._key
+        self._numbers_matter.add(key)
+        self._replanned[key] = self._replanned.get(key, 0) + 1
+        if self._replanned[key] <= _MOST_REPLANS:
+            self._planned.pop(key, None)
 
     def report(self) -> PlanReport:
         """What the latest plan does with each stage, and why; promised against measured. Print it, or take `to_json()`."""
-        if not self._began:
+        if not self._peaks.began:
             return explain(self.chain, self.plan)
         return explain(self.chain, self.plan, self.measured_peak_bytes, self.measured_host_peak_bytes)
 
@@ -178,11 +221,29 @@ class Fitted:
                 self._link = measure_link(device, self.host_budget, WallClock())
             spilling = with_spill(measured.chain, self._link.bytes_per_s, latency_s=self._link.latency_s, name=SPILL)
             measured = replace(measured, chain=spilling)
-        host_bytes = None if self.host_budget is None else self.host_budget.max_bytes
-        plan = plan_chain(measured.chain, self.budget.max_bytes, strategy=self._strategy, host_bytes=host_bytes)
+        plan = self._plan(measured.chain, self.budget.max_bytes // self._live)
         with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
             self.budget.prefetch(plan.certificate.layout_bytes, next(iter(self._parameters), None))
         return Planned(measured, plan)
+
+    def _plan(self, chain: Chain, max_bytes: int) -> Plan:
+        host_bytes = None if self.host_budget is None else self.host_budget.max_bytes // self._live
+        return plan_chain(chain, max_bytes, strategy=self._strategy, host_bytes=host_bytes)
+
+    def _beside_others(self, planned: Planned) -> Planned:
+        """The same for a forward that begins while earlier ones wait for their backward: within what was not promised to them."""
+        promised_bytes = self._peaks.held.promised_bytes
+        room_bytes = self.budget.max_bytes - promised_bytes
+        if self._peaks.idle or planned.plan.certificate.peak_bytes <= room_bytes:
+            return planned
+        try:
+            return Planned(planned.measured, self._plan(planned.chain, max(room_bytes, 0)))
+        except BudgetExceeded as error:
+            error.hint = (
+                f"earlier forwards that wait for their backward were promised {promised_bytes} of {self.budget.max_bytes} bytes; "
+                f"fit(live=2) plans for two at a time. {error.hint}"
+            )
+            raise
 
     def _wrap(self, modules: list[nn.Module]) -> None:
         for module in dict.fromkeys(modules):
@@ -211,36 +272,20 @@ class Fitted:
 
     @untraced
     def check_promise(self) -> None:
-        """Raise `PromiseBroken` if the budget has held more for the latest step than its plan promised.
+        """Note a deviation if the budget has held more for the latest step than its plan promised; with `strict`, raise
+        `PromiseBroken`.
 
         Called at the end of every backward and before the next forward. Steps whose forwards overlap (two forwards, then two
         backwards) may hold the sum of what they promised. A backward with `retain_graph=True` holds longer than planned, so
         then nothing is promised but the cap. Only meaningful while nobody else's share of the budget changes.
         """
-        if self._began:
-            for promise, budget in self._promises():
-                promise.check(budget, binding=not self._retained)
-
-    def _promises(self) -> list[tuple[Promise, Budget]]:
-        spilled = [] if self.host_budget is None else [(self._spilled, self.host_budget)]
-        return [(self._held, self.budget), *spilled]
-
-    def _begin(self, planned: Planned) -> None:
-        """A step begins: from here on the budgets' peaks are its own, unless an earlier one is still going on."""
-        self.check_promise()
-        if not self._began or all(promise.idle(budget) for promise, budget in self._promises()):
-            for promise, budget in self._promises():
-                promise.begin(budget)
-            self._retained = False
-        self._began = True
-        self._held.promised_bytes += planned.plan.certificate.peak_bytes
-        self._spilled.promised_bytes += planned.plan.certificate.host_peak_bytes
+        self._peaks.check()
 
     def _watch(self, out: Any) -> None:
         """See to it that the promise is checked when the backward from `out` ends."""
 
         def backward_begins(_: torch.Tensor) -> None:
-            self._retained = self._retained or keep_graph()
+            self._peaks.retained = self._peaks.retained or keep_graph()
             queue_callback(self.check_promise)
 
         for tensor in tensors_in(out):
@@ -251,8 +296,9 @@ class Fitted:
     def _model_call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None:
             return run_module(model, args, kwargs)
-        planned = self.plan_for(*args, **kwargs)
-        self._begin(planned)
+        planned = self._beside_others(self.plan_for(*args, **kwargs))
+        certificate = planned.plan.certificate
+        self._peaks.begin(certificate.peak_bytes, certificate.host_peak_bytes)
         walk = Walk(planned.plan.tree, self.budget, self._verify, self._preserve_rng_state, host=self.host_budget)
         step = _Step(planned, walk)
         self._local.step = step
@@ -261,13 +307,14 @@ class Fitted:
             with enter(self.budget):
                 self.budget.step("forward")
                 out = run_module(model, args, kwargs)
-            if step.calls != len(planned.measured.modules):
+            if self._strict and step.count != len(planned.measured.modules):
                 raise InvalidChain(
-                    f"{type(model).__name__} ran {step.calls} stages and {len(planned.measured.modules)} when it was measured "
-                    "with inputs of the same shapes; a fitted model runs the same stages every time"
+                    f"{type(model).__name__} ran {step.count} stages and {len(planned.measured.modules)} when it was measured "
+                    "with inputs of the same shapes; fitted with strict=True it has to run the same stages every time"
                 )
         finally:
             self._local.step = None
+        self._fingerprint.learn()
         self.budget.step("backward")
         self._watch(out)
         return out
@@ -278,30 +325,22 @@ class Fitted:
         if step is None or not torch.is_grad_enabled():
             return run_module(module, args, kwargs)
         measured = step.planned.measured
-        number = step.calls
-        if number >= len(measured.modules) or measured.modules[number] is not module:
-            return run_module(module, args, kwargs)  # called once more, outside the chain
-        step.calls += 1
+        # A call of something else is outside of the plan and simply kept; blocks that are skipped leave a gap in it.
+        number = next((n for n in range(step.position, len(measured.modules)) if measured.modules[n] is module), None)
+        if number is None:
+            return run_module(module, args, kwargs)
+        step.position = number + 1
+        step.count += 1
         stage = measured.owned[number]
         self.budget.step(measured.chain.stages[stage].name)
         return step.walk.step(stage, module, args, kwargs)
 
-    def _signature(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What a plan depends on: shapes and kinds of the inputs, the mode of every module, autocast, what is trained."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        described = tuple(map(_describe, leaves))
+    def _signature(self, args: tuple, kwargs: dict[str, Any], *, numbers: bool) -> Any:
+        """What a plan depends on: sizes and kinds of the inputs, the mode of every module, autocast, what is trained."""
         autocast = tuple(
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             for kind in ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))
         )
         training = tuple([module.training for module in self._parts])
         trained = tuple([parameter.requires_grad for parameter in self._parameters])
-        return spec, described, autocast, training, trained
-
-
-def _describe(leaf: Any) -> Any:
-    """A number with a fraction (a temperature, a rate) decides no shape: another one is no reason to plan again."""
-    if isinstance(leaf, torch.Tensor):
-        strides = leaf.stride() if leaf.layout is torch.strided else None
-        return leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad
-    return leaf if isinstance(leaf, int | str | bool | None) else type(leaf)
+        return describe_call(args, kwargs, numbers=numbers), autocast, training, trained

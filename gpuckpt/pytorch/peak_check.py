@@ -1,11 +1,21 @@
-"""What a budget has held for the latest step, beside what the step's plan promised."""
+"""What budgets have held for the latest step, and what the step's plan promised."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from gpuckpt.errors import PromiseBroken
 from gpuckpt.memory import Budget
 
-__all__ = ["Promise"]
+__all__ = ["Deviation", "Promise", "StepPeaks"]
+
+
+class Deviation(NamedTuple):
+    """A step that held more than its plan promised, under a cap that held. `on_host`: of the host budget."""
+
+    promised_bytes: int
+    measured_bytes: int
+    on_host: bool
 
 
 class Promise:
@@ -15,25 +25,84 @@ class Promise:
     for them.
     """
 
-    def __init__(self, hint: str) -> None:
+    def __init__(self, budget: Budget, name: str) -> None:
+        self.budget = budget
         self.promised_bytes = 0
         self.measured_bytes = 0
-        self._hint = hint
+        self._name = name
         self._others_bytes = 0  # held by others when the latest step began
 
-    def idle(self, budget: Budget) -> bool:
+    @property
+    def idle(self) -> bool:
         """Whether nothing is held for any step."""
-        return budget.used_bytes <= self._others_bytes
+        return self.budget.used_bytes <= self._others_bytes
 
-    def begin(self, budget: Budget) -> None:
+    def begin(self) -> None:
         """From here on the budget's peak is that of the steps that follow."""
-        self._others_bytes = budget.used_bytes
-        budget.reset_peak()
+        self._others_bytes = self.budget.used_bytes
+        self.budget.reset_peak()
         self.promised_bytes = 0
 
-    def check(self, budget: Budget, *, binding: bool) -> None:
-        """Measure. Raises `PromiseBroken` where more was held than promised and the promise is `binding`."""
-        self.measured_bytes = budget.peak_bytes - self._others_bytes
-        if binding and self.measured_bytes > self.promised_bytes:
-            budget.reset_peak()
-            raise PromiseBroken(self.promised_bytes, self.measured_bytes, self._hint)
+    def broken(self) -> bool:
+        """Measure: was more held than promised?"""
+        self.measured_bytes = self.budget.peak_bytes - self._others_bytes
+        return self.measured_bytes > self.promised_bytes
+
+    def error(self) -> PromiseBroken:
+        """The error for a step that held more than promised."""
+        hint = (
+            "the model did not save what it saved when it was measured; does it depend on its data, or does someone else use "
+            f"{self._name}?"
+        )
+        return PromiseBroken(self.promised_bytes, self.measured_bytes, hint)
+
+
+class StepPeaks:
+    """The promises of a fitted model's steps, on the device and on the host.
+
+    A step that holds more than promised while the cap holds is a deviation, which is noted; with `strict` it is an error.
+    `deviated`: one was noted since the flag was last put back.
+    """
+
+    def __init__(self, budget: Budget, host: Budget | None, strict: bool) -> None:
+        self.held = Promise(budget, "this budget")
+        self.offloaded = Promise(budget if host is None else host, "the host budget")
+        self.deviations: list[Deviation] = []
+        self.deviated = False
+        self.began = False  # whether there has been a step
+        self.retained = False  # a graph was kept for a second backward, and its bytes with it
+        self._strict = strict
+        self._has_host = host is not None
+
+    def _promises(self) -> list[Promise]:
+        return [self.held, self.offloaded] if self._has_host else [self.held]
+
+    @property
+    def idle(self) -> bool:
+        """Whether no step is going on."""
+        return not self.began or all(promise.idle for promise in self._promises())
+
+    def begin(self, peak_bytes: int, host_peak_bytes: int) -> None:
+        """A step begins: from here on the budgets' peaks are its own, unless an earlier one is still going on."""
+        self.check()
+        if self.idle:
+            for promise in self._promises():
+                promise.begin()
+            self.retained = False
+        self.began = True
+        self.held.promised_bytes += peak_bytes
+        self.offloaded.promised_bytes += host_peak_bytes
+
+    def check(self) -> None:
+        """Measure the latest step. Raises `PromiseBroken` for a deviation where the promise is strict."""
+        if not self.began:
+            return
+        for promise in self._promises():
+            if promise.broken() and not self.retained:
+                promise.budget.reset_peak()
+                if self._strict:
+                    raise promise.error()
+                noted = Deviation(promise.promised_bytes, promise.measured_bytes, promise is not self.held)
+                if noted not in self.deviations[-1:]:
+                    self.deviations.append(noted)
+                self.deviated = True

@@ -146,7 +146,7 @@ def test_functional_call(way):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("way", ["module", "closure"])
+@pytest.mark.parametrize("way", ["fit", "module", "closure"])
 def test_weights_that_are_computed(way):
     """An inner step of MAML: the blocks run with weights that are no leaves, and gradients go through to the real ones."""
     plain, ours = model(), model()

@@ -20,6 +20,7 @@ from gpuckpt.pytorch.plan_runner import Walk
 from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
 from tests.pytorch.beside_plain import assert_same, beside_plain, plain_peak_bytes, train_step
 from tests.pytorch.mixed_blocks import COUNT, Model
+from tests.pytorch.steps import Tally
 
 both = pytest.mark.parametrize("hold", ["account", "pool"])
 
@@ -295,13 +296,15 @@ def test_forwards_without_backwards_overlapping_steps_and_unfit() -> None:
 
 
 class Fickle(Dear):
-    """Saves `more` tensors besides, when told so."""
+    """Saves more than it was measured with, as the tally says: fit does not look in there."""
 
-    more = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.tally = Tally()
 
     def forward(self, x):
         out = super().forward(x)
-        for _ in range(self.more):
+        for _ in range(self.tally.count):
             out = out.exp().log()
         return out
 
@@ -309,15 +312,15 @@ class Fickle(Dear):
 def test_more_bytes_on_the_host_than_promised_is_an_error_with_both_numbers() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*[Fickle() for _ in range(8)])
-    fitted = spilling(model)
+    fitted = spilling(model, strict=True)
     promised = fitted.plan.certificate.host_peak_bytes
     model(X).sum().backward()
-    model[2].more = 1
+    model[2].tally.count = 1
     with pytest.raises(PromiseBroken, match="the host budget") as broken:
         model(X).sum().backward()
     assert broken.value.promised_bytes == promised
     assert broken.value.measured_bytes == promised + X.nbytes  # what exp returns is saved, by exp and by log
-    model[2].more = 0
+    model[2].tally.count = 0
     model(X).sum().backward()
     assert fitted.measured_host_peak_bytes == promised
 

@@ -1,0 +1,96 @@
+"""What a plan depends on: the sizes of everything a model is called with, its modes, and what it is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["Fingerprint", "describe_call"]
+
+_DEPTH = 4  # of objects within objects
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device})
+_EITHER = frozenset({"training"})  # modes that come and go have plans of their own
+
+
+def describe_call(args: tuple, kwargs: dict[str, Any], *, numbers: bool) -> Any:
+    """What of a call's arguments decides bytes: shapes, strides, dtypes and devices of the tensors, wherever they are, and the
+    kinds of everything else. `numbers`: with the values of ints and strings."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    return spec, tuple([_describe(leaf, numbers, _DEPTH) for leaf in leaves])
+
+
+def _describe(leaf: Any, numbers: bool, depth: int) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        strides = leaf.stride() if leaf.layout is torch.strided else None
+        return leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad
+    # A number with a fraction (a temperature, a rate) decides no shape: another one is no reason to plan again.
+    if isinstance(leaf, bool | None):
+        return leaf
+    if isinstance(leaf, int | str):
+        return leaf if numbers else type(leaf)
+    if depth == 0 or isinstance(leaf, float | complex | type | nn.Module) or callable(leaf):
+        return type(leaf)
+    if isinstance(leaf, Mapping):
+        return type(leaf), tuple((key, _describe(value, numbers, depth - 1)) for key, value in leaf.items())
+    if isinstance(leaf, list | tuple):
+        return type(leaf), tuple(_describe(value, numbers, depth - 1) for value in leaf)
+    held = (
+        {field.name: getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)}
+        if dataclasses.is_dataclass(leaf)
+        else getattr(leaf, "__dict__", None)
+    )
+    if not held:
+        return type(leaf)
+    return type(leaf), tuple((name, _describe(value, numbers, depth - 1)) for name, value in held.items())
+
+
+class Fingerprint:
+    """What a model is made of: its modules, their plain attributes, parameters and buffers. `changed()` tells whether it is
+    another than the last time; what a forward changes itself (a counter) does not count."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._own: set[tuple[int, str]] = set()  # attributes that forwards were seen to change: (module, name)
+        self._latest = self._take()
+
+    def _take(self) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        for module in self._model.modules():
+            number = id(module)
+            found[number] = type(module), len(module._forward_hooks), len(module._forward_pre_hooks)
+            held = module.__dict__
+            for name, value in held.items():
+                if type(value) in _PLAIN and name not in _EITHER and (number, name) not in self._own:
+                    found[number, name] = value
+            found[number, "forward"] = id(held["forward"]) if "forward" in held else 0
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    found[number, name] = tensor.shape, tensor.dtype, tensor.device, type(tensor)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:  # which storage, too: that is how budgets know whose bytes it holds
+                    found[number, name] = buffer.shape, buffer.dtype, buffer.untyped_storage()._cdata
+        return found
+
+    def changed(self) -> bool:
+        """Whether the model was changed since the last look."""
+        now = self._take()
+        before, self._latest = self._latest, now
+        return now != before
+
+    def refresh(self) -> None:
+        """What the model is now is what it is compared with."""
+        self._latest = self._take()
+
+    def learn(self) -> None:
+        """A forward is over: what it changed of the model is its own business."""
+        now = self._take()
+        if now != self._latest:
+            both = now.keys() & self._latest.keys()
+            self._own |= {key for key in both if now[key] != self._latest[key] and isinstance(key, tuple)}
+            self._own |= {key for key in now.keys() ^ self._latest.keys() if isinstance(key, tuple)}
+            self._latest = {key: value for key, value in now.items() if key not in self._own}

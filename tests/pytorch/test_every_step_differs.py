@@ -1,0 +1,351 @@
+"""Steps that are not like the one that was measured: other contents, other numbers, a changed model, two forwards at a time."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpuckpt import BudgetExceeded, PromiseBroken, fit
+from tests.pytorch.steps import Block, Tally, bits
+
+
+def model(count: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block(16) for _ in range(count)])
+
+
+def rows(count: int = 8) -> Tensor:
+    return torch.randn(count, 16, generator=torch.Generator().manual_seed(count))
+
+
+def gradients(m: nn.Module, *args: Any, **kwargs: Any) -> list[bytes | None]:
+    m.zero_grad(set_to_none=True)
+    torch.manual_seed(1)
+    out = m(*args, **kwargs)
+    loss = out.square().mean()
+    loss.backward()
+    return bits([loss, *(p.grad for p in m.parameters())])
+
+
+# ---- other contents
+
+
+class Sparse(Block):
+    """Saves one tensor more where an entry of its input is large: routing, masks and early exits do such things."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out.exp().log() if bool((x.abs() > 4).any()) else out
+
+
+def test_a_step_that_holds_more_goes_on_under_the_cap_and_is_noted() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(*[Sparse(16) for _ in range(6)])
+    plain = copy.deepcopy(ours)
+    fitted = fit(ours, rows(), "1MiB")
+    large = rows() * 10
+    promised = fitted.plan.certificate.peak_bytes
+    assert gradients(ours, large) == gradients(plain, large)
+    (noted,) = fitted.deviations
+    assert noted.promised_bytes == promised < noted.measured_bytes <= fitted.budget.max_bytes
+    assert gradients(ours, large) == gradients(plain, large)  # measured again, with these contents
+    assert len(fitted.deviations) == 1
+    assert fitted.measured_peak_bytes == fitted.promised_peak_bytes > promised
+    for _ in range(5):  # and not again and again
+        assert gradients(ours, rows()) == gradients(plain, rows())
+        assert gradients(ours, large) == gradients(plain, large)
+    assert fitted.budget.used_bytes == 0
+
+
+def test_strict_makes_it_an_error() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(*[Sparse(16) for _ in range(6)])
+    fit(ours, rows(), "1MiB", strict=True)
+    with pytest.raises(PromiseBroken):
+        gradients(ours, rows() * 10)
+
+
+# ---- other numbers
+
+
+class Stepwise(nn.Module):
+    """Takes numbers that change from step to step; `depth` decides how much is saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = model(6)
+        self.runs = Tally()
+
+    def forward(self, x: Tensor, step: int = 0, name: str = "", depth: int = 0, rate: float = 0.0) -> Tensor:
+        self.runs.count += 1
+        for block in self.blocks:
+            x = block(x)
+        x = x * (1.0 + rate)
+        for _ in range(depth):
+            x = x.exp().log()
+        return x
+
+
+def test_a_step_number_is_no_reason_to_plan_again() -> None:
+    ours = Stepwise()
+    plain = copy.deepcopy(ours)
+    fitted = fit(ours, {"x": rows(), "step": 0, "name": "a"}, "1MiB")
+    before = ours.runs.count
+    for step in range(1, 11):
+        call = {"x": rows(), "step": step, "name": f"step {step}", "rate": step / 10}
+        assert gradients(ours, **call) == gradients(plain, **call)
+        if step == 1:
+            before = ours.runs.count  # `rate` was new
+    assert ours.runs.count == before + 9, "one forward a step"
+    assert len(fitted._planned) <= 2
+    assert not fitted.deviations
+
+
+def test_a_number_that_decides_bytes_is_seen_to() -> None:
+    ours = Stepwise()
+    plain = copy.deepcopy(ours)
+    fitted = fit(ours, {"x": rows(), "depth": 0}, "1MiB")
+    for depth in (0, 3, 0, 3, 5, 3):
+        call = {"x": rows(), "depth": depth}
+        assert gradients(ours, **call) == gradients(plain, **call)
+    assert len(fitted.deviations) == 1
+    assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+
+
+def test_plans_are_not_kept_for_ever() -> None:
+    ours = model(3)
+    fitted = fit(ours, rows(1), "1MiB", repeats=1)
+    for count in range(1, 80):
+        fitted.plan_for(rows(count))
+    assert len(fitted._planned) == 64
+
+
+# ---- blocks that are skipped
+
+
+class LayerDrop(nn.Module):
+    """Skips blocks at random, by one generator or another."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.blocks = model(8)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if not self.training or self.draw() > 0.3:
+                x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random])
+def test_layer_drop(draw: Callable[[], float]) -> None:
+    ours = LayerDrop(draw)
+    plain = copy.deepcopy(ours)
+    probe = fit(ours.eval(), rows(), "1MiB")
+    budget = probe.plan.certificate.peak_bytes
+    probe.unfit()
+    fitted = fit(ours.train(), rows(), budget)
+    plain.train()
+    for seed in range(12):
+        found = []
+        for m in (ours, plain):
+            m.zero_grad(set_to_none=True)
+            torch.manual_seed(seed)
+            random.seed(seed)
+            loss = m(rows()).square().mean()
+            loss.backward()
+            found.append(bits([loss, *(p.grad for p in m.parameters())]))
+        assert found[0] == found[1]
+        assert fitted.budget.used_bytes == 0
+    assert fitted.budget.peak_bytes <= budget
+
+
+# ---- batches of every kind
+
+
+@dataclass
+class Batch:
+    x: Tensor
+
+
+class Opaque:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class Takes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = model(6)
+
+    def forward(self, batch: Any) -> Tensor:
+        if isinstance(batch, list):
+            x = torch.stack(batch)
+        elif isinstance(batch, dict | collections.UserDict):
+            x = batch["x"]
+        else:
+            x = batch.x
+        return self.blocks(x)
+
+
+BATCHES = {
+    "dict": lambda n: {"x": rows(n)},
+    "list": lambda n: list(rows(n)),
+    "UserDict": lambda n: collections.UserDict(x=rows(n)),
+    "dataclass": lambda n: Batch(rows(n)),
+    "object": lambda n: Opaque(rows(n)),
+    "nested object": lambda n: Opaque(rows(n)),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_a_batch_as_the_one_argument(kind: str) -> None:
+    make = BATCHES[kind]
+    ours = Takes()
+    plain = copy.deepcopy(ours)
+    fitted = fit(ours, make(8), "1MiB")
+    for count in (8, 4, 16, 8):
+        assert gradients(ours, make(count)) == gradients(plain, make(count))
+        assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+    assert len(fitted._planned) == 3, "a plan for each size"
+
+
+@pytest.mark.parametrize("kind", [dict, collections.UserDict])
+def test_a_batch_of_keyword_arguments(kind: Any) -> None:
+    ours = Stepwise()
+    plain = copy.deepcopy(ours)
+    fit(ours, kind({"x": rows(), "depth": 1}), "1MiB")
+    assert gradients(ours, x=rows(), depth=1) == gradients(plain, x=rows(), depth=1)
+
+
+# ---- a model that was changed
+
+
+class Lora(nn.Module):
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def _wrap(m: nn.Module) -> None:
+    torch.manual_seed(5)
+    for block in m:
+        block.up = Lora(block.up)
+
+
+def _append(m: nn.Module) -> None:
+    torch.manual_seed(5)
+    m.append(Block(16))
+
+
+CHANGES = {
+    "a block appended": _append,
+    "a block taken out": lambda m: m.pop(3),
+    "LoRA": _wrap,
+    "dropout": lambda m: [setattr(block.dropout, "p", 0.3) for block in m],
+    "frozen": lambda m: [block.requires_grad_(False) for block in m[:3]],
+    "double and back": lambda m: m.double().float(),
+    "other weights": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}, assign=True),
+    "eval": lambda m: m.eval(),
+    "another activation in one block": lambda m: m.__setitem__(2, nn.Sequential(m[2], nn.Tanh())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_changed_after_fit(change: str) -> None:
+    ours = model()
+    plain = copy.deepcopy(ours)
+    fitted = fit(ours, rows(), "1MiB")
+    least = fitted.plan.certificate.smallest_budget_bytes
+    fitted.unfit()
+    fitted = fit(ours, rows(), 3 * least)
+    assert gradients(ours, rows()) == gradients(plain, rows())
+    for m in (ours, plain):
+        CHANGES[change](m)
+    for _ in range(2):
+        assert gradients(ours, rows()) == gradients(plain, rows())
+        assert fitted.measured_peak_bytes == fitted.promised_peak_bytes <= fitted.budget.max_bytes
+    assert not fitted.deviations
+
+
+# ---- two forwards, then backward
+
+
+def two_towers(m: nn.Module) -> list[bytes | None]:
+    m.zero_grad(set_to_none=True)
+    torch.manual_seed(1)
+    loss = m(rows(8)).square().mean() - m(rows(8) * 2).sin().mean()
+    loss.backward()
+    return bits([loss, *(p.grad for p in m.parameters())])
+
+
+def test_two_forwards_are_planned_as_asked() -> None:
+    ours = model()
+    plain = copy.deepcopy(ours)
+    probe = fit(ours, rows(), "1MiB")
+    budget = probe.plan.certificate.peak_bytes + 1000
+    probe.unfit()
+    fitted = fit(ours, rows(), budget, live=2)
+    for _ in range(3):
+        assert two_towers(ours) == two_towers(plain)
+        assert fitted.measured_peak_bytes <= fitted.promised_peak_bytes <= budget
+    assert gradients(ours, rows()) == gradients(plain, rows())
+    assert fitted.budget.used_bytes == 0
+
+
+def test_a_second_forward_is_planned_for_what_remains() -> None:
+    ours = model()
+    plain = copy.deepcopy(ours)
+    probe = fit(ours, rows(), "1MiB")
+    peak, least = probe.plan.certificate.peak_bytes, probe.plan.certificate.smallest_budget_bytes
+    probe.unfit()
+    fitted = fit(ours, rows(), peak + 2 * least)
+    assert two_towers(ours) == two_towers(plain)
+    assert fitted.measured_peak_bytes <= fitted.promised_peak_bytes <= fitted.budget.max_bytes
+
+
+def test_a_second_forward_without_room_says_what_to_do() -> None:
+    ours = model()
+    probe = fit(ours, rows(), "1MiB")
+    peak = probe.plan.certificate.peak_bytes
+    probe.unfit()
+    fitted = fit(ours, rows(), peak)
+    with pytest.raises(BudgetExceeded, match=r"fit\(live=2\)"):
+        two_towers(ours)
+    plain = model()
+    assert gradients(ours, rows()) == gradients(plain, rows())
+    assert fitted.budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("live", [0, -1, 1.5, True, "2", None])
+def test_a_live_that_is_none_is_refused(live: Any) -> None:
+    with pytest.raises(ValueError, match="live="):
+        fit(model(), rows(), "1MiB", live=live)
+
+
+# ---- a fitted model is used like a model
+
+
+def test_what_a_fitted_model_does_not_have_is_the_models() -> None:
+    ours = model()
+    fitted = fit(ours, rows(), "1MiB")
+    assert list(fitted.parameters()) == list(ours.parameters())
+    assert fitted.state_dict().keys() == ours.state_dict().keys()
+    assert not fitted.eval().training
+    assert fitted.train() is ours
+    torch.optim.SGD(fitted.parameters(), 0.1)
+    with pytest.raises(AttributeError, match="no attribute"):
+        _ = fitted.nothing_of_the_kind
