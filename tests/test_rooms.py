@@ -22,6 +22,7 @@ FLOORS = (
     ("gpuckpt.pytorch.engine", "gpuckpt.segments"),
     ("gpuckpt.budget", "gpuckpt.pytorch.ops"),
     ("gpuckpt.functional", "gpuckpt.nn", "gpuckpt.pytorch.profiling"),
+    ("gpuckpt.pytorch.parallel",),
     ("gpuckpt.pytorch",),
     ("gpuckpt.report",),
     ("gpuckpt.cli",),

@@ -25,6 +25,7 @@ from gpuckpt.pytorch.engine.frame import Verify
 from gpuckpt.pytorch.engine.hooks import enter
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_resident
+from gpuckpt.pytorch.parallel.agree import clock_for_plans
 from gpuckpt.pytorch.peak_check import Deviation, StepPeaks
 from gpuckpt.pytorch.plan_runner import Walk
 from gpuckpt.pytorch.profiling.call_hooks import Bypass, Interception, run_module, set_call
@@ -209,7 +210,7 @@ class Fitted:
         unit_bytes = self.budget.unit_bytes
         mark_resident([*self._parameters, *self.model.buffers()])
         copies = self.budget.hold == "pool"
-        measured = run_measured(self.model, args, kwargs, unit_bytes, WallClock(), self._repeats, copies)
+        measured = run_measured(self.model, args, kwargs, unit_bytes, clock_for_plans(), self._repeats, copies)
         if measured.random and not self._preserve_rng_state:
             raise InvalidChain(
                 f"stage {measured.random[0]!r} of {type(self.model).__name__} draws random numbers and would draw others when it "

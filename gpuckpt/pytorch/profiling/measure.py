@@ -14,6 +14,7 @@ gradients and buffers and the random number generators are afterwards as before.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,7 @@ from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.profiling.clock import Clock, WallClock
 from gpuckpt.pytorch.profiling.fake_run import run_fake
 from gpuckpt.pytorch.profiling.isolation import unchanged
+from gpuckpt.pytorch.profiling.roofline_clock import Roofline
 from gpuckpt.pytorch.profiling.runner import Measured, run_chain
 
 __all__ = ["measure", "run_measured"]
@@ -69,5 +71,6 @@ def run_measured(
 ) -> Measured:
     """`measure`, and what `fit` needs to know besides."""
     fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
-    with unchanged(model), fence.restored(fence.kept):
+    counting = clock if isinstance(clock, Roofline) else nullcontext()
+    with unchanged(model), fence.restored(fence.kept), counting:
         return run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies)

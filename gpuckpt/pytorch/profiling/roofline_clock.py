@@ -70,6 +70,8 @@ class Roofline(TorchDispatchMode):
 
 def _bytes(tensor: torch.Tensor) -> int:
     """Bytes to read or write; a dimension that is repeated is read once."""
+    if tensor.layout is not torch.strided:
+        return tensor.numel() * tensor.element_size()
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else 1
