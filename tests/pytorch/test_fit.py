@@ -240,25 +240,12 @@ def test_an_error_in_a_stage_leaves_nothing_behind() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [nn.Linear(16, 16), Block(), nn.Sequential(nn.Linear(16, 16)), nn.Sequential()],
-    ids=["one layer", "no container", "a chain of one", "empty"],
+    [nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16)), nn.Sequential()],
+    ids=["one layer", "a chain of one", "empty"],
 )
 def test_models_that_are_no_chain_are_refused_by_name(model: nn.Module) -> None:
     with pytest.raises(InvalidChain, match=f"{type(model).__name__}: found no chain of stages"):
         fit(model, X, "1MiB")
-
-
-def test_parallel_branches_are_no_chain() -> None:
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.branches = nn.ModuleList(Block() for _ in range(3))
-
-        def forward(self, x):
-            return sum(branch(x) for branch in self.branches)
-
-    with pytest.raises(InvalidChain, match="Branches: found no chain"):
-        fit(Branches(), X, "1MiB")
 
 
 def test_random_stages_without_their_random_numbers_are_refused_by_name() -> None:

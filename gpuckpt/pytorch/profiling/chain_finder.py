@@ -43,13 +43,27 @@ class Outputs:
         return {id(tensor): index for index, (tensor, version) in enumerate(pairs) if tensor._version == version}
 
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_SHARE = 0.9  # of a call's work: calls inside of it that cover as much stand for it
+
+
 def candidates(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules that may be stages, with their names: the children of Sequentials and ModuleLists, at any depth."""
+    """Modules that may be stages, with their names: the children of Sequentials, ModuleLists and ModuleDicts, at any depth."""
     found: dict[nn.Module, str] = {}
     for name, container in model.named_modules():
-        if isinstance(container, nn.Sequential | nn.ModuleList):
+        if isinstance(container, _CONTAINERS):
             for child_name, child in container.named_children():
-                found.setdefault(child, f"{name}.{child_name}" if name else child_name)
+                if not isinstance(child, nn.ModuleList | nn.ModuleDict):  # these are not called
+                    found.setdefault(child, f"{name}.{child_name}" if name else child_name)
+    return found
+
+
+def attributes(model: nn.Module, depth: int = 2) -> dict[nn.Module, str]:
+    """Modules that a model without containers may be made of: its children by attribute, and theirs."""
+    found: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if name and name.count(".") < depth and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            found.setdefault(module, name)
     return found
 
 
@@ -80,10 +94,33 @@ class _CountBytes(TorchDispatchMode):
 
 
 def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Module]:
-    """The modules whose calls form the model's chain, in calling order (one module may occur several times).
+    """The modules whose calls are the model's stages, in calling order (one module may occur several times).
 
-    Runs one forward without autograd. Raises `InvalidChain` where fewer than two calls follow one another.
+    A chain of calls that hand on a tensor, where it covers the model; otherwise any calls that do not overlap: what crosses them
+    (skip connections, an encoder's output) is an argument like others. Runs one forward without autograd, or two. Raises
+    `InvalidChain` where there are fewer than two calls.
     """
+    calls, work = _watch(model, candidates(model), args, kwargs)
+    chain, cut = heaviest_path(calls), disjoint_calls(calls)
+    if covered(cut) * _SHARE > covered(chain):
+        chain = cut
+    if len(chain) < 2 or covered(chain) < (1 - _SHARE) * work:
+        calls, _ = _watch(model, {**attributes(model), **candidates(model)}, args, kwargs)
+        cut = disjoint_calls(calls)
+        if len(cut) >= 2 and covered(cut) > covered(chain):
+            chain = cut
+    if len(chain) < 2:
+        raise InvalidChain(
+            f"{type(model).__name__}: found no chain of stages to plan. Expected two modules or more, called one after the "
+            "other; wrap parts of the model in gpuckpt.checkpoint instead"
+        )
+    return [call.module for call in chain]
+
+
+def _watch(
+    model: nn.Module, modules: dict[nn.Module, str], args: tuple, kwargs: dict[str, Any]
+) -> tuple[list[Call], int]:
+    """The calls of `modules` in one forward, and how much work that was."""
     calls: list[Call] = []
     alive: list[Any] = []  # ids name tensors for as long as these live
     counter = _CountBytes()
@@ -97,15 +134,37 @@ def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn
         alive.append((args, kwargs, out))
         return out
 
-    with torch.no_grad(), intercept(candidates(model), call), counter:
+    with torch.no_grad(), intercept(modules, call), counter:
         run_module(model, args, kwargs)
-    chain = heaviest_path(calls)
-    if len(chain) < 2:
-        raise InvalidChain(
-            f"{type(model).__name__}: found no chain of stages to plan. Expected modules in an nn.Sequential or nn.ModuleList "
-            "of which each receives what the one before returned; wrap parts of the model in gpuckpt.checkpoint instead"
-        )
-    return [call.module for call in chain]
+    return calls, counter.position
+
+
+def covered(calls: Sequence[Call]) -> int:
+    """How much work calls that do not overlap do."""
+    return sum(call.end - call.begin for call in calls)
+
+
+def disjoint_calls(calls: list[Call]) -> list[Call]:
+    """Calls that do not overlap in time and do the most work: of a call and those inside of it the inner ones, where there are
+    two or more and they do nearly all of it."""
+    order = sorted(range(len(calls)), key=lambda number: (calls[number].begin, -calls[number].end, number))
+    inside: dict[int, list[int]] = {-1: [], **{number: [] for number in order}}
+    around: list[int] = []
+    for number in order:
+        while around and not (calls[around[-1]].end > calls[number].begin and number < calls[around[-1]].begun):
+            around.pop()
+        inside[around[-1] if around else -1].append(number)
+        around.append(number)
+
+    chosen: dict[int, list[int]] = {}
+    for number in [*reversed(order), -1]:  # inner calls come after those around them
+        inner = [found for child in inside[number] for found in chosen[child]]
+        if number >= 0:
+            call = calls[number]
+            enough = len(inner) > 1 and covered([calls[n] for n in inner]) >= _SHARE * (call.end - call.begin)
+            inner = inner if enough else [number]
+        chosen[number] = inner
+    return [calls[number] for number in chosen[-1] if calls[number].end > calls[number].begin]
 
 
 def heaviest_path(calls: list[Call]) -> list[Call]:
