@@ -102,7 +102,8 @@ def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn
     """
     calls, work = _watch(model, candidates(model), args, kwargs)
     chain, cut = heaviest_path(calls), disjoint_calls(calls)
-    if covered(cut) * _SHARE > covered(chain):
+    finer = len(cut) >= 2 * len(chain) and covered(cut) >= _SHARE * covered(chain)
+    if finer or covered(cut) * _SHARE > covered(chain):
         chain = cut
     if len(chain) < 2 or covered(chain) < (1 - _SHARE) * work:
         calls, _ = _watch(model, {**attributes(model), **candidates(model)}, args, kwargs)
