@@ -28,6 +28,7 @@ from gpuckpt.errors import StateModified
 __all__ = ["ModuleState", "Watched", "watch"]
 
 _INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl", "forward"}
+_HOOKS = tuple(name for name in nn.Module().__dict__ if name.startswith("_forward_") and "hooks" in name)
 _PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
 _LARGEST = 64  # entries of a list or dict that is looked into
 _ABSENT: Any = object()
@@ -250,12 +251,14 @@ def _restore(held: dict[str, Any], names: Sequence[str], seen: list[Any]) -> Non
 
 
 def _containers(held: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Containers among a module's attributes, with copies of what is in them."""
-    return [
+    """Containers among a module's attributes, with copies of what is in them; and its forward hooks, which code installs when
+    it first runs, and notes that in an attribute."""
+    found = [
         (value, value.copy())
         for name, value in held.items()
         if type(value) in (list, dict, set) and name not in _INTERNAL and len(value) <= _LARGEST
     ]
+    return found + [(held[name], held[name].copy()) for name in _HOOKS]
 
 
 def _refill(container: Any, content: Any) -> None:

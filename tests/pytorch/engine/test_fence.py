@@ -362,3 +362,36 @@ def test_statistics_are_updated_once(norm, way):
         assert [m.momentum for m in ours.modules() if hasattr(m, "momentum")] == [
             m.momentum for m in plain.modules() if hasattr(m, "momentum")
         ]
+
+
+class InstallsHooks(nn.Module):
+    """Installs its hooks when it first runs, as libraries do to record hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4))
+        self.installed = False
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.installed:
+            for block in self.blocks:
+                block.register_forward_hook(lambda module, args, out: self.seen.append(out))
+            self.installed = True
+        self.seen.clear()
+        for block in self.blocks:
+            x = block(x)
+        return torch.stack(self.seen).sum(0)
+
+
+@pytest.mark.parametrize("way", ["fit", "whole"])
+def test_hooks_that_a_first_run_installs(way):
+    torch.manual_seed(0)
+    plain = InstallsHooks()
+    ours = copy.deepcopy(plain)
+    if way == "fit":
+        fit(ours, X, "1MiB", strategy="every")
+    outer = ours if way == "fit" else lambda x: checkpoint(ours, x)
+    for _ in range(3):
+        assert gradients(ours, outer) == gradients(plain, plain)
+        assert len(ours.seen) == 4
