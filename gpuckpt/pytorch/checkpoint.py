@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame, Verify, check_verify
 from gpuckpt.pytorch.engine.hooks import current_budget, enter
@@ -61,15 +62,18 @@ def checkpoint(
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     others = [_HERE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     fence = Fence(fn, leaves, preserve_rng_state)
+    objects = Objects(others)
     count = len(tensors)
+    inside = count + len(objects.tensors)
 
     def replay(kept: list[torch.Tensor]) -> None:
         given = iter(kept)
-        args, kwargs = pytree.tree_unflatten([next(given) if leaf is _HERE else leaf for leaf in others], spec)
-        with fence.restored(kept[count:]):
+        flat = [next(given) if leaf is _HERE else leaf for leaf in others]
+        args, kwargs = pytree.tree_unflatten(objects.rebuilt(flat, kept[count:inside]) if objects else flat, spec)
+        with fence.restored(kept[inside:]):
             fn(*args, **kwargs)
 
-    tensors += fence.kept
+    tensors += [*objects.tensors, *fence.kept]
 
     if budget is None:
         frame = Frame(replay, current_budget(), verify)

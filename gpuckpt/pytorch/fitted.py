@@ -25,6 +25,7 @@ from gpuckpt.pytorch.engine.frame import Verify
 from gpuckpt.pytorch.engine.hooks import enter
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_resident
+from gpuckpt.pytorch.engine.switches import settings
 from gpuckpt.pytorch.parallel.agree import clock_for_plans
 from gpuckpt.pytorch.peak_check import Deviation, StepPeaks
 from gpuckpt.pytorch.plan_runner import Walk
@@ -344,4 +345,4 @@ class Fitted:
         )
         training = tuple([module.training for module in self._parts])
         trained = tuple([parameter.requires_grad for parameter in self._parameters])
-        return describe_call(args, kwargs, numbers=numbers), autocast, training, trained
+        return describe_call(args, kwargs, numbers=numbers), autocast, settings(), training, trained

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from gpuckpt.errors import InvalidPlan
 from gpuckpt.memory import Budget
 from gpuckpt.planning import KEEP, Node, Recompute
+from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame, Verify
 from gpuckpt.pytorch.engine.offload import SPILL, Spill
@@ -51,12 +52,13 @@ class _Kept:
 @dataclass(frozen=True, slots=True)
 class _Arrival:
     """A call of a stage: among the leaves of its arguments, tensors and other values, or `_Link`s, or (kept) `_Kept`s. After the
-    arguments come the tensors that its fence wants kept."""
+    arguments come the tensors inside of objects, and those that its fence wants kept."""
 
     module: torch.nn.Module
     stage: int
     leaves: Sequence[Any]
     spec: Any
+    objects: Objects
     fence: Fence
 
     def rewritten(self, kind: type, rewrite: Callable[[Any], Any]) -> _Arrival:
@@ -64,7 +66,7 @@ class _Arrival:
         if not any(isinstance(leaf, kind) for leaf in self.leaves):
             return self
         leaves = [rewrite(leaf) if isinstance(leaf, kind) else leaf for leaf in self.leaves]
-        return _Arrival(self.module, self.stage, leaves, self.spec, self.fence)
+        return _Arrival(self.module, self.stage, leaves, self.spec, self.objects, self.fence)
 
 
 class _Open:
@@ -86,8 +88,10 @@ class _Open:
             for call in arrivals:
                 leaves = call.rewritten(_Link, lambda leaf: inner.previous.tensors[leaf.index]).leaves
                 count = call.spec.num_leaves
-                args, kwargs = pytree.tree_unflatten(leaves[:count], call.spec)
-                with call.fence.restored(leaves[count:]):
+                inside = count + len(call.objects.tensors)
+                flat = call.objects.rebuilt(leaves[:count], leaves[count:inside]) if call.objects else leaves[:count]
+                args, kwargs = pytree.tree_unflatten(flat, call.spec)
+                with call.fence.restored(leaves[inside:]):
                     inner.step(call.stage, call.module, args, kwargs)
 
         self.frame = Frame(replay, budget, verify)
@@ -169,7 +173,8 @@ class Walk:
             if opening or self._open:
                 leaves, spec = pytree.tree_flatten((args, kwargs))
                 fence = Fence(module, leaves, self.preserve_rng_state)
-                call = _Arrival(module, stage, [*leaves, *fence.kept], spec, fence)
+                objects = Objects(leaves)
+                call = _Arrival(module, stage, [*leaves, *objects.tensors, *fence.kept], spec, objects, fence)
                 self._announce(call, opening, hooks)
                 del leaves, call
             if stage in self._spilled:

@@ -9,7 +9,7 @@ import torch
 
 from gpuckpt.pytorch._torch_internals import function_modes, library_switches, pop_function_mode, push_function_mode
 
-__all__ = ["Switches"]
+__all__ = ["Switches", "settings"]
 
 _cuda = torch.backends.cuda
 
@@ -33,6 +33,11 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
 )
 
 _READ = [get for get, _ in _SWITCHES]
+
+
+def settings() -> tuple[Any, ...]:
+    """The settings of torch that decide which kernels run, and with them what is saved."""
+    return tuple([get() for get in _READ])
 
 
 class Switches:

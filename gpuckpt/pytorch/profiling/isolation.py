@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gpuckpt.pytorch._torch_internals import set_versions
+from gpuckpt.pytorch.engine.arguments import Objects
 
-__all__ = ["cut", "fresh", "have_drawn", "random_states", "unchanged"]
+__all__ = ["cut", "cut_call", "fresh", "have_drawn", "random_states", "unchanged"]
 
 
 class _Connect(torch.autograd.Function):
@@ -45,8 +46,49 @@ def _cut(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fresh(tree: Any) -> Any:
-    """Like `cut`, on copies: a stage that changes its input in place does not change the original again."""
-    return pytree.tree_map_only(torch.Tensor, _fresh, tree)
+    """Like `cut`, on copies: a stage that changes its input in place does not change the original again, nor the objects among
+    its arguments."""
+    leaves, spec = pytree.tree_flatten(tree)
+    objects = Objects(leaves)
+    leaves = [_fresh(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    if objects:
+        leaves = objects.rebuilt(leaves, [_fresh(tensor) for tensor in objects.tensors])
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def cut_call(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Callable[[], None]]:
+    """`cut` for a call, and what hands on to the caller's own dicts and lists what the call has written into them."""
+    written: list[tuple[Any, Any, Any]] = []  # the caller's container, the call's, and what that held at first
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return _cut(value)
+        if type(value) is dict:
+            copied: Any = {key: walk(item) for key, item in value.items()}
+            written.append((value, copied, dict(copied)))
+            return copied
+        if type(value) is list:
+            copied = [walk(item) for item in value]
+            written.append((value, copied, list(copied)))
+            return copied
+        if type(value) is tuple:
+            return tuple(walk(item) for item in value)
+        return cut(value)
+
+    cut_args = tuple(walk(value) for value in args)
+    cut_kwargs = {name: walk(value) for name, value in kwargs.items()}
+
+    def hand_on() -> None:
+        for theirs, ours, first in written:
+            if isinstance(theirs, dict):
+                for key in first.keys() - ours.keys():
+                    theirs.pop(key, None)
+                theirs.update({key: cut(item) for key, item in ours.items() if first.get(key, written) is not item})
+            elif len(ours) != len(first) or any(a is not b for a, b in zip(ours, first, strict=True)):
+                same = dict(zip(map(id, first), theirs, strict=True))
+                theirs[:] = [same[id(item)] if id(item) in same else cut(item) for item in ours]
+
+    return cut_args, cut_kwargs, hand_on
 
 
 def _fresh(tensor: torch.Tensor) -> torch.Tensor:

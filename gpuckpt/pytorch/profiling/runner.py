@@ -20,14 +20,15 @@ from torch.utils import _pytree as pytree
 from gpuckpt.errors import InvalidChain
 from gpuckpt.planning import Chain, Stage
 from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 from gpuckpt.pytorch.profiling.chain_finder import Outputs, find_chain, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
-from gpuckpt.pytorch.profiling.isolation import cut, fresh, have_drawn, random_states
+from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
 from gpuckpt.pytorch.profiling.save_recorder import Saved, Storages, identity, of_parameter
-from gpuckpt.pytorch.profiling.stage_timing import StageKind, kind_key, run_again
+from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Sample, StageKind, kind_key
 
 __all__ = ["Measured", "run_chain"]
 
@@ -70,6 +71,7 @@ class _Measurement:
             return run_module(module, args, kwargs)  # a call that is no part of the chain
         self.close_outside("prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}")
         tensors = tensors_in((args, kwargs))
+        tensors += Objects(pytree.tree_leaves((args, kwargs))).tensors
         linked = set(self.previous.unchanged())
         inputs = self.storages.of([tensor for tensor in tensors if id(tensor) in linked])
         extras = self.storages.of([tensor for tensor in tensors if id(tensor) not in linked])
@@ -81,14 +83,15 @@ class _Measurement:
 
         self.inside = True
         saved = Saved()
-        cut_args, cut_kwargs = cut((args, kwargs))
+        cut_args, cut_kwargs, hand_on = cut_call(args, kwargs)
         given = tensors_in((cut_args, cut_kwargs))
         before, states = (_versions(given), _buffer_versions(module)), random_states()
         with saved.hooks():
             out = run_module(module, cut_args, cut_kwargs)
         fence.learn()
+        hand_on()
         changed = [
-            tensor for tensor, now, version in zip(tensors, given, before[0], strict=True) if now._version != version
+            tensor for tensor, now, version in zip(tensors, given, before[0], strict=False) if now._version != version
         ]
         same_buffers = before[1] == _buffer_versions(module)
         if have_drawn(states):
@@ -115,10 +118,10 @@ class _Measurement:
         key = kind_key(module, again, [self.storages.sizes[i] for i in saves])
         kind = self.kinds.get(key)
         if kind is None:
-            workspace_bytes = run_again(module, again, fence, saved.shapes, name)
-            kind = self.kinds[key] = StageKind(workspace_bytes, len(saved.shapes))
+            kind = self.kinds[key] = StageKind(len(saved.shapes))
         kind.calls.append(self.position)
-        kind.time(module, again, fence, self.clock, self.repeats)
+        if len(kind.samples) <= MOST_SAMPLES * self.repeats:
+            kind.samples.append(Sample(module, again, fence, saved.shapes, name))
         self.position += 1
         self.previous = Outputs(outputs)
         self.inside = False
@@ -236,6 +239,12 @@ def run_chain(
     with torch.enable_grad(), intercept(dict.fromkeys(modules), run.stage), hooks:
         out = run_module(model, args, kwargs)
         run.close(out, list(model.parameters()))
+    del out
+    with (
+        torch.enable_grad()
+    ):  # not in the middle of the model's forward, whose hooks would see every stage several times
+        for kind in run.kinds.values():
+            kind.measure(clock, repeats)
     if run.position != len(modules):
         raise InvalidChain(
             f"{type(model).__name__} called {run.position} of {len(modules)} stages with autograd on; a chain runs the same "

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,21 +28,40 @@ from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.isolation import fresh
 from gpuckpt.pytorch.profiling.save_recorder import Saved, identity
 
-__all__ = ["StageKind", "kind_key", "run_again"]
+__all__ = ["MOST_SAMPLES", "Sample", "StageKind", "kind_key", "run_again"]
 
-_MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
+MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
+
+
+class Sample(NamedTuple):
+    """A call of a stage that can be run again: its inputs, what it saw, and the shapes of what it saved."""
+
+    module: nn.Module
+    inputs: Any
+    fence: Fence
+    shapes: list[tuple[int, ...]]
+    name: str
 
 
 @dataclass
 class StageKind:
     """Stages of the same code and shapes: what is known of one holds for all."""
 
-    workspace_bytes: int
     saved: int  # how many tensors autograd saves in it
+    workspace_bytes: int = 0
+    samples: list[Sample] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)  # which of the chain's calls
     forward_s: list[float] = field(default_factory=list)
     backward_s: list[float] = field(default_factory=list)
     stopped_s: list[float] = field(default_factory=list)  # of the forward up to the last saved tensor
+
+    def measure(self, clock: Clock, repeats: int) -> None:
+        """Run the samples again: the first for its workspace, all for their time."""
+        first = self.samples[0]
+        self.workspace_bytes = run_again(first.module, first.inputs, first.fence, first.shapes, first.name)
+        while self.samples:
+            sample = self.samples.pop(0)
+            self.time(sample.module, sample.inputs, sample.fence, clock, repeats)
 
     @property
     def tail_s(self) -> float:
@@ -51,7 +70,7 @@ class StageKind:
 
     def time(self, module: nn.Module, inputs: Any, fence: Fence, clock: Clock, repeats: int) -> None:
         """Time one stage of this kind: `repeats` times for the first, once for each of the others up to a limit."""
-        wanted = min(repeats if not self.forward_s else 1, _MOST_SAMPLES * repeats - len(self.forward_s))
+        wanted = min(repeats if not self.forward_s else 1, MOST_SAMPLES * repeats - len(self.forward_s))
         for _ in range(wanted):
             args, kwargs = fresh(inputs)
             with fence.restored(fence.kept):

@@ -1,0 +1,110 @@
+"""Objects among the arguments of checkpointed work: caches, batches, dicts and lists that a block reads and writes.
+
+A recompute has to be given them as they were when the work began, and to write into something that nobody else has. So an object
+is taken apart when the work begins, into tensors, which are kept like any other argument, and a recipe that puts a copy together
+again. Containers that torch's pytree knows are taken apart by it; here are instances of other classes, by their attributes.
+
+Not taken apart: modules, functions, types, generators of random numbers, and objects of torch's and NumPy's own classes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpuckpt.pytorch.engine.randomness import is_generator
+
+__all__ = ["Objects"]
+
+_SIMPLE = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, slice})
+_DEPTH = 8
+
+Recipe = Callable[[Sequence[torch.Tensor], dict[int, Any]], Any]
+
+
+class Objects:
+    """The objects among `leaves`. `tensors`: those inside of them, each once, which whoever runs the work again has to keep."""
+
+    __slots__ = ("_recipes", "tensors")
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._recipes: dict[int, Recipe] = {}
+        known: dict[int, Any] = {}
+        for number, leaf in enumerate(leaves):
+            if _is_object(leaf):
+                self._recipes[number] = self._taken_apart(leaf, known, _DEPTH)
+
+    def __bool__(self) -> bool:
+        return bool(self._recipes)
+
+    def rebuilt(self, leaves: Sequence[Any], kept: Sequence[torch.Tensor]) -> list[Any]:
+        """`leaves` with a fresh copy of each object, as it was. `kept`: what has become of `tensors`."""
+        made: dict[int, Any] = {}
+        result = list(leaves)
+        for number, recipe in self._recipes.items():
+            result[number] = recipe(kept, made)
+        return result
+
+    def _taken_apart(self, value: Any, known: dict[int, Any], depth: int) -> Recipe:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in known:
+                known[id(value)] = len(self.tensors)
+                self.tensors.append(value)
+            index = known[id(value)]
+            return lambda kept, made: kept[index]
+        if type(value) in _SIMPLE or depth == 0:
+            return lambda kept, made: value
+        if type(value) in (list, tuple, set) or _is_named_tuple(value):
+            kind = type(value)
+            items = [self._taken_apart(item, known, depth - 1) for item in value]
+            if _is_named_tuple(value):
+                return lambda kept, made: kind(*(item(kept, made) for item in items))
+            return lambda kept, made: kind(item(kept, made) for item in items)
+        if type(value) is dict:
+            pairs = [(key, self._taken_apart(item, known, depth - 1)) for key, item in value.items()]
+            return lambda kept, made: {key: item(kept, made) for key, item in pairs}
+        if not _is_object(value):
+            return lambda kept, made: value
+        name = id(value)
+        if name in known:  # seen already: the same object once more, also where it refers to itself
+            return lambda kept, made: made[name]
+        known[name] = True
+        try:
+            blank = copy.copy(value)
+        except Exception:  # what cannot be copied is used as it is
+            return lambda kept, made: value
+        held = [(key, self._taken_apart(item, known, depth - 1)) for key, item in vars(value).items()]
+        entries = (
+            [(key, self._taken_apart(item, known, depth - 1)) for key, item in value.items()]
+            if isinstance(value, dict)
+            else None
+        )
+
+        def build(kept: Sequence[torch.Tensor], made: dict[int, Any]) -> Any:
+            if name in made:
+                return made[name]
+            twin = made[name] = copy.copy(blank)
+            vars(twin).update({key: item(kept, made) for key, item in held})
+            if entries is not None:
+                dict.update(twin, {key: item(kept, made) for key, item in entries})
+            return twin
+
+        return build
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is an instance with attributes of its own that work may read and write."""
+    if type(value) in _SIMPLE or not hasattr(value, "__dict__"):
+        return False
+    if isinstance(value, torch.Tensor | nn.Module | type) or callable(value) or is_generator(value):
+        return False
+    return type(value).__module__.partition(".")[0] not in ("torch", "numpy", "builtins", "functools", "threading")
