@@ -166,12 +166,32 @@ class Chain:
 
     def frame_holds(self, first: int, last: int) -> tuple[int, ...]:
         """Ids that a frame over stages `first..last` holds: its input and the extras of all its stages, each once."""
-        held = dict.fromkeys(self.stages[first].inputs)
+        return tuple(dict.fromkeys((*self.stages[first].inputs, *self.extras_of(first, last))))
+
+    def extras_of(self, first: int, last: int) -> tuple[int, ...]:
+        """Ids of the extras of stages `first..last`, each once."""
+        held: dict[int, None] = {}
         for extras, users in self._users_of_extras.items():
             following = bisect_left(users, first)
             if following < len(users) and users[following] <= last:
                 held.update(dict.fromkeys(extras))
         return tuple(held)
+
+    @cached_property
+    def made_extras(self) -> dict[int, int]:
+        """Extras that a stage of the chain makes for a later one, past its neighbour (a skip, an entry of a cache): id and maker.
+
+        Whoever holds such an extra holds what forward made. When its maker runs again it makes another of the same size.
+        """
+        maker: dict[int, int] = {}
+        made: dict[int, int] = {}
+        for number, stage in enumerate(self.stages):
+            made.update((i, maker[i]) for i in stage.extras if maker.get(i, -1) >= 0)
+            for i in (*stage.inputs, *stage.extras):
+                maker.setdefault(i, -1)
+            for i in (*stage.output, *stage.saves, *(i for v in stage.variants for i in (*v.saves, *v.spilled))):
+                maker.setdefault(i, number)
+        return made
 
     @cached_property
     def _users_of_extras(self) -> dict[tuple[int, ...], list[int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from gpuckpt.pytorch.engine.frame import Frame, Verify
 from gpuckpt.pytorch.engine.offload import SPILL, Spill
 from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import Outputs, tensors_in
+from gpuckpt.pytorch.profiling.isolation import connected
 
 __all__ = ["Walk"]
 
@@ -78,11 +79,13 @@ class _Open:
         # By id and version: what is kept already, and its number.
         self._known: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int]] = {}
         self._count = 0
-        program, verify, preserve = self.program, walk.verify, walk.preserve_rng_state
+        self._loose: set[int] = set()  # numbers of kept tensors that are cut from their graph
+        program, loose, verify, preserve = self.program, self._loose, walk.verify, walk.preserve_rng_state
         budget, host = walk.budget, walk.host
         children = node.children
 
         def replay(kept: list[torch.Tensor]) -> None:
+            kept = [connected(tensor) if number in loose else tensor for number, tensor in enumerate(kept)]
             arrivals = [call.rewritten(_Kept, lambda leaf: kept[leaf.index]) for call in program]
             inner = Walk(children, budget, verify, preserve, arrivals, host)
             for call in arrivals:
@@ -96,19 +99,24 @@ class _Open:
 
         self.frame = Frame(replay, budget, verify)
 
-    def receive(self, calls: Iterable[_Arrival]) -> None:
-        """Save what the replay of the next stages needs besides the output of the stage before each."""
+    def receive(self, calls: Iterable[_Arrival], links: Container[int] = ()) -> None:
+        """Save what the replay of the next stages needs besides the output of the stage before each. `links`: ids of what the
+        first is given of that, if it opens the frame."""
         kept: list[torch.Tensor] = []
-        self.program += [call.rewritten(torch.Tensor, lambda leaf: self._keep(leaf, kept)) for call in calls]
+        self.program += [call.rewritten(torch.Tensor, lambda leaf: self._keep(leaf, kept, links)) for call in calls]
         self.frame.save(kept)
 
-    def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor]) -> _Kept:
+    def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor], links: Container[int]) -> _Kept:
         key = id(tensor), tensor._version
         known, number = self._known.get(key, (None, 0))
         if known is None or known() is not tensor:
             number = self._count
             self._count += 1
             self._known[key] = weakref.ref(tensor), number
+            if tensor.requires_grad and not tensor.is_leaf and id(tensor) not in links:
+                # What came past the stage before may be looked at by nobody (an entry of a cache): its graph would stay with it.
+                self._loose.add(number)
+                tensor = tensor.detach()
             kept.append(tensor)
         return _Kept(number)
 
@@ -200,10 +208,10 @@ class Walk:
             hooks.enter_context(self._open[-1].frame.hooks())
         for opened in opening:
             if self._ahead is None:
-                opened.receive([call])
+                opened.receive([call], links)
             else:
                 following = self._ahead[self._calls + 1 : bisect_right(self._stages, opened.last)]
-                opened.receive([call, *following])
+                opened.receive([call, *following], links)
             hooks.enter_context(opened.frame.hooks())
         self._open += opening
 
