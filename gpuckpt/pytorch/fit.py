@@ -49,7 +49,8 @@ def fit(
         live: how many forwards may wait for their backward at a time (2 for DPO, GANs or contrastive losses of two towers): each
             is planned for that share of the budget. A forward beyond that is planned for what remains.
         strict: raise `PromiseBroken` where a step holds more than its plan promised. By default such a step, under a cap that
-            holds, is noted in `Fitted.deviations` and its inputs are measured again.
+            holds, is noted in `Fitted.deviations` and its inputs are measured again; and a budget that is made here has frames
+            drop what they can compute again (`over_cap="recompute"`) where a step would exceed it.
 
     Raises:
         BudgetExceeded: no plan fits; the error names the smallest budget that would do. The model is untouched.
@@ -61,7 +62,8 @@ def fit(
     check_verify(verify)
     if not isinstance(budget, Budget):
         device = next((parameter.device for parameter in model.parameters()), None)
-        budget = CheckpointBudget(budget, device=device, hold=hold)
+        # Where a step holds more than its plan promised, frames drop what they can compute again.
+        budget = CheckpointBudget(budget, device=device, hold=hold, over_cap="raise" if strict else "recompute")
     host = None if host_budget is None else _host_budget_of(host_budget, budget)
     args, kwargs = _call_of(model, example_inputs)
     fitted = Fitted(model, budget, strategy, preserve_rng_state, verify, repeats, host, live=live, strict=strict)

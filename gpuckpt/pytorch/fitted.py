@@ -233,17 +233,17 @@ class Fitted:
         return plan_chain(chain, max_bytes, strategy=self._strategy, host_bytes=host_bytes)
 
     def _beside_others(self, planned: Planned) -> Planned:
-        """The same for a forward that begins while earlier ones wait for their backward: within what was not promised to them."""
-        promised_bytes = self._peaks.held.promised_bytes
-        room_bytes = self.budget.max_bytes - promised_bytes
+        """The same for a forward that begins while earlier ones wait for their backward: within what they do not hold. Autograd
+        goes backward through the latest forward first, so that by the time an earlier one recomputes, this one is done."""
+        room_bytes = self.budget.max_bytes - (held_bytes := self.budget.used_bytes)
         if self._peaks.idle or planned.plan.certificate.peak_bytes <= room_bytes:
             return planned
         try:
-            return Planned(planned.measured, self._plan(planned.chain, max(room_bytes, 0)))
+            return Planned(planned.measured, self._plan(planned.chain, room_bytes))
         except BudgetExceeded as error:
             error.hint = (
-                f"earlier forwards that wait for their backward were promised {promised_bytes} of {self.budget.max_bytes} bytes; "
-                f"fit(live=2) plans for two at a time. {error.hint}"
+                f"earlier forwards that wait for their backward hold {held_bytes} of {self.budget.max_bytes} bytes; fit(live=2) "
+                f"plans for two at a time. {error.hint}"
             )
             raise
 
@@ -274,12 +274,12 @@ class Fitted:
 
     @untraced
     def check_promise(self) -> None:
-        """Note a deviation if the budget has held more for the latest step than its plan promised; with `strict`, raise
-        `PromiseBroken`.
+        """Note a deviation if the budget has held more for the latest step than its plan promised, or had to make room for it;
+        with `strict`, raise `PromiseBroken`.
 
         Called at the end of every backward and before the next forward. Steps whose forwards overlap (two forwards, then two
-        backwards) may hold the sum of what they promised. A backward with `retain_graph=True` holds longer than planned, so
-        then nothing is promised but the cap. Only meaningful while nobody else's share of the budget changes.
+        backwards) may hold what waits, and what the latest promised. A backward with `retain_graph=True` holds longer, so then
+        nothing is promised but the cap. Only meaningful while nobody else's share of the budget changes.
         """
         self._peaks.check()
 
@@ -298,6 +298,7 @@ class Fitted:
     def _model_call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None:
             return run_module(model, args, kwargs)
+        self._peaks.check()
         planned = self._beside_others(self.plan_for(*args, **kwargs))
         certificate = planned.plan.certificate
         self._peaks.begin(certificate.peak_bytes, certificate.host_peak_bytes)
