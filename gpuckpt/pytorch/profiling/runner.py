@@ -22,12 +22,13 @@ from gpuckpt.planning import Chain, Stage
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
+from gpuckpt.pytorch.engine.residency import is_resident
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 from gpuckpt.pytorch.profiling.chain_finder import Outputs, find_chain, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
-from gpuckpt.pytorch.profiling.save_recorder import Saved, Storages, identity, of_parameter
+from gpuckpt.pytorch.profiling.save_recorder import Saved, Storages, unpack
 from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Sample, StageKind, kind_key
 
 __all__ = ["Measured", "run_chain"]
@@ -61,7 +62,8 @@ class _Measurement:
         self.owned: list[int] = []
         self.random: list[str] = []
         self.kinds: dict[Any, StageKind] = {}
-        self.outside: list[tuple[torch.Tensor, int]] = []  # saved since the last stage ended
+        self.outside = Saved()  # since the last stage ended
+        self.held: set[int] = set()  # storages that a stage so far, or a frame around it, may hold
         self.inside = False
         self.outside_began_s = clock.now()
 
@@ -72,6 +74,7 @@ class _Measurement:
         self.close_outside("prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}")
         tensors = tensors_in((args, kwargs))
         tensors += Objects(pytree.tree_leaves((args, kwargs))).tensors
+        tensors = [tensor for tensor in tensors if not is_resident(tensor)]  # a frame holds these for nothing
         linked = set(self.previous.unchanged())
         inputs = self.storages.of([tensor for tensor in tensors if id(tensor) in linked])
         extras = self.storages.of([tensor for tensor in tensors if id(tensor) not in linked])
@@ -96,8 +99,9 @@ class _Measurement:
         same_buffers = before[1] == _buffer_versions(module)
         if have_drawn(states):
             self.random.append(name)
-        saves = self.storages.of_versions(saved.tensors)
-        saved.tensors.clear()
+        self.held.update(inputs, extras)
+        saves = saved.storages(self.storages, self.held)
+        self.held.update(saves)
         out = cut(out)
         self.owned.append(number)
         outputs = tensors_in(out)
@@ -152,8 +156,8 @@ class _Measurement:
     def close_outside(self, name: str) -> None:
         """Turn what was saved outside stages since the last one into a stage of its own that is always kept."""
         seconds = self.clock.now() - self.outside_began_s
-        saves = self.storages.of_versions(self.outside)
-        self.outside.clear()
+        saves, self.outside = self.outside.storages(self.storages, self.held), Saved()
+        self.held.update(saves)
         if saves or name in ("prefix", "suffix"):
             self.stages.append(Stage(name, seconds, 2 * seconds, saves, recomputable=False))
 
@@ -178,11 +182,8 @@ class _Measurement:
         self.stages[-1] = replace(self.stages[-1], backward_s=backward_s, workspace_bytes=workspace_bytes)
 
     @untraced
-    def note_outside(self, tensor: torch.Tensor) -> torch.Tensor:
-        detached = tensor.detach()
-        if not self.inside and not of_parameter(tensor):
-            self.outside.append((detached, tensor._version))
-        return detached
+    def note_outside(self, tensor: torch.Tensor) -> Any:
+        return (Saved() if self.inside else self.outside).pack(tensor)
 
     def finished(self) -> tuple[Stage, ...]:
         """The stages, with what is known of their kinds."""
@@ -234,8 +235,8 @@ def run_chain(
         modules = find_chain(model, args, kwargs)
     # What autocast remembers of a run without autograd is none of the chain's.
     torch.clear_autocast_cache()
-    run = _Measurement(modules, names, Storages(residents, copies), clock, repeats)
-    hooks = saved_tensors_hooks(run.note_outside, identity)
+    run = _Measurement(modules, names, Storages(residents, copies, unit_bytes), clock, repeats)
+    hooks = saved_tensors_hooks(run.note_outside, unpack)
     with torch.enable_grad(), intercept(dict.fromkeys(modules), run.stage), hooks:
         out = run_module(model, args, kwargs)
         run.close(out, list(model.parameters()))

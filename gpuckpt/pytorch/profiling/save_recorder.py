@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch.engine.residency import is_resident
 
-__all__ = ["Saved", "Storages", "identity", "of_parameter"]
+__all__ = ["Saved", "Storages", "identity"]
 
 
 class Storages:
     """Numbers storages; parameters, buffers and leaves that the caller trains have none.
 
     `copies`: a budget with hold="pool" holds copies, so that a storage that is changed in place counts once for each version.
+    `unit_bytes`: what the budget counts in.
     """
 
-    def __init__(self, residents: Sequence[torch.Tensor], copies: bool = False) -> None:
+    def __init__(self, residents: Sequence[torch.Tensor], copies: bool = False, unit_bytes: int = 1) -> None:
         self._copies = copies
+        self._unit_bytes = unit_bytes
         self._resident = {tensor.untyped_storage()._cdata for tensor in residents}
         self._number: dict[tuple[int, int], int] = {}
         # Weak references keep an address from naming two storages, and no memory alive.
         self._refs: list[StorageWeakRef] = []
         self.sizes: list[int] = []
+
+    def held_bytes(self, number: int) -> int:
+        """What a budget holds for a storage."""
+        return -(-self.sizes[number] // self._unit_bytes) * self._unit_bytes
 
     def of(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         """Ids of the storages of `tensors`, each once, in order."""
@@ -54,28 +62,70 @@ class Storages:
         return tuple(ids)
 
 
+class _Token:
+    """Stands in the graph for a saved tensor, and dies with the node that saved it."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 class Saved:
-    """What one run of a stage saves: the tensors that are no parameter's, and the shapes of all."""
+    """What a piece of code saves: the tensors that are nobody's parameters, and the shapes of all."""
 
     def __init__(self) -> None:
         self.tensors: list[tuple[torch.Tensor, int]] = []  # with the version that was saved
         self.shapes: list[tuple[int, ...]] = []
+        self._events: list[tuple[int, bool]] = []  # (number in `tensors`, saved or let go), in order
+        self._refs: list[weakref.ref[_Token]] = []
 
     def hooks(self) -> saved_tensors_hooks:
-        return saved_tensors_hooks(self._pack, identity)
+        return saved_tensors_hooks(self.pack, unpack)
 
     @untraced
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+    def pack(self, tensor: torch.Tensor) -> _Token:
         self.shapes.append(tuple(tensor.shape))
-        detached = tensor.detach()
-        if not of_parameter(tensor):
-            self.tensors.append((detached, tensor._version))
-        return detached
+        token = _Token(tensor.detach())
+        if not is_resident(tensor):
+            number, events = len(self.tensors), self._events
+            self.tensors.append((token.tensor, tensor._version))
+            events.append((number, True))
+            self._refs.append(weakref.ref(token, lambda _: events.append((number, False))))
+        return token
+
+    def storages(self, numbers: Storages, held: set[int]) -> tuple[int, ...]:
+        """Ids of what is saved now, and forgets all.
+
+        Branches whose result was dropped meanwhile (the scores that a router ranks) are left out. Where they made the bytes held
+        on the way more than they are now, the difference stands in the list, under an id of its own. `held`: what others may hold
+        the whole time, so that it is part of no peak.
+        """
+        storages = [numbers.of_versions([pair]) for pair in self.tensors]
+        kept: Counter[int] = Counter()
+        for number, saved in self._events:
+            kept.update(dict.fromkeys(storages[number], 1 if saved else -1))
+        ids = [storage for storage, count in kept.items() if count]
+        free = held.intersection(ids)
+        holders: Counter[int] = Counter()
+        held_bytes = peak_bytes = 0
+        for number, saved in self._events:
+            for storage in storages[number]:
+                holders[storage] += 1 if saved else -1
+                if storage not in free and holders[storage] == (1 if saved else 0):
+                    held_bytes += numbers.held_bytes(storage) if saved else -numbers.held_bytes(storage)
+            peak_bytes = max(peak_bytes, held_bytes)
+        self.tensors.clear()
+        self._events.clear()
+        if peak_bytes > held_bytes:
+            ids.append(len(numbers.sizes))
+            numbers.sizes.append(peak_bytes - held_bytes)
+        return tuple(ids)
 
 
-def of_parameter(tensor: torch.Tensor) -> bool:
-    """Of a fake parameter's view only `_base` tells that it is one; of a real one its storage does as well."""
-    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+@untraced
+def unpack(token: _Token) -> torch.Tensor:
+    return token.tensor
 
 
 @untraced

@@ -1,0 +1,1 @@
+"""Models as people train them, built small from configs: nothing is downloaded."""
