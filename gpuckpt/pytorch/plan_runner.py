@@ -62,6 +62,11 @@ class _Arrival:
     objects: Objects
     fence: Fence
 
+    @property
+    def surroundings(self) -> tuple[Fence, Sequence[Any]]:
+        """The fence, and what it wants kept."""
+        return self.fence, self.leaves[self.spec.num_leaves + len(self.objects.tensors) :]
+
     def rewritten(self, kind: type, rewrite: Callable[[Any], Any]) -> _Arrival:
         """The same call with `rewrite` applied to leaves of a kind. Most calls of a deep plan have none: they stay."""
         if not any(isinstance(leaf, kind) for leaf in self.leaves):
@@ -94,7 +99,7 @@ class _Open:
                 inside = count + len(call.objects.tensors)
                 flat = call.objects.rebuilt(leaves[:count], leaves[count:inside]) if call.objects else leaves[:count]
                 args, kwargs = pytree.tree_unflatten(flat, call.spec)
-                with call.fence.restored(leaves[inside:]):
+                with call.fence.restored(call.surroundings[1]):
                     inner.step(call.stage, call.module, args, kwargs)
 
         self.frame = Frame(replay, budget, verify)
@@ -180,9 +185,13 @@ class Walk:
         with ExitStack() as hooks:
             if opening or self._open:
                 leaves, spec = pytree.tree_flatten((args, kwargs))
-                fence = Fence(module, leaves, self.preserve_rng_state)
                 objects = Objects(leaves)
-                call = _Arrival(module, stage, [*leaves, *objects.tensors, *fence.kept], spec, objects, fence)
+                if self._ahead is None:
+                    fence = seen = Fence(module, leaves, self.preserve_rng_state)
+                    kept = seen.kept
+                else:  # everything is as the forward saw it
+                    seen, kept = self._ahead[self._calls].surroundings
+                call = _Arrival(module, stage, [*leaves, *objects.tensors, *kept], spec, objects, seen)
                 self._announce(call, opening, hooks)
                 del leaves, call
             if stage in self._spilled:

@@ -79,9 +79,15 @@ class Saved:
         self.shapes: list[tuple[int, ...]] = []
         self._events: list[tuple[int, bool]] = []  # (number in `tensors`, saved or let go), in order
         self._refs: list[weakref.ref[_Token]] = []
+        self.loads = 0  # how often a backward has asked for one of them
 
     def hooks(self) -> saved_tensors_hooks:
-        return saved_tensors_hooks(self.pack, unpack)
+        return saved_tensors_hooks(self.pack, self.unpack)
+
+    @untraced
+    def unpack(self, token: _Token) -> torch.Tensor:
+        self.loads += 1
+        return token.tensor
 
     @untraced
     def pack(self, tensor: torch.Tensor) -> _Token:

@@ -92,16 +92,17 @@ class _Stop(BaseException):
 
 
 class _StopWatch:
-    """Stops a run of a stage where a recompute would: at the last of `saved` tensors. Keeps none; nobody goes backward."""
+    """Stops a run of a stage where a recompute would: at the last of `saved` tensors. Only the stage itself goes backward."""
 
     def __init__(self, saved: int) -> None:
         self.left = saved
 
     @untraced
-    def pack(self, tensor: torch.Tensor) -> None:
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         self.left -= 1
         if self.left <= 0:
             raise _Stop
+        return tensor.detach()
 
     def arrive(self, tensors: Sequence[torch.Tensor]) -> None:
         if self.left <= len(tensors):
