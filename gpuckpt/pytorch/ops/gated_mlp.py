@@ -29,7 +29,7 @@ from gpuckpt.pytorch.ops._gated_rows import (
 from gpuckpt.pytorch.ops._operands import (
     cast,
     cast_bytes,
-    check_bias,
+    check_second_weight,
     check_weight,
 )
 from gpuckpt.pytorch.ops._register import FusedOp
@@ -218,9 +218,9 @@ def gated_mlp(
 
     Args:
         x: (..., K), floating point.
-        gate_weight, up_weight: (H, K); gate_bias, up_bias: (H,) or None.
-        down_weight: (N, H); down_bias: (N,) or None. A weight that carries `main_grad` gets its gradient added there in
-            place, and autograd sees none.
+        gate_weight, up_weight, down_weight: (H, K), (H, K) and (N, H). A weight that carries `main_grad` gets its gradient
+            added there in place, and autograd sees none.
+        gate_bias, up_bias, down_bias: (H,), (H,) and (N,), or None.
         activation: of the gate, any that `linear` takes; or the form's name: swiglu (silu), geglu (gelu), geglu_tanh (gelu_tanh),
             reglu (relu), glu (sigmoid), bilinear (identity).
         gate_multiplier, down_multiplier: mg and md, as in Falcon-H1.
@@ -246,11 +246,7 @@ def gated_mlp(
     check_weight(x, up_weight, up_bias, "up_weight")
     if up_weight.shape[0] != gate_weight.shape[0]:
         raise DimMismatch(gate_weight.shape[0], up_weight.shape[0], "hidden size of up_weight")
-    if down_weight.dim() != 2 or down_weight.shape[1] != gate_weight.shape[0]:
-        raise DimMismatch(
-            gate_weight.shape[0], down_weight.shape[-1], "last dimension of down_weight (the hidden size)"
-        )
-    check_bias(down_bias, down_weight, "down_weight")
+    check_second_weight(down_weight, down_bias, gate_weight.shape[0], "down_weight")
     operands = gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
     options = activation, float(gate_multiplier), float(down_multiplier), *limits(chunk_rows, scratch_bytes)
     y = OP(x, *operands, *options, norm=norm)
