@@ -84,7 +84,7 @@ class _Run:
         self.total_peak_step = "start"
         self.trace: list[tuple[str, int]] = []
         self.host = _Host(chain.storages)
-        self.spilled: dict[int, _Spilled] = {}  # by stage
+        self.spilled: dict[int, _SpilledIds] = {}  # by stage
         self.count_changes = [0] * (len(chain) + 1)
         self.recompute_s = 0.0
         self.step_s = 0.0
@@ -166,7 +166,7 @@ class _Run:
         ids = set(option.spilled).difference(option.saves)
         here = tuple(i for i in ids if self.holders[i])
         away = tuple(i for i in ids if not self.holders[i])
-        self.spilled[stage] = _Spilled(here, away)
+        self.spilled[stage] = _SpilledIds(here, away)
         self._hold(here)
         self.host.hold(away)
         return away
@@ -209,7 +209,7 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
-class _Spilled:
+class _SpilledIds:
     """Of what a stage spills: the ids that were held here already, and those that went to the host."""
 
     here: tuple[int, ...]

@@ -145,7 +145,7 @@ class Frame:
 
         Raises `BudgetExceeded` where they do not fit, `RecomputeMismatch` where the work is not what it was.
         """
-        replay = _Replay(self, wanted)
+        replay = _FrameReplay(self, wanted)
         tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
         outer, self._wanted = self._wanted, wanted
         try:
@@ -179,7 +179,7 @@ class Frame:
                     slot.held = None
 
 
-class _Replay:
+class _FrameReplay:
     """One run of a frame's work once more: what autograd saves arrives in the order of forward and fills the slots that wait."""
 
     __slots__ = ("__weakref__", "_budget", "_frame", "_hold", "_last", "_made", "_slots", "_wanted", "count")

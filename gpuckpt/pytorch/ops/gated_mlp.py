@@ -18,7 +18,7 @@ from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.ops._activations import gate_activation
 from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
 from gpuckpt.pytorch.ops._gated_rows import (
-    Form,
+    GatedForm,
     Pair,
     backward_buffers,
     forward_buffers,
@@ -109,7 +109,7 @@ def forward(
 ) -> Tensor:
     """x (M, K) -> (M, N) in x's dtype."""
     rows, scaled = x.shape[0], down_multiplier != 1.0
-    form = Form(activation, gate_multiplier, down_multiplier)
+    form = GatedForm(activation, gate_multiplier, down_multiplier)
     # Backward holds more than forward does: the chunk that suits it suits both.
     chunk = choose_chunk_rows(
         rows,
@@ -146,7 +146,7 @@ def gradients(
     mains: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """(dx, dwg, dbg, dwu, dbu, dwd, dbd). x may be None where only dbd is wanted."""
-    form = Form(activation, gate_multiplier, down_multiplier)
+    form = GatedForm(activation, gate_multiplier, down_multiplier)
     rows, scaled = dy.shape[0], form.down_multiplier != 1.0
     like = dy if x is None else x
     chunk = choose_chunk_rows(

@@ -27,7 +27,7 @@ from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 from gpuckpt.pytorch.profiling.chain_finder import Outputs, find_chain, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
-from gpuckpt.pytorch.profiling.save_recorder import Saved, Storages, identity, of_parameter
+from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, identity, of_parameter
 from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Sample, StageKind, kind_key
 
 __all__ = ["Measured", "run_chain"]
@@ -82,7 +82,7 @@ class _Measurement:
         torch.clear_autocast_cache()
 
         self.inside = True
-        saved = Saved()
+        saved = SaveRecorder()
         cut_args, cut_kwargs, hand_on = cut_call(args, kwargs)
         given = tensors_in((cut_args, cut_kwargs))
         before, states = (_versions(given), _buffer_versions(module)), random_states()

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch._torch_internals import untraced
 
-__all__ = ["Saved", "Storages", "identity", "of_parameter"]
+__all__ = ["SaveRecorder", "Storages", "identity", "of_parameter"]
 
 
 class Storages:
@@ -54,7 +54,7 @@ class Storages:
         return tuple(ids)
 
 
-class Saved:
+class SaveRecorder:
     """What one run of a stage saves: the tensors that are no parameter's, and the shapes of all."""
 
     def __init__(self) -> None:
