@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
+_CORE = {
+    "gpuckpt.budget": ("CheckpointBudget",),
+    "gpuckpt.errors": ("BudgetExceeded", "CheckpointError"),
+    "gpuckpt.kernels.tuning": ("tune",),
+    "gpuckpt.planning": ("Certificate", "Chain", "Keep", "Plan", "Recompute", "Stage", "plan_chain", "simulate"),
+    "gpuckpt.pytorch.checkpoint": ("checkpoint",),
+    "gpuckpt.pytorch.fit": ("Fitted", "fit"),
+    "gpuckpt.pytorch.graph": ("checkpoint_graph",),
+    "gpuckpt.pytorch.profiling.measure": ("measure",),
+    "gpuckpt.units": ("format_bytes", "parse_bytes"),
+}
+_ROOMS = ("errors", "functional", "kernels", "memory", "nn", "planning", "segments")
+_BY_ROOM = {
     "gpuckpt.errors": (
         "BackendUnavailable",
         "BudgetClosed",
-        "BudgetExceeded",
-        "CheckpointError",
         "CheckpointLimit",
         "DLPackRefused",
         "DimMismatch",
@@ -29,15 +39,7 @@ _HOME = {
         "SavedTensorModified",
         "StateModified",
     ),
-    "gpuckpt.budget": ("CheckpointBudget",),
-    "gpuckpt.kernels.tuning": ("tune",),
     "gpuckpt.memory": ("MemoryUsageTracker",),
-    "gpuckpt.units": ("format_bytes", "parse_bytes"),
-    "gpuckpt.planning": ("Certificate", "Chain", "Keep", "Plan", "Recompute", "Stage", "plan_chain", "simulate"),
-    "gpuckpt.pytorch.checkpoint": ("checkpoint",),
-    "gpuckpt.pytorch.fit": ("Fitted", "fit"),
-    "gpuckpt.pytorch.graph": ("checkpoint_graph",),
-    "gpuckpt.pytorch.profiling.measure": ("measure",),
     "gpuckpt.segments": (
         "ActivationCheckpointer",
         "Chained",
@@ -60,16 +62,14 @@ _HOME = {
         "vjp_checkpoint",
     ),
 }
-_MODULES = {
-    "functional": "gpuckpt.functional",
-    "nn": "gpuckpt.nn",
-}
-_NAMES = {name: home for home, names in _HOME.items() for name in names}
+"""Can be imported from here too, and is shown by the room that it lives in."""
 
-__all__ = ["__version__", *sorted(_MODULES), *sorted(_NAMES)]
+_NAMES = {name: home for table in (_CORE, _BY_ROOM) for home, names in table.items() for name in names}
+
+__all__ = ["__version__", *sorted(_ROOMS), *sorted(name for names in _CORE.values() for name in names)]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors, which do not run __getattr__
-    from gpuckpt import functional, nn
+    from gpuckpt import errors, functional, kernels, memory, nn, planning, segments
     from gpuckpt.budget import CheckpointBudget
     from gpuckpt.errors import (
         BackendUnavailable,
@@ -123,8 +123,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         value = getattr(importlib.import_module(_NAMES[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(_MODULES[name])
+    elif name in _ROOMS:
+        value = importlib.import_module(f"gpuckpt.{name}")
     else:
         raise AttributeError(f"module 'gpuckpt' has no attribute {name!r}")
     globals()[name] = value

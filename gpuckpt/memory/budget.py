@@ -85,6 +85,7 @@ class Budget:
         renew_after_fork(self)
 
     def after_fork(self) -> None:
+        """In a child process: new locks, since a thread that does not exist there may have held the old ones."""
         self._pool_lock = threading.RLock()
         if self.moving is not None:
             self.moving = threading.RLock()

@@ -24,6 +24,15 @@ class Saved:
     memory that somebody else was given, and the books never say less than what is held. Under `hold="account"` the handle
     holds the array itself; after `free()` its bytes are off the books even if the caller still has the array, which was
     never the budget's.
+
+    >>> import gpuckpt, numpy as np
+    >>> budget = gpuckpt.memory.Budget(1024, device="cpu", hold="pool")
+    >>> saved = budget.save(np.arange(4.0))
+    >>> saved.nbytes, saved.load().tolist()
+    (32, [0.0, 1.0, 2.0, 3.0])
+    >>> saved.free()
+    >>> budget.used_bytes
+    0
     """
 
     __slots__ = ("__weakref__", "what")

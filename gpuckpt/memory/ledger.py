@@ -124,13 +124,9 @@ class Ledger:
 
     def __init__(self, max_bytes: int, *, log_events: int = 4096) -> None:
         self.max_bytes = max_bytes
-        self.peak_bytes = 0
-        self.charges = 0
-        self.refusals = 0
+        self.peak_bytes = self.charges = self.refusals = 0
         self.step: str | int | None = None
-        self._used_bytes = 0
-        self._pending_bytes = 0
-        self._plain_bytes = 0
+        self._used_bytes = self._pending_bytes = self._plain_bytes = 0
         # What admission compares with: max_bytes, or -1 once closed, so that an open ledger pays nothing for the check.
         self._limit_bytes = max_bytes
         self._closed_because: str | None = None
@@ -264,22 +260,25 @@ class Ledger:
     def reset_peak(self) -> None:
         """Forget the highest `used_bytes` seen: what is held now is the new peak."""
         with self._lock:
-            if self._dead:
-                self._book_dead()
+            self._book_dead()
             self.peak_bytes = self._used_bytes
 
     def events(self) -> list[Event]:
         """The remembered events, oldest first."""
         with self._lock:
-            if self._dead:
-                self._book_dead()
+            self._book_dead()
             return [Event(*event) for event in self._events]
+
+    def held(self) -> list[tuple[str, int]]:
+        """What each live handle holds, as it was named when it was charged, and its bytes."""
+        with self._lock:
+            self._book_dead()
+            return [(claim.what, claim.held_bytes) for claim in list(self._claims) if claim.held_bytes]
 
     def snapshot(self) -> Snapshot:
         """All numbers of one instant."""
         with self._lock:
-            if self._dead:
-                self._book_dead()
+            self._book_dead()
             return Snapshot(
                 self.max_bytes, self._used_bytes, self.peak_bytes, self._pending_bytes, self.charges, self.refusals
             )
@@ -341,7 +340,7 @@ class Ledger:
             self._events.append(event)
 
     def after_fork(self) -> None:
-        # The lock may have been held by a thread that does not exist in this process.
+        """In a child process: close. The lock may have been held by a thread that does not exist there."""
         self._lock = threading.RLock()
         self._closed_because = (
             "this budget belongs to the process that made it, not to its fork; make a new CheckpointBudget here"

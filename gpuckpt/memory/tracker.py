@@ -12,7 +12,15 @@ __all__ = ["MemoryUsageTracker"]
 
 
 class MemoryUsageTracker:
-    """Bytes of stored activations, of gradients, of what was recomputed, and the peak of the first two together."""
+    """Bytes of stored activations, of gradients, of what was recomputed, and the peak of the first two together.
+
+    >>> tracker = MemoryUsageTracker()
+    >>> tracker.record_stored_activation(4096)
+    >>> tracker.record_gradient(1024)
+    >>> tracker.release_stored_activation(4096)
+    >>> tracker.stored_activation_bytes, tracker.peak_bytes
+    (0, 5120)
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

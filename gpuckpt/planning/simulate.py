@@ -52,7 +52,16 @@ class Simulation:
 
 
 def simulate(chain: Chain, tree: Iterable[Node]) -> Simulation:
-    """Run `tree` on `chain`. `InvalidPlan` when the tree is no plan for the chain."""
+    """Run `tree` on `chain`. `InvalidPlan` when the tree is no plan for the chain.
+
+    >>> from gpuckpt.planning import Keep, Recompute, Stage
+    >>> chain = Chain((Stage("a", 1.0, 2.0, (0, 1), (0,)), Stage("b", 1.0, 2.0, (2,), (1,))), (400, 100, 600))
+    >>> simulate(chain, [Keep(0), Keep(1)]).peak_bytes
+    1100
+    >>> found = simulate(chain, [Recompute((Keep(0),)), Keep(1)])
+    >>> found.peak_bytes, found.recompute_s, found.forward_counts
+    (1000, 1.0, (2, 1))
+    """
     run = _Run(chain, check_tree(chain, tree))
     run.step()
     counts = tuple(accumulate(run.count_changes))[:-1]

@@ -36,6 +36,9 @@ class CheckpointConfig:
     max_checkpoints: the most layers that are stored at one time, the chain's input not counted.
     storage_dtype: None stores activations as they are; "float16", "bfloat16", "float8_e4m3fn" or "float8_e5m2" (or a
     torch or NumPy dtype) stores them in fewer bits, within the error bound told in `storage`.
+
+    >>> CheckpointConfig(checkpoint_every_n_layers=2, storage_dtype="bfloat16").max_checkpoints
+    64
     """
 
     checkpoint_every_n_layers: int = 4
@@ -63,6 +66,15 @@ class ActivationCheckpointer:
     """Stores activations by layer, runs a chain of layers with few of them stored, and computes the others again.
 
     budget: where they live; None keeps references. One thread at a time.
+
+    >>> checkpointer = ActivationCheckpointer(CheckpointConfig(checkpoint_every_n_layers=2))
+    >>> checkpointer.checkpointed_forward([2.0], [10, 20, 30], lambda factor, x: factor * x).tolist()
+    [12000.0]
+    >>> checkpointer.num_checkpoints(), checkpointer.memory_stored_bytes()
+    (2, 12)
+    >>> layers = [10, 20, 30]
+    >>> checkpointer.checkpointed_backward([1.0], layers, lambda k, x: k * x, lambda k, x, grad: k * grad).tolist()
+    [6000.0]
     """
 
     def __init__(self, config: CheckpointConfig | None = None, budget: Budget | None = None) -> None:

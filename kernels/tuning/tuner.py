@@ -121,6 +121,11 @@ def tune(
     timer, arch: for measuring by other means; a timer given needs no GPU.
 
     Raises ValueError for what cannot be tuned, RuntimeError where there is no GPU to measure on, or where no tile ran.
+
+    >>> best = tune("linear", 8192, 14336, 4096).tile  # doctest: +SKIP
+    >>> tune("linear", 8192, 14336, 0)
+    Traceback (most recent call last):
+    ValueError: M=8192, N=14336, K=0 and rounds=20 must be at least 1, margin=0.02 at least 0
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")

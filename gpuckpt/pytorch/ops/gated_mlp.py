@@ -70,6 +70,10 @@ def gated_mlp_scratch_bytes(
     db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, wg, bg, wu, bu, wd and bd that are
     wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients and the float32 sums that they are made
     from.
+
+    >>> x, wg, wd = torch.empty(64, 8), torch.empty(32, 8), torch.empty(8, 32)
+    >>> gated_mlp_scratch_bytes(x, wg, None, wg, None, wd, None, 64) == 3 * 64 * 32 * 4
+    True
     """
     several = chunk < x.shape[0]
     total = cast_bytes(x.dtype, wg, bg, wu, bu, wd, bd)

@@ -59,6 +59,10 @@ def mlp_scratch_bytes(
     differs, and the sums of dW and db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, w1, b1,
     w2 and b2 that are wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients as well as the
     float32 sums that they are made from.
+
+    >>> x, w1, w2 = torch.empty(64, 8), torch.empty(32, 8), torch.empty(8, 32)
+    >>> mlp_scratch_bytes(x, w1, None, w2, None, 64) == 2 * 64 * 32 * 4
+    True
     """
     several = chunk < x.shape[0]
     total = cast_bytes(x.dtype, w1, b1, w2, b2)
