@@ -72,7 +72,7 @@ class CheckpointBudget(Budget):
             pieces.setdefault(what, []).append(nbytes)
         rows = [
             (cut_text(what, 48), str(len(sizes)), format_bytes(sum(sizes)))
-            for what, sizes in sorted(pieces.items(), key=lambda item: -sum(item[1]))
+            for what, sizes in sorted(pieces.items(), key=lambda item: (-sum(item[1]), item[0]))
         ]
         policies = ", ".join(p if isinstance(p, str) else getattr(p, "__name__", repr(p)) for p in self.over_cap)
         figures = {

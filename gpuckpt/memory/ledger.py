@@ -270,10 +270,10 @@ class Ledger:
             return [Event(*event) for event in self._events]
 
     def held(self) -> list[tuple[str, int]]:
-        """What each live handle holds, as it was named when it was charged, and its bytes."""
+        """What each live handle holds, as it was named when it was charged, and its bytes, in the order of the names."""
         with self._lock:
             self._book_dead()
-            return [(claim.what, claim.held_bytes) for claim in list(self._claims) if claim.held_bytes]
+            return sorted((claim.what, claim.held_bytes) for claim in list(self._claims) if claim.held_bytes)
 
     def snapshot(self) -> Snapshot:
         """All numbers of one instant."""
