@@ -21,114 +21,44 @@ _CORE = {
     "gpuckpt.pytorch.profiling.measure": ("measure",),
     "gpuckpt.units": ("format_bytes", "parse_bytes"),
 }
+_NAMES = {name: home for home, names in _CORE.items() for name in names}
 _ROOMS = ("errors", "functional", "kernels", "memory", "nn", "planning", "segments")
-_BY_ROOM = {
-    "gpuckpt.errors": (
-        "BackendUnavailable",
-        "BudgetClosed",
-        "CheckpointLimit",
-        "DLPackRefused",
-        "DimMismatch",
-        "EmptyPipeline",
-        "EmptySegments",
-        "InvalidChain",
-        "InvalidPlan",
-        "NotCheckpointed",
-        "PromiseBroken",
-        "RecomputeMismatch",
-        "SavedTensorModified",
-        "StateModified",
-    ),
-    "gpuckpt.memory": ("MemoryUsageTracker",),
-    "gpuckpt.segments": (
-        "ActivationCheckpointer",
-        "Chained",
-        "Checkpoint",
-        "CheckpointConfig",
-        "CheckpointStrategy",
-        "CheckpointedActivation",
-        "CheckpointedLayer",
-        "CheckpointedNetwork",
-        "CheckpointedPipeline",
-        "Dense",
-        "Differentiable",
-        "GraphCheckpointConfig",
-        "GraphSegment",
-        "Layer",
-        "LinearSegment",
-        "Recomputable",
-        "SegmentCheckpointer",
-        "plan_recomputation",
-        "vjp_checkpoint",
-    ),
-}
-"""Can be imported from here too, and is shown by the room that it lives in."""
+_OPEN_ROOMS = ("errors", "memory", "segments")
+"""What these show can be imported from here too. Here it is not shown."""
 
-_NAMES = {name: home for table in (_CORE, _BY_ROOM) for home, names in table.items() for name in names}
-
-__all__ = ["__version__", *sorted(_ROOMS), *sorted(name for names in _CORE.values() for name in names)]
+__all__ = ["__version__", *_ROOMS, *sorted(_NAMES)]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors, which do not run __getattr__
     from gpuckpt import errors, functional, kernels, memory, nn, planning, segments
     from gpuckpt.budget import CheckpointBudget
-    from gpuckpt.errors import (
-        BackendUnavailable,
-        BudgetClosed,
-        BudgetExceeded,
-        CheckpointError,
-        CheckpointLimit,
-        DimMismatch,
-        DLPackRefused,
-        EmptyPipeline,
-        EmptySegments,
-        InvalidChain,
-        InvalidPlan,
-        NotCheckpointed,
-        PromiseBroken,
-        RecomputeMismatch,
-        SavedTensorModified,
-        StateModified,
-    )
+    from gpuckpt.errors import *
     from gpuckpt.kernels.tuning import tune
-    from gpuckpt.memory import MemoryUsageTracker
+    from gpuckpt.memory import *
     from gpuckpt.planning import Certificate, Chain, Keep, Plan, Recompute, Stage, plan_chain, simulate
     from gpuckpt.pytorch.checkpoint import checkpoint
     from gpuckpt.pytorch.fit import Fitted, fit
     from gpuckpt.pytorch.graph import checkpoint_graph
     from gpuckpt.pytorch.profiling.measure import measure
-    from gpuckpt.segments import (
-        ActivationCheckpointer,
-        Chained,
-        Checkpoint,
-        CheckpointConfig,
-        CheckpointedActivation,
-        CheckpointedLayer,
-        CheckpointedNetwork,
-        CheckpointedPipeline,
-        CheckpointStrategy,
-        Dense,
-        Differentiable,
-        GraphCheckpointConfig,
-        GraphSegment,
-        Layer,
-        LinearSegment,
-        Recomputable,
-        SegmentCheckpointer,
-        plan_recomputation,
-        vjp_checkpoint,
-    )
+    from gpuckpt.segments import *
     from gpuckpt.units import format_bytes, parse_bytes
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(_NAMES[name]), name)
-    elif name in _ROOMS:
-        value = importlib.import_module(f"gpuckpt.{name}")
-    else:
-        raise AttributeError(f"module 'gpuckpt' has no attribute {name!r}")
+    value = _find(name)
     globals()[name] = value
     return value
+
+
+def _find(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"gpuckpt.{name}")
+    for room in _OPEN_ROOMS if name[0].isalpha() else ():
+        module = importlib.import_module(f"gpuckpt.{room}")
+        if name in module.__all__:
+            return getattr(module, name)
+    raise AttributeError(f"module 'gpuckpt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
