@@ -49,7 +49,7 @@ class CheckpointBudget(Budget):
 
     def __enter__(self) -> CheckpointBudget:
         self.ledger.check_open()
-        from gpuckpt.pytorch.engine import hooks  # whoever never enters a budget never loads torch
+        from gpuckpt.pytorch.engine import hooks  # a budget that is never entered never loads torch
 
         context = hooks.enter(self)
         self._stack().append(context)

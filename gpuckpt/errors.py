@@ -113,7 +113,7 @@ class StateModified(SavedTensorModified, RecomputeMismatch):
 
 
 class InvalidChain(CheckpointError, ValueError):
-    """A chain that cannot be planned: empty, or with costs that are negative, NaN or infinite, or a model that is none."""
+    """No chain that can be planned: empty, costs that are negative, NaN or infinite, or a model without sequential blocks."""
 
 
 class InvalidPlan(CheckpointError, ValueError):

@@ -1,17 +1,17 @@
-"""The books of one budget: who holds how many bytes, admitted or refused in one step.
+"""The ledger of one budget: who holds how many bytes, admitted or refused in one step.
 
 Exact under threads, under the garbage collector and under Ctrl-C:
 
 * Every change happens under one re-entrant lock, in a straight run of integer arithmetic. CPython runs finalizers and
-  signal handlers only at calls, backward jumps and container allocations, so none of them ever sees books half written.
+  signal handlers only at calls, backward jumps and container allocations, so none of them ever sees a half-written ledger.
 * A handle's bytes stand on its claim, which the ledger keeps: a weak reference whose callback is `deque.append` itself. When
   the handle dies the claim is in the queue without a line of Python having run, so neither a lock held elsewhere nor an
-  interrupt can get in between; everyone who reads or changes the books empties the queue first.
+  interrupt can get in between; whatever reads or changes the ledger empties the queue first.
 * A handle's finalizer books it at once where it can, so that the log has the right time. It never waits, and it does not
   matter if it is cut short: the queue has the claim. Two budgets whose finalizers run inside each other's calls cannot
   deadlock.
-* A claim gets its bytes in the same step in which they are booked, so that an interrupt cannot leave bytes that belong to
-  nobody.
+* A claim gets its bytes in the same step in which they are booked, so that an interrupt cannot leave bytes without
+  an owner.
 
 The ledger knows numbers only. Where bytes live is the pools' matter, what to do when they do not fit is the budget's.
 """
@@ -42,7 +42,7 @@ class Event(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """The books at one instant. `pending_bytes` are admitted, while a pool is still looking for their place."""
+    """The ledger's figures at one instant. `pending_bytes` are admitted, while a pool is still looking for their place."""
 
     max_bytes: int
     used_bytes: int
@@ -152,7 +152,7 @@ class Ledger:
 
     def charge(self, nbytes: int, what: str, handle: Charge | None = None) -> None:
         """Book `nbytes` to `handle`, or as plain accounting without one. Raises `BudgetExceeded` and then changes nothing."""
-        # Built before anything is read: the container may start a collection, whose finalizers change the books.
+        # Built before anything is read: the container may start a collection, whose finalizers change the ledger.
         event = ["charge" if handle is not None else "allocate", what, nbytes, 0, perf_counter(), self.step]
         with self._lock:
             if self._dead:
@@ -172,7 +172,7 @@ class Ledger:
             self._events.append(event)
 
     def free(self, nbytes: int, what: str) -> None:
-        """Take `nbytes` of plain accounting off the books; `ValueError` where fewer were allocated."""
+        """Take `nbytes` of plain accounting off the ledger; `ValueError` where fewer were allocated."""
         event = ["free", what, nbytes, 0, perf_counter(), self.step]
         with self._lock:
             plain = self._plain_bytes - nbytes
@@ -235,12 +235,12 @@ class Ledger:
             self._events.append(event)
 
     def release(self, handle: Charge) -> None:
-        """Take what `handle` holds off the books; nothing where it holds nothing."""
+        """Take what `handle` holds off the ledger; nothing where it holds nothing."""
         with self._lock:
             self._book_end(handle._claim)
 
     def refused(self, need_bytes: int, what: str) -> BudgetExceeded:
-        """The error for a request of `need_bytes`, with the books as they are now."""
+        """The error for a request of `need_bytes`, with the ledger as it is now."""
         held = self._used_bytes + self._pending_bytes
         available = max(self.max_bytes - held, 0)
         return BudgetExceeded(
@@ -251,7 +251,7 @@ class Ledger:
         )
 
     def mark(self, kind: str, what: str, nbytes: int = 0) -> None:
-        """Write a line in the log that changes no books."""
+        """Write a line in the log that changes no figure."""
         event = [kind, what, nbytes, 0, perf_counter(), self.step]
         with self._lock:
             event[3] = self._used_bytes

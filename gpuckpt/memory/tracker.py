@@ -1,4 +1,4 @@
-"""What checkpointed layers hold and recompute, in bytes, counted by whoever holds it.
+"""What checkpointed layers hold and recompute, in bytes, counted by the layers themselves.
 
 A tracker observes and refuses nothing; the cap is `CheckpointBudget`'s. One tracker may be shared by any number of layers
 and threads: every change happens under one lock, so the peak is the true one.

@@ -4,7 +4,7 @@ A chain is a run of stages in order. Bytes live in *storages*, numbered 0, 1, 2,
 number hold the same bytes, and those are counted once. This is the model of heterogeneous chains of Beaumont, Eyraud-Dubois,
 Herrmann, Joly and Shilova, "Optimal checkpointing for heterogeneous chains" (2019), with shared storages added.
 
-What it does not do: it knows no framework and no device. Whoever measures a model fills these in.
+What it does not do: it knows no framework and no device. Measuring a model fills these in.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ class _Run:
                 self.held_bytes -= self.chain.footprints[i]
 
     def _transient_bytes(self, stage: int) -> int:
-        """Input and output of a running stage, as far as nobody holds them, and its workspace."""
+        """Input and output of a running stage, as far as they are not held, and its workspace."""
         return self.chain.running_bytes(stage, self.held) + self.chain.stages[stage].workspace_bytes
 
     def _alive(self, label: str, beyond_bytes: int) -> None:

@@ -80,7 +80,7 @@ def _host_budget_of(host: Budget | int | str, budget: Budget) -> Budget:
     """The budget on the host to spill to: `host` itself, or one of that size, pinned where it feeds a CUDA device.
 
     Raises `ValueError` for a budget that is not on the host, keeps no copies, is `budget` itself, or the one that `budget`
-    spills to when it is full: the peak there would be nobody's promise.
+    spills to when it is full: no plan would promise the peak there.
     """
     if isinstance(host, Budget):
         if host is budget:

@@ -279,7 +279,7 @@ class Fitted:
 
         Called at the end of every backward and before the next forward. Steps whose forwards overlap (two forwards, then two
         backwards) may hold the sum of what they promised. A backward with `retain_graph=True` holds longer than planned, so
-        then nothing is promised but the cap. Only meaningful while nobody else's share of the budget changes.
+        then nothing is promised but the cap. Only meaningful while nothing else is charged to the budget or released.
         """
         self._peaks.check()
 

@@ -20,7 +20,7 @@ __all__ = ["CheckpointedLayer", "SegmentCheckpointer"]
 class CheckpointedLayer:
     """A `Layer` around a layer: forward keeps the input only, backward computes again what the inner layer needs.
 
-    tracker: told of the input while it is kept, of what is recomputed, and of the layer's gradients until `update` uses
+    tracker: counts the input while it is kept, what is recomputed, and the layer's gradients until `update` uses
     them up; None: nothing is tracked. budget: where the input lives; None keeps a reference.
 
     One forward is outstanding at a time: the next one releases the earlier input, and in evaluation nothing is kept.

@@ -124,7 +124,7 @@ class LinearSegment(_Affine):
     """y = W x.
 
     weights: out_dim * in_dim numbers, row-major: a flat list or array, or one of shape (out_dim, in_dim). Arrays are used
-    as they are, so that an update is seen by whoever owns them. Raises `DimMismatch` for any other number of weights.
+    as they are, so that their owner sees an update. Raises `DimMismatch` for any other number of weights.
 
     >>> LinearSegment([1.0, 2.0, 3.0, 4.0], in_dim=2, out_dim=2).forward([1.0, 1.0]).tolist()
     [3.0, 7.0]

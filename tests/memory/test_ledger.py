@@ -208,7 +208,7 @@ def test_a_finalizer_does_not_wait_for_a_lock_that_another_thread_holds():
     thread.start()
     locked.wait(10)
     start = time.perf_counter()
-    del charge  # must not block, although the books are locked
+    del charge  # must not block, although the ledger is locked
     assert time.perf_counter() - start < 1.0
     release.set()
     thread.join()

@@ -94,7 +94,7 @@ class HostPool:
 
     @property
     def live_bytes(self) -> int:
-        """Bytes in blocks that somebody holds."""
+        """Bytes in blocks that are held."""
         with self._lock:
             self._collect_returned()
             return self._live_bytes

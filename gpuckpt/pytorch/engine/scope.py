@@ -42,7 +42,7 @@ _MOST = 4096
 def _known(code: types.CodeType) -> _Code:
     found = _codes.get(code)
     if found is None:
-        if len(_codes) >= _MOST:  # code that is made anew all the time
+        if len(_codes) >= _MOST:  # code that is created again and again
             _codes.clear()
         found = _codes[code] = _Code(code)
     return found

@@ -78,7 +78,7 @@ class _Measurement:
         number, name = len(self.stages), self.names[module]
         fence = Fence(module, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
         again = fresh((args, kwargs))  # before the stage may change them
-        # A recompute casts weights anew, whatever autocast remembers of other stages.
+        # A recompute casts weights again, whatever autocast has cached for other stages.
         torch.clear_autocast_cache()
 
         self.inside = True
@@ -162,7 +162,7 @@ class _Measurement:
         self.close_outside("suffix")
         self.inside = True
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
-        # A model that returns its loss often returns logits and states beside it, through which nobody goes backward.
+        # A model that returns its loss often returns logits and states as well, which have no backward.
         roots = [tensor for tensor in outputs if tensor.numel() == 1] or outputs
         leaves = [tensor for tensor in (*self.previous.tensors, *parameters) if tensor.requires_grad]
         if not roots or not leaves:
@@ -232,7 +232,7 @@ def run_chain(
     fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
     with fence.restored(fence.kept):
         modules = find_chain(model, args, kwargs)
-    # What autocast remembers of a run without autograd is none of the chain's.
+    # What autocast cached in a run without autograd must not be used by the chain.
     torch.clear_autocast_cache()
     run = _Measurement(modules, names, Storages(residents, copies), clock, repeats)
     hooks = saved_tensors_hooks(run.note_outside, identity)

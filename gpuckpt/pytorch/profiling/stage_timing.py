@@ -92,7 +92,7 @@ class _Stop(BaseException):
 
 
 class _StopWatch:
-    """Stops a run of a stage where a recompute would: at the last of `saved` tensors. Keeps none; nobody goes backward."""
+    """Stops a run of a stage where a recompute would: at the last of `saved` tensors. Keeps none: there is no backward."""
 
     def __init__(self, saved: int) -> None:
         self.left = saved
