@@ -23,7 +23,7 @@ BACKENDS = ("triton", "torch")
 
 
 def backend_named() -> str | None:
-    """What `GPUCKPT_BACKEND` asks for, None where it is not set. Raises `ValueError` for a back end that is none."""
+    """What `GPUCKPT_BACKEND` asks for, None where it is not set. Raises `ValueError` for an unknown back end."""
     choice = os.environ.get("GPUCKPT_BACKEND", "")
     if choice and choice not in BACKENDS:
         raise ValueError(

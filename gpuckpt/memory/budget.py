@@ -1,4 +1,4 @@
-"""A hard cap in bytes: the books, the pool behind them, and everything that is held under one limit.
+"""A hard cap in bytes: the ledger, the pool behind them, and everything that is held under one limit.
 
 What is counted: bytes charged with `charge`, taken with `allocate`, and held by arrays given to `save` or saved by autograd
 inside `with budget:`. At no instant do they exceed `max_bytes`; a request that does not fit raises `BudgetExceeded` and
@@ -85,6 +85,7 @@ class Budget:
         renew_after_fork(self)
 
     def after_fork(self) -> None:
+        """In a child process: new locks, since a thread that does not exist there may have held the old ones."""
         self._pool_lock = threading.RLock()
         if self.moving is not None:
             self.moving = threading.RLock()
@@ -110,8 +111,8 @@ class Budget:
         """Bytes that can still be had."""
         if self._pool is not None:
             self._pool.collect()
-        books = self.ledger.snapshot()
-        return books.max_bytes - books.used_bytes - books.pending_bytes
+        now = self.ledger.snapshot()
+        return now.max_bytes - now.used_bytes - now.pending_bytes
 
     def utilization(self) -> float:
         """Used share of the cap, from 0.0 to 1.0; 0.0 for a budget of zero."""
@@ -215,7 +216,7 @@ class Budget:
         CuPy's pool cuts later requests from cached pieces and merges them again. What a plan holds ends in the reverse order of
         its beginning, so that in one piece as large as its peak no gaps arise, where pieces fetched one by one could refuse a
         certified plan. Host pools never cut a block and need nothing. `like`: an array on whose stream the step will run.
-        Raises `BudgetExceeded` where the piece does not fit beside what is held now.
+        Raises `BudgetExceeded` where the piece does not fit in addition to what is held now.
         """
         if self.hold == "pool" and self.device != "cpu" and nbytes:
             self.take(nbytes, "planned step", like)
@@ -247,7 +248,7 @@ class Budget:
         self.holders.discard(holder)
 
     def reset_peak(self) -> None:
-        """Start measuring the peak anew, from what is held now."""
+        """Start measuring the peak again, from what is held now."""
         self.ledger.reset_peak()
 
     def step(self, label: str | int | None) -> None:
@@ -260,7 +261,7 @@ class Budget:
         return self.ledger.events()
 
     def snapshot(self) -> Snapshot:
-        """The books at one instant."""
+        """The ledger's figures at one instant."""
         return self.ledger.snapshot()
 
     def close(self) -> None:
@@ -273,7 +274,7 @@ class Budget:
 
     def __reduce__(self) -> Any:
         raise BudgetClosed(
-            "a budget does not travel to another process: its memory and its books stay in this one; "
+            "a budget does not travel to another process: its memory and its ledger stay in this one; "
             "make a budget of its own in the worker"
         )
 

@@ -28,7 +28,7 @@ def choose_device(device: Any = None) -> str:
 
 
 def _cuda_is_there() -> bool:
-    # Whoever works with torch has loaded it, and then torch is the judge: it may be a CPU build on a machine with a GPU.
+    # A program that works with torch has loaded it, and then torch decides: it may be a CPU build on a machine with a GPU.
     torch = sys.modules.get("torch")
     if torch is not None:
         return bool(torch.cuda.is_available())

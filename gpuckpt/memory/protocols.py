@@ -93,7 +93,7 @@ class Evictable(Protocol):
 
     def evict(self, how: str) -> int:
         """Give bytes up by "recompute", "spill" or "compress". Returns how many left the budget: 0 where it cannot, or does
-        not want to now. It may be called on any thread, raises nothing for want of room, and stays loadable."""
+        not want to now. It may be called on any thread, raises nothing where there is no room, and stays loadable."""
         ...
 
 

@@ -54,7 +54,16 @@ class Simulation:
 
 
 def simulate(chain: Chain, tree: Iterable[Node]) -> Simulation:
-    """Run `tree` on `chain`. `InvalidPlan` when the tree is no plan for the chain."""
+    """Run `tree` on `chain`. `InvalidPlan` when the tree is no plan for the chain.
+
+    >>> from gpuckpt.planning import Keep, Recompute, Stage
+    >>> chain = Chain((Stage("a", 1.0, 2.0, (0, 1), (0,)), Stage("b", 1.0, 2.0, (2,), (1,))), (400, 100, 600))
+    >>> simulate(chain, [Keep(0), Keep(1)]).peak_bytes
+    1100
+    >>> found = simulate(chain, [Recompute((Keep(0),)), Keep(1)])
+    >>> found.peak_bytes, found.recompute_s, found.forward_counts
+    (1000, 1.0, (2, 1))
+    """
     run = _Run(chain, check_tree(chain, tree))
     run.step()
     counts = tuple(accumulate(run.count_changes))[:-1]
@@ -90,7 +99,7 @@ class _Run:
         self.total_peak_step = "start"
         self.trace: list[tuple[str, int]] = []
         self.host = _Host(chain.storages * 2 if self.made else chain.storages)
-        self.spilled: dict[int, _Spilled] = {}  # by stage
+        self.spilled: dict[int, _SpilledIds] = {}  # by stage
         self.count_changes = [0] * (len(chain) + 1)
         self.recompute_s = 0.0
         self.step_s = 0.0
@@ -187,7 +196,7 @@ class _Run:
         ids = set(spilled).difference(saves)
         here = tuple(i for i in ids if self.holders[i])
         away = tuple(i for i in ids if not self.holders[i])
-        self.spilled[stage] = _Spilled(here, away)
+        self.spilled[stage] = _SpilledIds(here, away)
         self._hold(here)
         self.host.hold(away)
         return away
@@ -211,7 +220,7 @@ class _Run:
                 self.held_bytes -= self.footprints[i]
 
     def _transient_bytes(self, stage: int) -> int:
-        """Input and output of a running stage, as far as nobody holds them, and its workspace."""
+        """Input and output of a running stage, as far as they are not held, and its workspace."""
         return self.chain.running_bytes(stage, self.held) + self.chain.stages[stage].workspace_bytes
 
     def _alive(self, label: str, beyond_bytes: int) -> None:
@@ -230,7 +239,7 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
-class _Spilled:
+class _SpilledIds:
     """Of what a stage spills: the ids that were held here already, and those that went to the host."""
 
     here: tuple[int, ...]

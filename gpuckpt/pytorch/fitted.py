@@ -55,7 +55,7 @@ class Planned:
         return self.measured.chain
 
 
-class _Step:
+class _StepProgress:
     """One forward of a fitted model: the walk along the plan, how far along it is, and how many calls of stages have come."""
 
     __slots__ = ("count", "planned", "position", "walk")
@@ -303,7 +303,7 @@ class Fitted:
         certificate = planned.plan.certificate
         self._peaks.begin(certificate.peak_bytes, certificate.host_peak_bytes)
         walk = Walk(planned.plan.tree, self.budget, self._verify, self._preserve_rng_state, host=self.host_budget)
-        step = _Step(planned, walk)
+        step = _StepProgress(planned, walk)
         self._local.step = step
         try:
             self.budget.ledger.check_open()
@@ -324,7 +324,7 @@ class Fitted:
 
     @untraced
     def _stage_call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        step: _Step | None = getattr(self._local, "step", None)
+        step: _StepProgress | None = getattr(self._local, "step", None)
         if step is None or not torch.is_grad_enabled():
             return run_module(module, args, kwargs)
         measured = step.planned.measured

@@ -20,7 +20,7 @@ class Deviation(NamedTuple):
 
 
 class Promise:
-    """The promise about one budget. Only meaningful while nobody else's share of the budget changes.
+    """The promise about one budget. Only meaningful while nothing else is charged to the budget or released.
 
     Attributes: `promised_bytes`, of the latest step, or of all those that overlap; `measured_bytes`, the most the budget held
     for them.

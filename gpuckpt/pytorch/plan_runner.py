@@ -32,7 +32,7 @@ from gpuckpt.pytorch.profiling.isolation import connected
 __all__ = ["Walk"]
 
 
-class _Link:
+class _FromStage:
     """Stands among the arguments for output number `index` of the stage before."""
 
     __slots__ = ("index",)
@@ -41,7 +41,7 @@ class _Link:
         self.index = index
 
 
-class _Kept:
+class _FromFrame:
     """Stands among the arguments for kept tensor number `index` of the frame."""
 
     __slots__ = ("index",)
@@ -52,8 +52,8 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A call of a stage: among the leaves of its arguments, tensors and other values, or `_Link`s, or (kept) `_Kept`s. After the
-    arguments come the tensors inside of objects, and those that its fence wants kept."""
+    """A call of a stage: among the leaves of its arguments, tensors and other values, or `_FromStage`s, or (kept) `_FromFrame`s.
+    After the arguments come the tensors inside of objects, and those that its fence wants kept."""
 
     module: torch.nn.Module
     stage: int
@@ -91,10 +91,10 @@ class _Open:
 
         def replay(kept: list[torch.Tensor]) -> None:
             kept = [connected(tensor) if number in loose else tensor for number, tensor in enumerate(kept)]
-            arrivals = [call.rewritten(_Kept, lambda leaf: kept[leaf.index]) for call in program]
+            arrivals = [call.rewritten(_FromFrame, lambda leaf: kept[leaf.index]) for call in program]
             inner = Walk(children, budget, verify, preserve, arrivals, host)
             for call in arrivals:
-                leaves = call.rewritten(_Link, lambda leaf: inner.previous.tensors[leaf.index]).leaves
+                leaves = call.rewritten(_FromStage, lambda leaf: inner.previous.tensors[leaf.index]).leaves
                 count = call.spec.num_leaves
                 inside = count + len(call.objects.tensors)
                 flat = call.objects.rebuilt(leaves[:count], leaves[count:inside]) if call.objects else leaves[:count]
@@ -111,7 +111,7 @@ class _Open:
         self.program += [call.rewritten(torch.Tensor, lambda leaf: self._keep(leaf, kept, links)) for call in calls]
         self.frame.save(kept)
 
-    def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor], links: Container[int]) -> _Kept:
+    def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor], links: Container[int]) -> _FromFrame:
         key = id(tensor), tensor._version
         known, number = self._known.get(key, (None, 0))
         if known is None or known() is not tensor:
@@ -123,7 +123,7 @@ class _Open:
                 self._loose.add(number)
                 tensor = tensor.detach()
             kept.append(tensor)
-        return _Kept(number)
+        return _FromFrame(number)
 
 
 class Walk:
@@ -208,7 +208,7 @@ class Walk:
     def _announce(self, call: _Arrival, opening: list[_Open], hooks: ExitStack) -> None:
         """Tell the open frames and those that open now of a call, and enter their hooks, outermost first."""
         links = self.previous.unchanged()
-        later = call.rewritten(torch.Tensor, lambda leaf: _Link(links[id(leaf)]) if id(leaf) in links else leaf)
+        later = call.rewritten(torch.Tensor, lambda leaf: _FromStage(links[id(leaf)]) if id(leaf) in links else leaf)
         if self._ahead is None:
             for opened in self._open:
                 opened.receive([later])

@@ -6,7 +6,7 @@ reads what was kept for this version of Triton and these kernels, and puts it be
 
 Timing: all tiles take turns, each round from another one on, so that clocks and heat touch them alike; the median of a tile's
 rounds counts, by CUDA events. Between launches a buffer as large as the device's L2 cache is overwritten, and no more: a tuner
-that takes 256 MiB would not fit beside a budget. A tile has to beat the analytic choice by `margin` to replace it.
+that takes 256 MiB would not fit next to a budget. A tile has to beat the analytic choice by `margin` to replace it.
 
 One JSON file a result under GPUCKPT_CACHE_DIR, else XDG_CACHE_HOME/gpuckpt, else ~/.cache/gpuckpt, in the folder "tiles".
 
@@ -117,10 +117,15 @@ def tune(
     tiles: what to time, by default `search_space` (24 to 68 tiles, each compiled once); the analytic choice is always among them.
     rounds: launches a tile is timed by. margin: the share by which a tile must beat the analytic choice. flush_bytes: the buffer
     overwritten between launches; "L2": as large as the device's cache, None: none. Operands, results and scratch take up to
-    2 M K + 3 N K + 4.25 M N elements beside it, outside of any budget, and are freed at the end.
+    2 M K + 3 N K + 4.25 M N elements in addition, outside of any budget, and are freed at the end.
     timer, arch: for measuring by other means; a timer given needs no GPU.
 
     Raises ValueError for what cannot be tuned, RuntimeError where there is no GPU to measure on, or where no tile ran.
+
+    >>> best = tune("linear", 8192, 14336, 4096).tile  # doctest: +SKIP
+    >>> tune("linear", 8192, 14336, 0)
+    Traceback (most recent call last):
+    ValueError: M=8192, N=14336, K=0 and rounds=20 must be at least 1, margin=0.02 at least 0
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
@@ -171,7 +176,7 @@ def load(directory: str | Path | None = None) -> Mapping[TunedKey, TileConfig]:
     """Use what was tuned with this version of Triton and these kernels, from now on; the table that is used.
 
     Call it before the first forward pass; a second call may find the same results only. directory: by default `cache_dir()`.
-    Results of other versions are passed over. Raises ValueError for a file that is none of ours, or a tile that cannot run.
+    Results of other versions are passed over. Raises ValueError for a file that `tune` did not write, or a tile that cannot run.
     """
     table: dict[TunedKey, TileConfig] = {}
     for path in sorted(Path(directory or cache_dir()).glob("*.json")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import shutil
 import subprocess
 import sys
@@ -115,6 +117,9 @@ def test_the_cpu_side_works_without(missing, tmp_path):
         "import gpuckpt; assert gpuckpt.nn.GatedMLP is __import__('gpuckpt.nn').nn.GatedMLP",
         "import gpuckpt; gpuckpt.functional.linear",
         "from gpuckpt import functional, nn; assert nn.__name__ == 'gpuckpt.nn'",
+        "import gpuckpt; gpuckpt.planning.Chain; gpuckpt.memory.Budget; gpuckpt.errors.StateModified",
+        "import gpuckpt; assert gpuckpt.segments.LinearSegment is gpuckpt.LinearSegment; gpuckpt.kernels; gpuckpt.tune",
+        "from gpuckpt import LinearSegment, MemoryUsageTracker, StateModified, vjp_checkpoint",
     ],
 )
 def test_functions_and_modules_import_in_a_fresh_interpreter(code, tmp_path):
@@ -129,6 +134,22 @@ def test_every_public_name_is_there():
     assert set(gpuckpt.__all__) <= set(dir(gpuckpt))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = gpuckpt.nonsense
+
+
+def test_dir_shows_the_core_and_the_rooms():
+    """What fits on a screen; the classes of a room are shown by the room, and `from gpuckpt import` finds them all the same."""
+    import gpuckpt
+
+    shown = dir(gpuckpt)
+    rooms = [name for name in shown if inspect.ismodule(getattr(gpuckpt, name))]
+    assert rooms == ["errors", "functional", "kernels", "memory", "nn", "planning", "segments"]
+    assert 15 <= len(shown) - len(rooms) <= 22
+    assert {"fit", "checkpoint", "measure", "plan_chain", "CheckpointBudget", "BudgetExceeded", "tune"} <= {*shown}
+    assert not {"LinearSegment", "StateModified"} & {*shown}
+    for room in ("errors", "memory", "segments"):
+        home = importlib.import_module(f"gpuckpt.{room}")
+        for name in home.__all__:
+            assert getattr(gpuckpt, name) is getattr(home, name)
 
 
 def test_the_version_stands_in_one_place(wheel):

@@ -25,7 +25,7 @@ __all__ = ["Fence"]
 class Fence:
     """What a call of `function` that begins now sees. `leaves`: its arguments, flattened.
 
-    `kept`: tensors that whoever runs the work again has to keep for `restored`.
+    `kept`: tensors that the caller has to keep for `restored`.
     """
 
     __slots__ = ("_before", "_generators", "_scope", "_state", "_switches", "kept")

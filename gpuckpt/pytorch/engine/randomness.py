@@ -1,4 +1,4 @@
-"""Random number generators: where they stood in forward, and the same numbers once more in a recompute."""
+"""Random number generators: their state in forward, and the same numbers again in a recompute."""
 
 from __future__ import annotations
 

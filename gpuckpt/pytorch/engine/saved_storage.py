@@ -1,12 +1,12 @@
 """What a budget holds of a saved tensor: `SavedStorage`, one charged storage, and `HeldTensor`, a view into it.
 
 Under "account" the bytes stay in torch's storage and a charge counts them; under "pool" they are a copy in a block of the
-budget's pool, and the block carries the charge. Either way they leave the books when the last `HeldTensor` that looks into the
+budget's pool, and the block carries the charge. Either way they leave the ledger when the last `HeldTensor` that looks into the
 storage is gone.
 
 A `MovableStorage` can also give its bytes up when the budget asks (`gpuckpt.memory.eviction`): spilled to the second budget
 and brought back, charged again, when one of its tensors is loaded; or compressed, and expanded into a copy that only the
-node that asked for it holds. It moves only where nobody else looks into the storage: elsewhere nothing would be freed.
+node that asked for it holds. It moves only where nothing else looks into the storage: elsewhere nothing would be freed.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class MovableStorage(SavedStorage):
 
     def bring_back(self, held: HeldTensor) -> torch.Tensor:
         """The tensor of `held`, whose bytes are away. Spilled bytes are charged again, for all who look into them; compressed
-        ones are expanded into a copy that nobody holds, as every output is before it is saved."""
+        ones are expanded into a copy that is not held, as every output is before it is saved."""
         budget = self._budget
         with budget.moving:  # type: ignore[union-attr]
             if held.tensor is not None:  # another thread was faster
@@ -200,7 +200,7 @@ class MovableStorage(SavedStorage):
         return 0 if charge is None else charge.nbytes
 
     def _bytes_here(self) -> torch.Tensor | None:
-        """The storage's bytes, where nobody but our own looks into them and they are as they were saved."""
+        """The storage's bytes, where only our own tensors look into them and they are as they were saved."""
         helds = self._lookers()
         if any(map(_looked_at, helds)):
             return None
@@ -208,7 +208,7 @@ class MovableStorage(SavedStorage):
         if not tensors or len(tensors) < len(helds):
             return None
         storage = tensors[0].untyped_storage()
-        # Our tensors, `flat`, and the Python object `storage`. Anybody else would keep the bytes where they are.
+        # Our tensors, `flat`, and the Python object `storage`. Any other reference would keep the bytes where they are.
         if storage_use_count(storage._cdata) > len(tensors) + (self.flat is not None) + 1:
             return None
         return flat_bytes(storage, tensors[0].device)
@@ -270,7 +270,7 @@ class MovableStorage(SavedStorage):
         return True
 
     def _leave(self) -> bool:
-        """Let go of the bytes, remembering who looked at what of them; False where somebody else looks at them now."""
+        """Let go of the bytes, remembering who looked at what of them; False where something else looks at them now."""
         source = self._bytes_here()
         if source is None:
             return False

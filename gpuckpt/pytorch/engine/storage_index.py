@@ -92,7 +92,7 @@ class StorageIndex:
     def hold_copy(self, tensor: torch.Tensor) -> HeldTensor:
         """Hold a copy of a strided `tensor` of any device in the budget's pool. Raises `BudgetExceeded`."""
         budget = None if self._budget is None else self._budget()
-        assert budget is not None, "whoever asks for a copy has a budget"
+        assert budget is not None, "a copy is made for a budget only"
         return self._hold_copy(budget, tensor)
 
     def bring(
@@ -124,7 +124,7 @@ class StorageIndex:
         self._holdings[key] = weakref.ref(holding)
 
     def forget(self, key: Any) -> None:
-        """Nobody holds the storage that `key` names any more."""
+        """The storage that `key` names is not held any more."""
         self._holdings.pop(key, None)
 
     @staticmethod
@@ -206,7 +206,7 @@ _lock = threading.Lock()
 
 
 def index_of(budget: Budget | None) -> StorageIndex:
-    """The one `StorageIndex` of a budget; of None, one that keeps tensors and charges nobody."""
+    """The one `StorageIndex` of a budget; of None, one that keeps tensors and charges nothing."""
     if budget is None:
         return _uncharged
     index = _indexes.get(budget)

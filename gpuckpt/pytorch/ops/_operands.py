@@ -18,6 +18,7 @@ __all__ = [
     "cast",
     "cast_bytes",
     "check_bias",
+    "check_second_weight",
     "check_weight",
     "no_double_backward",
     "without_autocast",
@@ -73,6 +74,17 @@ def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "we
         )
     if x.shape[-1] != weight.shape[1]:
         raise DimMismatch(weight.shape[1], x.shape[-1], f"last dimension of the input of {name}")
+    check_bias(bias, weight, name)
+
+
+def check_second_weight(weight: Tensor, bias: Tensor | None, hidden: int, name: str) -> None:
+    """Raise unless weight (N, hidden) and bias (N,) fit together."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: expected a tensor (N, {hidden}), got {weight!r}; weights come first, then biases")
+    if weight.dim() != 2:
+        raise DimMismatch(2, weight.dim(), f"number of dimensions of {name}; weights come first, then biases")
+    if weight.shape[1] != hidden:
+        raise DimMismatch(hidden, weight.shape[1], f"last dimension of {name} (the hidden size)")
     check_bias(bias, weight, name)
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
-from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.ops._activations import check_activation, differentiate, finish, keep_
 from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
 from gpuckpt.pytorch.ops._operands import (
     cast,
     cast_bytes,
     check_bias,
+    check_second_weight,
     check_weight,
 )
 from gpuckpt.pytorch.ops._register import FusedOp
@@ -59,6 +59,10 @@ def mlp_scratch_bytes(
     differs, and the sums of dW and db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, w1, b1,
     w2 and b2 that are wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients as well as the
     float32 sums that they are made from.
+
+    >>> x, w1, w2 = torch.empty(64, 8), torch.empty(32, 8), torch.empty(8, 32)
+    >>> mlp_scratch_bytes(x, w1, None, w2, None, 64) == 2 * 64 * 32 * 4
+    True
     """
     several = chunk < x.shape[0]
     total = cast_bytes(x.dtype, w1, b1, w2, b2)
@@ -221,8 +225,8 @@ OP = FusedOp(
 def mlp(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor | None,
     w2: Tensor,
+    b1: Tensor | None = None,
     b2: Tensor | None = None,
     *,
     activation: str = "gelu",
@@ -234,9 +238,9 @@ def mlp(
 
     Args:
         x: (..., K), floating point.
-        w1, b1: (H, K) and (H,) or None.
-        w2, b2: (N, H) and (N,) or None. A weight that carries `main_grad` gets its gradient added there in place, and
-            autograd sees none.
+        w1, w2: (H, K) and (N, H). A weight that carries `main_grad` gets its gradient added there in place, and autograd
+            sees none.
+        b1, b2: (H,) and (N,), or None.
         activation: identity, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
         norm: a `Norm` of x to compute with instead of x. What is kept for backward is x itself, and backward normalises it again:
             one more transient of x's size.
@@ -255,14 +259,13 @@ def mlp(
         RuntimeError: a `main_grad` under torch.compile.
 
     >>> x, w1, w2 = torch.ones(2, 3, requires_grad=True), torch.ones(5, 3), torch.ones(4, 5)
-    >>> mlp(x, w1, None, w2, activation="relu").sum().backward()
+    >>> mlp(x, w1, w2, activation="relu").sum().backward()
     >>> x.grad[0].tolist()
     [20.0, 20.0, 20.0]
     """
     check_activation(activation)
-    check_weight(x, w1, b1, "w1")
-    if w2.dim() != 2 or w2.shape[1] != w1.shape[0]:
-        raise DimMismatch(w1.shape[0], w2.shape[-1], "last dimension of w2 (the hidden size)")
-    check_bias(b2, w2, "w2")
+    check_weight(x, w1, None, "w1")
+    check_second_weight(w2, b2, w1.shape[0], "w2")
+    check_bias(b1, w1, "w1")
     y = OP(x, w1, b1, w2, b2, activation, *limits(chunk_rows, scratch_bytes), norm=norm)
     return y.reshape(*x.shape[:-1], w2.shape[0])

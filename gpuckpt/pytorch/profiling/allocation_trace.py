@@ -1,4 +1,4 @@
-"""Bytes that operators bring to life: what a stage needs beside what it is given, returns and saves.
+"""Bytes that operators allocate: what a stage needs on top of what it is given, returns and saves.
 
 A dispatch mode sees every tensor that an operator returns, and a weak reference on its storage tells when it dies. What an
 operator allocates within itself (a library's workspace, the insides of a fused kernel) is not seen: the figures are those of

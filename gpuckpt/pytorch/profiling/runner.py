@@ -28,7 +28,7 @@ from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
-from gpuckpt.pytorch.profiling.save_recorder import Saved, Storages, unpack
+from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, unpack
 from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Sample, StageKind, kind_key
 
 __all__ = ["Measured", "run_chain"]
@@ -53,7 +53,7 @@ class _Measurement:
     ) -> None:
         self.expected = found.modules
         self.whole = found.differentiates  # stages stay connected: the model's forward goes backward through them
-        self.recorded: list[Saved] = []  # of each call; loads so far do not count
+        self.recorded: list[SaveRecorder] = []  # of each call; loads so far do not count
         self.names = names
         self.storages = storages
         self.clock = clock
@@ -64,7 +64,7 @@ class _Measurement:
         self.owned: list[int] = []
         self.random: list[str] = []
         self.kinds: dict[Any, StageKind] = {}
-        self.outside = Saved()  # since the last stage ended
+        self.outside = SaveRecorder()  # since the last stage ended
         self.held: set[int] = set()  # storages that a stage so far, or a frame around it, may hold
         self.inside = False
         self.outside_began_s = clock.now()
@@ -87,11 +87,11 @@ class _Measurement:
         number, name = len(self.stages), self.names[module]
         fence = Fence(module, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
         again = fresh((args, kwargs))  # before the stage may change them
-        # A recompute casts weights anew, whatever autocast remembers of other stages.
+        # A recompute casts weights again, whatever autocast has cached for other stages.
         torch.clear_autocast_cache()
 
         self.inside = True
-        saved = Saved()
+        saved = SaveRecorder()
         cut_args, cut_kwargs, hand_on = (args, kwargs, None) if self.whole else cut_call(args, kwargs)
         given = tensors_in((cut_args, cut_kwargs))
         before, states = _versions(given), random_states()
@@ -170,7 +170,7 @@ class _Measurement:
     def close_outside(self, name: str) -> None:
         """Turn what was saved outside stages since the last one into a stage of its own that is always kept."""
         seconds = self.clock.now() - self.outside_began_s
-        saves, self.outside = self.outside.storages(self.storages, self.held), Saved()
+        saves, self.outside = self.outside.storages(self.storages, self.held), SaveRecorder()
         self.held.update(saves)
         if saves or name in ("prefix", "suffix"):
             self.stages.append(Stage(name, seconds, 2 * seconds, saves, recomputable=False))
@@ -180,7 +180,7 @@ class _Measurement:
         self.close_outside("suffix")
         self.inside = True
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
-        # A model that returns its loss often returns logits and states beside it, through which nobody goes backward.
+        # A model that returns its loss often returns logits and states as well, which have no backward.
         roots = [tensor for tensor in outputs if tensor.numel() == 1] or outputs
         leaves = [tensor for tensor in (*self.previous.tensors, *parameters) if tensor.requires_grad]
         if not roots or not leaves:
@@ -197,7 +197,7 @@ class _Measurement:
 
     @untraced
     def note_outside(self, tensor: torch.Tensor) -> Any:
-        return (Saved() if self.inside else self.outside).pack(tensor)
+        return (SaveRecorder() if self.inside else self.outside).pack(tensor)
 
     def finished(self) -> tuple[Stage, ...]:
         """The stages, with what is known of their kinds."""

@@ -14,7 +14,7 @@ from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.residency import is_resident
 
-__all__ = ["Saved", "Storages", "identity"]
+__all__ = ["SaveRecorder", "Storages", "identity"]
 
 
 class Storages:
@@ -71,7 +71,7 @@ class _Token:
         self.tensor = tensor
 
 
-class Saved:
+class SaveRecorder:
     """What a piece of code saves: the tensors that are nobody's parameters, and the shapes of all."""
 
     def __init__(self) -> None:
