@@ -16,6 +16,7 @@ loader.install()
 
 from tests.faults import fail_request  # noqa: E402, F401
 from tests.hostcuda.fixture import _hostcuda_runtime, hostcuda  # noqa: E402, F401
+from tests.hostcuda.torch_on_host import cuda_tensors  # noqa: E402, F401
 
 
 def pytest_terminal_summary(terminalreporter):
