@@ -125,6 +125,7 @@ def cuda_tensors(hostcuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> CudaTen
     monkeypatch.setattr(torch.cuda, "current_stream", made.current)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", made.synchronize)
     monkeypatch.setattr(host, "aligned_buffer", made.aligned_buffer)
     monkeypatch.setattr(budgets, "device_of", device_of)
