@@ -6,9 +6,17 @@ Importing this loads neither torch, CuPy nor Triton; names that need them load t
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# In a checkout the kernels lie beside this folder, and an installation puts them into it; see pyproject.toml.
+_above = os.path.dirname(__path__[0])
+if not os.path.isdir(os.path.join(__path__[0], "kernels")) and os.path.isfile(
+    os.path.join(_above, "kernels", "gated.py")
+):
+    __path__.append(_above)
 
 _CORE = {
     "gpuckpt.budget": ("CheckpointBudget",),

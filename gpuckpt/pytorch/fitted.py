@@ -225,7 +225,7 @@ class Fitted:
             measured = replace(measured, chain=spilling)
         plan = self._plan(measured.chain, self.budget.max_bytes // self._live)
         with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
-            self.budget.prefetch(plan.certificate.layout_bytes, next(iter(self._parameters), None))
+            self.budget.prefetch(plan.certificate.layout_bytes)
         return Planned(measured, plan)
 
     def _plan(self, chain: Chain, max_bytes: int) -> Plan:

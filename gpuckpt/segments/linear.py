@@ -10,11 +10,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import array_api_compat as compat
-
 from gpuckpt.errors import DimMismatch
 from gpuckpt.segments import lcg
-from gpuckpt.segments.arrays import Array, as_array, check_last_dim, like_array, matching, nbytes
+from gpuckpt.segments.arrays import Array, as_array, check_last_dim, compat, like_array, matching, nbytes
 from gpuckpt.segments.fused import linear_backward, linear_forward
 from gpuckpt.segments.pointwise import check_activation
 

@@ -5,8 +5,10 @@ Nothing here runs unless it is called: no tuning at start-up, and `tiles.choose`
 reads what was kept for this version of Triton and these kernels, and puts it before the analytic rule until the process ends.
 
 Timing: all tiles take turns, each round from another one on, so that clocks and heat touch them alike; the median of a tile's
-rounds counts, by CUDA events. Between launches a buffer as large as the device's L2 cache is overwritten, and no more: a tuner
-that takes 256 MiB would not fit next to a budget. A tile has to beat the analytic choice by `margin` to replace it.
+rounds counts, by CUDA events around the replay of a CUDA graph: a launch from Python takes longer than many a kernel. Before
+each replay a buffer as large as the device's L2 cache is overwritten, often enough to keep the device busy until the replay is
+queued; it is no larger, because a tuner that takes 256 MiB would not fit next to a budget. A tile has to beat the analytic
+choice by `margin` to replace it.
 
 One JSON file a result under GPUCKPT_CACHE_DIR, else XDG_CACHE_HOME/gpuckpt, else ~/.cache/gpuckpt, in the folder "tiles".
 
@@ -192,25 +194,49 @@ def load(directory: str | Path | None = None) -> Mapping[TunedKey, TileConfig]:
     return table
 
 
+_BUSY_BYTES = 1 << 29
+"""What a device takes longer to overwrite (100 us at 5 TB/s) than Python to queue a replay between two events."""
+
+
 class _EventTimer:
-    """Seconds by CUDA events, on the current stream, with the L2 cache overwritten before each launch."""
+    """Seconds of a launch by CUDA events around its graph, on the current stream, with the L2 cache overwritten before.
+
+    The first call of a launch compiles it and captures its graph, which is kept as long as the timer."""
 
     def __init__(self, device: torch.device, flush_bytes: int | Literal["L2"] | None) -> None:
         if flush_bytes == "L2":
             flush_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(flush_bytes, dtype=torch.uint8, device=device) if flush_bytes else None
+        self._flush = torch.empty(flush_bytes or 0, dtype=torch.uint8, device=device)
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushes = -(-_BUSY_BYTES // flush_bytes) if flush_bytes else 0
+        self._graphs: dict[Callable[[], None], torch.cuda.CUDAGraph] = {}
         self._device = device
 
     def __call__(self, launch: Callable[[], None]) -> float:
         with torch.cuda.device(self._device):
-            if self._flush is not None:
+            graph = self._graphs.get(launch)
+            if graph is None:
+                graph = self._graphs[launch] = _captured(launch)
+            for _ in range(self._flushes):
                 self._flush.zero_()
             self._begin.record()
-            launch()
+            graph.replay()
             self._end.record()
             self._end.synchronize()
         return self._begin.elapsed_time(self._end) / 1e3
+
+
+def _captured(launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The graph of one launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch()  # compiles, which a capture could not
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        launch()
+    return graph
 
 
 def _need_gpu(device: str | torch.device) -> None:

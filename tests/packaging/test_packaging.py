@@ -36,6 +36,32 @@ fitted(torch.randn(4, 8)).sum().backward()
 assert fitted.budget.used_bytes == 0
 """
 
+SOURCE_TREE = """
+import importlib.metadata, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+sys.path_hooks[:] = [hook for hook in sys.path_hooks if "editable" not in str(hook)]
+def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = version
+sys.path.insert(0, {root!r})
+import gpuckpt.kernels.host.tiles
+from gpuckpt.cli.doctor import examine
+assert examine()["gpuckpt"] == "(a source tree that is not installed)"
+"""
+
+NO_ARRAY_API = """
+import sys
+sys.modules["array_api_compat"] = None
+import gpuckpt, torch
+gpuckpt.checkpoint, gpuckpt.fit, gpuckpt.nn
+try:
+    gpuckpt.Dense
+except gpuckpt.BackendUnavailable as error:
+    assert "pip install array-api-compat" in str(error)
+else:
+    raise AssertionError("segments were imported without what they need")
+"""
+
 NO_IMPORTS = """
 import sys, gpuckpt
 for room in ("torch", "cupy", "triton", "numba", "numpy", "matplotlib"):
@@ -97,6 +123,14 @@ def test_the_wheel_imports_from_anywhere(wheel, tmp_path):
 
 def test_the_editable_install_finds_the_kernels_from_outside(tmp_path):
     python("import gpuckpt.kernels; from gpuckpt.kernels.host import tiles", tmp_path)
+
+
+def test_a_checkout_works_without_being_installed(tmp_path):
+    python(SOURCE_TREE.format(root=str(ROOT)), tmp_path)
+
+
+def test_without_array_api_compat_only_segments_are_missing(tmp_path):
+    python(NO_ARRAY_API, tmp_path)
 
 
 def test_importing_loads_nothing_that_is_not_needed(tmp_path):

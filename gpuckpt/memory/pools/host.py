@@ -106,11 +106,10 @@ class HostPool:
             self._collect_returned()
             return self._cached_bytes
 
-    def take(self, nbytes: int, like: Any = None, *, outside_bytes: int = 0) -> HostBlock:
+    def take(self, nbytes: int, *, outside_bytes: int = 0) -> HostBlock:
         """A block of exactly `nbytes`, its contents undefined. Raises `BudgetExceeded` where the limit forbids it.
 
-        `outside_bytes`: what is held outside of the pool under the same limit. `like`, an array whose stream matters to a CUDA
-        pool, does not matter here.
+        `outside_bytes`: what is held outside of the pool under the same limit.
         """
         with self._lock:
             self._collect_returned()

@@ -22,7 +22,7 @@ from gpuckpt.errors import BudgetExceeded, SavedTensorModified
 from gpuckpt.memory import Budget, Charge
 from gpuckpt.memory.adapters.torch import TorchForm
 from gpuckpt.memory.compression import CompressedForm
-from gpuckpt.memory.pools.cupy import current_stream, import_cupy
+from gpuckpt.memory.pools.cupy import torch_stream
 from gpuckpt.pytorch._torch_internals import storage_use_count, tensor_use_count, untraced
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
 
@@ -97,7 +97,7 @@ class HeldTensor:
             raise drop_stale_nodes_after(modified(tensor))
         if tensor.is_cuda and isinstance(self.holding, SavedStorage) and self.holding.block is not None:
             # Backward may run on another stream than forward: reuse of the block has to wait for this one too.
-            self.holding.block.used_on(current_stream(import_cupy().cuda, tensor))
+            self.holding.block.used_on(torch_stream(tensor.device))
         return tensor
 
 
@@ -121,7 +121,7 @@ class SavedStorage:
     def copy_in(self, budget: Budget, flat: torch.Tensor) -> torch.Tensor:
         """Copy the bytes of `flat` into a block of the pool, and look at them there. Raises `BudgetExceeded`."""
         form = TorchForm(flat)
-        block = budget.take(self.nbytes, "saved tensor", flat)
+        block = budget.take(self.nbytes, "saved tensor")
         self.flat, self.block = form.write(flat, block).detach(), block
         return self.flat
 

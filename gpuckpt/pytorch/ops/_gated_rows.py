@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.pytorch.ops._activations import activate_, differentiate, finish, keep_
-from gpuckpt.pytorch.ops._operands import cast
+from gpuckpt.pytorch.ops._operands import as_if_cast
 from gpuckpt.pytorch.ops._rows import affine_into
 from gpuckpt.pytorch.ops._weight_grads import BiasGrad, WeightGrad, sum_rows
 
@@ -55,7 +55,7 @@ def partials_bytes(x: Tensor, wg: Tensor, wu: Tensor, wd: Tensor, chunk: int) ->
     load_kernels(x)
     from gpuckpt.kernels import gated as kernel
 
-    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], *(cast(w, x) for w in (wg, wu, wd))))
+    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], *(as_if_cast(w, x) for w in (wg, wu, wd))))
 
 
 def hidden_of(buffers: Sequence[Tensor], x: Tensor, pair: Pair, form: GatedForm) -> Tensor:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from gpuckpt.backend import use_triton
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch._torch_internals import innermost_transform
 
 __all__ = [
+    "as_if_cast",
     "autocast_input",
     "cast",
     "cast_bytes",
@@ -21,6 +23,7 @@ __all__ = [
     "check_second_weight",
     "check_weight",
     "no_double_backward",
+    "wants_copy",
     "without_autocast",
 ]
 
@@ -34,6 +37,17 @@ def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None: ...
 def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     """`tensor` in the dtype of `like`."""
     return tensor if tensor is None or tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
+@overload
+def as_if_cast(tensor: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def as_if_cast(tensor: None, like: Tensor) -> None: ...
+def as_if_cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """What `cast` returns, for its shape, strides and alignment alone: where it would copy, a tensor without memory."""
+    if tensor is None or tensor.dtype == like.dtype:
+        return tensor
+    return torch.empty_like(tensor, dtype=like.dtype, device="meta")
 
 
 def cast_bytes(dtype: torch.dtype, *tensors: Tensor | None) -> int:
@@ -57,6 +71,17 @@ def _autocast_on(kind: str) -> bool:
 def rows_of(x: Tensor) -> Tensor:
     """x (..., K) as a matrix (M, K). `reshape(-1, K)` would not know M where K is 0."""
     return x[None] if x.dim() == 1 else x.flatten(0, -2)
+
+
+def wants_copy(dy: Tensor) -> bool:
+    """Whether a kernel should be given a copy of the gradient dy (M, N) to multiply: one whose rows are not whole, such as the
+    expanded one with strides (0, 0) that `y.sum()` sends. As it is, no operand of that launch would come through descriptors."""
+    if not use_triton(dy) or dy.is_contiguous():
+        return False
+    width, itemsize = dy.shape[1], dy.element_size()
+    whole = dy.stride(1) == 1 and dy.stride(0) >= width
+    # A copy of rows that end unaligned is no better aligned.
+    return not whole or (dy.stride(0) * itemsize % 16 != 0 and width * itemsize % 16 == 0)
 
 
 def without_autocast(kind: str) -> AbstractContextManager[object]:

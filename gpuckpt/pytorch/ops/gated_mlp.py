@@ -31,6 +31,7 @@ from gpuckpt.pytorch.ops._operands import (
     cast_bytes,
     check_second_weight,
     check_weight,
+    wants_copy,
 )
 from gpuckpt.pytorch.ops._register import FusedOp
 from gpuckpt.pytorch.ops._rows import affine_into
@@ -66,10 +67,10 @@ def gated_mlp_scratch_bytes(
     """Bytes that backward holds in addition to the gradients it returns, with `chunk` rows at a time; forward holds less.
 
     By torch three hidden-size buffers of one chunk (two where only dWd is wanted), by Triton dz_g, dz_u and h; dy of one chunk
-    where it is `scaled` by a down_multiplier; weights and biases cast to x's dtype where theirs differs; the sums of dW and
-    db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, wg, bg, wu, bu, wd and bd that are
-    wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients and the float32 sums that they are made
-    from.
+    where it is `scaled` by a down_multiplier, or copied for the kernel as `wants_copy` says; weights and biases cast to x's dtype
+    where theirs differs; the sums of dW and db. Of the tensors only shape, dtype and device matter. needs: the gradients of x,
+    wg, bg, wu, bu, wd and bd that are wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients and the
+    float32 sums that they are made from.
 
     >>> x, wg, wd = torch.empty(64, 8), torch.empty(32, 8), torch.empty(8, 32)
     >>> gated_mlp_scratch_bytes(x, wg, None, wg, None, wd, None, 64) == 3 * 64 * 32 * 4
@@ -152,10 +153,13 @@ def gradients(
     """(dx, dwg, dbg, dwu, dbu, dwd, dbd). x may be None where only dbd is wanted."""
     form = GatedForm(activation, gate_multiplier, down_multiplier)
     rows, scaled = dy.shape[0], form.down_multiplier != 1.0
+    copied = any(needs[:5]) and wants_copy(dy)
     like = dy if x is None else x
     chunk = choose_chunk_rows(
         rows,
-        lambda c: gated_mlp_scratch_bytes(like, wg, bg, wu, bu, wd, bd, c, scaled=scaled, needs=needs, mains=mains),
+        lambda c: gated_mlp_scratch_bytes(
+            like, wg, bg, wu, bu, wd, bd, c, scaled=scaled or copied, needs=needs, mains=mains
+        ),
         chunk_rows,
         scratch_bytes,
     )
@@ -172,7 +176,9 @@ def gradients(
     pair, used_wd = Pair(cast(wg, dy), cast(bg, dy), cast(wu, dy), cast(bu, dy)), cast(wd, dy)
     buffers = [dy.new_empty(min(chunk, rows), wg.shape[0]) for _ in range(_buffers(dy, needs))]
     for part in chunks(rows, chunk):
-        g = dy[part] * form.down_multiplier if scaled else dy[part]
+        g = dy[part].clone(memory_format=torch.contiguous_format) if copied else dy[part]
+        if scaled:
+            g = g.mul_(form.down_multiplier) if copied else g * form.down_multiplier
         if dbs[2] is not None:
             dbs[2].add(sum_rows(g))
         if x is None:

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from gpuckpt.kernels.audit.roofline import device as device_called
 from gpuckpt.planning import Chain
 from gpuckpt.pytorch.engine.fence import Fence
+from gpuckpt.pytorch.engine.randomness import capturing
 from gpuckpt.pytorch.profiling.clock import Clock, WallClock
 from gpuckpt.pytorch.profiling.fake_run import run_fake
 from gpuckpt.pytorch.profiling.isolation import unchanged
@@ -101,6 +102,8 @@ def run_measured(
     copies: bool = False,
 ) -> Measured:
     """`measure`, and what `fit` needs to know besides."""
+    if capturing():
+        raise RuntimeError("nothing can be measured while a CUDA graph is being captured: run one such step before")
     fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
     counting = clock if isinstance(clock, Roofline) else nullcontext()
     with unchanged(model), fence.restored(fence.kept), counting:

@@ -177,7 +177,7 @@ class LiveBytes(Inside):
         for t in tensors_in(out):
             storage = t.untyped_storage()
             key = storage._cdata
-            if key not in old and key not in self._known:
+            if key not in old and key not in self._known and not t.is_meta:
                 self._known[key] = storage.nbytes()
                 self.live_bytes += storage.nbytes()
                 weakref.finalize(storage, self._dead, key)
