@@ -65,15 +65,24 @@ def checkpoint(
     objects = Objects(others)
     count = len(tensors)
     inside = count + len(objects.tensors)
+    tensors += [*objects.tensors, *fence.kept]
+    # One tensor given twice is one again when `fn` runs again: attention asks whether `query is key`.
+    unique = {id(tensor): tensor for tensor in tensors}
+    order = None
+    if len(unique) < len(tensors):
+        places = {key: place for place, key in enumerate(unique)}
+        order = [places[id(tensor)] for tensor in tensors]
+        tensors = list(unique.values())
+    del unique
 
     def replay(kept: list[torch.Tensor]) -> None:
+        if order is not None:
+            kept = [kept[place] for place in order]
         given = iter(kept)
         flat = [next(given) if leaf is _HERE else leaf for leaf in others]
         args, kwargs = pytree.tree_unflatten(objects.rebuilt(flat, kept[count:inside]) if objects else flat, spec)
         with fence.restored(kept[inside:]):
             fn(*args, **kwargs)
-
-    tensors += [*objects.tensors, *fence.kept]
 
     if budget is None:
         frame = Frame(replay, current_budget(), verify)
