@@ -19,9 +19,10 @@ from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
-from gpuckpt.pytorch.engine.frame import Frame, Verify, check_verify
+from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.hooks import current_budget, enter
 from gpuckpt.pytorch.engine.storage_index import index_of
+from gpuckpt.pytorch.engine.verify import Verify, check_verify
 
 __all__ = ["checkpoint"]
 
@@ -43,8 +44,8 @@ def checkpoint(
         budget: holds the arguments, and during backward what is recomputed. Default: the budget whose `with` block this
             call runs in, if any.
         preserve_rng_state: run again with the same random numbers (CPU and the devices of the arguments).
-        verify: compare what is recomputed with the first forward: always the number and shapes of the saved tensors;
-            "metadata" adds dtype, device and strides; "bitwise" adds their contents, by checksum.
+        verify: compare what is recomputed with the first forward: always the number, shapes, dtypes and devices of the
+            saved tensors; "metadata" adds strides; "bitwise" adds their contents, by checksum.
 
     Raises:
         BudgetExceeded: the arguments, or in backward what is recomputed, do not fit.
