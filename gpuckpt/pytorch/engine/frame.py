@@ -33,6 +33,7 @@ from gpuckpt.pytorch.engine.hooks import enter, redirect_saves, redirected_hold
 from gpuckpt.pytorch.engine.residency import is_resident
 from gpuckpt.pytorch.engine.saved_storage import SavedStorage, modified
 from gpuckpt.pytorch.engine.storage_index import index_of
+from gpuckpt.pytorch.engine.subclasses import Carried
 from gpuckpt.pytorch.engine.verify import Verify, compare, seen, version_of
 
 __all__ = ["Frame"]
@@ -110,6 +111,8 @@ class Frame:
         self._budget = budget
         self._verify = verify
         self._inputs: list[Any] = []
+        self._count = 0
+        self._carried: list[tuple[int, Carried]] = []  # of inputs that are instances of subclasses, by their number
         self._slots: list[weakref.ref[_Slot]] = []
         self._wanted: _Slot | None = None
         self._lock = threading.RLock()
@@ -117,6 +120,10 @@ class Frame:
     def save(self, tensors: Sequence[torch.Tensor]) -> None:
         """Keep `tensors` to start from, in whatever the active hooks save into. Raises `BudgetExceeded`."""
         if tensors:
+            for number, tensor in enumerate(tensors, self._count):
+                if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+                    self._carried.append((number, Carried(tensor)))
+            self._count += len(tensors)
             # The anchor makes autograd record a node; the node holds the inputs, and nothing in the graph points to it.
             anchor = torch.empty((), device="cpu", requires_grad=True)
             self._inputs.append(_SaveInputs.apply(anchor, *tensors).grad_fn)
@@ -139,6 +146,8 @@ class Frame:
         """
         replay = _Replay(self, wanted)
         tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
+        for number, carried in self._carried:
+            tensors[number] = carried.by(tensors[number])
         outer, self._wanted = self._wanted, wanted
         try:
             with (
