@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 __all__ = [
     "function_modes",
     "graph_task_id",
     "innermost_transform",
+    "is_wrapper",
     "keep_graph",
     "library_switches",
     "pop_function_mode",

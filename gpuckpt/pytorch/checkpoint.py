@@ -19,9 +19,10 @@ from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
-from gpuckpt.pytorch.engine.frame import Frame, Verify, check_verify
+from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.hooks import current_budget, enter
 from gpuckpt.pytorch.engine.storage_index import index_of
+from gpuckpt.pytorch.engine.verify import Verify, check_verify
 
 __all__ = ["checkpoint"]
 
@@ -43,8 +44,8 @@ def checkpoint(
         budget: holds the arguments, and during backward what is recomputed. Default: the budget whose `with` block this
             call runs in, if any.
         preserve_rng_state: run again with the same random numbers (CPU and the devices of the arguments).
-        verify: compare what is recomputed with the first forward: always the number and shapes of the saved tensors;
-            "metadata" adds dtype, device and strides; "bitwise" adds their contents, by checksum.
+        verify: compare what is recomputed with the first forward: always the number, shapes, dtypes and devices of the
+            saved tensors; "metadata" adds strides; "bitwise" adds their contents, by checksum.
 
     Raises:
         BudgetExceeded: the arguments, or in backward what is recomputed, do not fit.
@@ -71,15 +72,24 @@ def checkpoint(
     objects = Objects(others)
     count = len(tensors)
     inside = count + len(objects.tensors)
+    tensors += [*objects.tensors, *fence.kept]
+    # One tensor given twice is one again when `fn` runs again: attention asks whether `query is key`.
+    unique = {id(tensor): tensor for tensor in tensors}
+    order = None
+    if len(unique) < len(tensors):
+        places = {key: place for place, key in enumerate(unique)}
+        order = [places[id(tensor)] for tensor in tensors]
+        tensors = list(unique.values())
+    del unique
 
     def replay(kept: list[torch.Tensor]) -> None:
+        if order is not None:
+            kept = [kept[place] for place in order]
         given = iter(kept)
         flat = [next(given) if leaf is _HERE else leaf for leaf in others]
         args, kwargs = pytree.tree_unflatten(objects.rebuilt(flat, kept[count:inside]) if objects else flat, spec)
         with fence.restored(kept[inside:]):
             fn(*args, **kwargs)
-
-    tensors += [*objects.tensors, *fence.kept]
 
     if budget is None:
         frame = Frame(replay, current_budget(), verify)

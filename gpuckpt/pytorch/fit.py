@@ -8,7 +8,7 @@ from torch import nn
 
 from gpuckpt.budget import CheckpointBudget
 from gpuckpt.memory import Budget
-from gpuckpt.pytorch.engine.frame import Verify, check_verify
+from gpuckpt.pytorch.engine.verify import Verify, check_verify
 from gpuckpt.pytorch.fitted import Fitted, Planned
 from gpuckpt.pytorch.profiling.measure import call_of
 

@@ -21,11 +21,11 @@ from gpuckpt.memory import Budget
 from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
 from gpuckpt.planning.report import PlanReport, explain
 from gpuckpt.pytorch._torch_internals import keep_graph, queue_callback, untraced
-from gpuckpt.pytorch.engine.frame import Verify
 from gpuckpt.pytorch.engine.hooks import enter
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_resident
 from gpuckpt.pytorch.engine.switches import settings
+from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.parallel.agree import clock_for_plans
 from gpuckpt.pytorch.peak_check import Deviation, StepPeaks
 from gpuckpt.pytorch.plan_runner import Walk

@@ -23,8 +23,9 @@ from gpuckpt.memory import Budget
 from gpuckpt.planning import KEEP, Node, Recompute
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
-from gpuckpt.pytorch.engine.frame import Frame, Verify
+from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.offload import SPILL, Spill
+from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import Outputs, tensors_in
 from gpuckpt.pytorch.profiling.isolation import connected

@@ -418,6 +418,23 @@ def test_work_that_saves_another_shape_the_second_time(budget):
     del out
 
 
+@pytest.mark.parametrize("verify", [None, "metadata", "bitwise"])
+@pytest.mark.parametrize(
+    ("again", "named"),
+    [
+        (lambda x: x.double().sin().exp().float(), r"dtype \(torch.float32 before, torch.float64 now\)"),
+        (lambda x: x.bfloat16().sin().exp(), r"dtype \(torch.float32 before, torch.bfloat16 now\)"),
+        (lambda x: x.to("meta").sin().exp(), r"device \(cpu before, meta now\)"),
+    ],
+)
+def test_another_dtype_or_device_is_always_caught(budget, again, named, verify):
+    out = gpuckpt.checkpoint(_Moody(lambda x: x.sin().exp(), again), leaf(4), budget=budget, verify=verify)
+    with pytest.raises(RecomputeMismatch, match=named):
+        out.sum().backward()
+    assert budget.used_bytes == 0
+    del out
+
+
 @pytest.mark.parametrize(
     ("verify", "again", "named"),
     [

@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -33,16 +33,10 @@ from gpuckpt.pytorch.engine.hooks import enter, redirect_saves, redirected_hold
 from gpuckpt.pytorch.engine.residency import is_resident
 from gpuckpt.pytorch.engine.saved_storage import SavedStorage, modified
 from gpuckpt.pytorch.engine.storage_index import index_of
+from gpuckpt.pytorch.engine.subclasses import Carried
+from gpuckpt.pytorch.engine.verify import Verify, compare, seen, version_of
 
-__all__ = ["Frame", "Verify", "check_verify"]
-
-Verify = Literal["metadata", "bitwise"]
-
-
-def check_verify(verify: object) -> None:
-    """Raise `ValueError` for what is no way to verify a recompute: a typo would check less than was asked for."""
-    if not (verify is None or (isinstance(verify, str) and verify in ("metadata", "bitwise"))):
-        raise ValueError(f"verify={verify!r}: expected None, 'metadata' or 'bitwise'")
+__all__ = ["Frame"]
 
 
 class _EarlyStop(BaseException):
@@ -74,7 +68,7 @@ class Recoverable(Protocol):
 class _Slot:
     """Stands in the graph for saved tensor number `index` of a frame; filled by a recompute."""
 
-    __slots__ = ("__weakref__", "details", "frame", "held", "index", "resident", "shape")
+    __slots__ = ("__weakref__", "frame", "held", "index", "resident", "seen")
 
     def __init__(self, frame: Frame, index: int) -> None:
         self.frame = frame
@@ -82,10 +76,9 @@ class _Slot:
         self.held: Recoverable | None = None
 
     def describe(self, tensor: torch.Tensor) -> None:
-        """Note what a replay has to reproduce: always the shape, and of a parameter the version of its storage."""
-        self.shape = tensor.shape
-        self.resident = _version(tensor) if is_resident(tensor) else None
-        self.details = None if self.frame._verify is None else _details(tensor, self.frame._verify)
+        """Note what a replay has to reproduce, and of a parameter the version of its storage."""
+        self.seen = seen(tensor, self.frame._verify)
+        self.resident = version_of(tensor) if is_resident(tensor) else None
 
     def evict(self, how: str) -> int:
         """Drop what a recompute can bring again; see `gpuckpt.memory.eviction.Evictable`."""
@@ -118,6 +111,8 @@ class Frame:
         self._budget = budget
         self._verify = verify
         self._inputs: list[Any] = []
+        self._count = 0
+        self._carried: list[tuple[int, Carried]] = []  # of inputs that are instances of subclasses, by their number
         self._slots: list[weakref.ref[_Slot]] = []
         self._wanted: _Slot | None = None
         self._lock = threading.RLock()
@@ -125,6 +120,10 @@ class Frame:
     def save(self, tensors: Sequence[torch.Tensor]) -> None:
         """Keep `tensors` to start from, in whatever the active hooks save into. Raises `BudgetExceeded`."""
         if tensors:
+            for number, tensor in enumerate(tensors, self._count):
+                if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+                    self._carried.append((number, Carried(tensor)))
+            self._count += len(tensors)
             # The anchor makes autograd record a node; the node holds the inputs, and nothing in the graph points to it.
             anchor = torch.empty((), device="cpu", requires_grad=True)
             self._inputs.append(_SaveInputs.apply(anchor, *tensors).grad_fn)
@@ -147,6 +146,8 @@ class Frame:
         """
         replay = _FrameReplay(self, wanted)
         tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
+        for number, carried in self._carried:
+            tensors[number] = carried.by(tensors[number])
         outer, self._wanted = self._wanted, wanted
         try:
             with (
@@ -206,7 +207,12 @@ class _FrameReplay:
                 self._frame, index
             )  # no longer needed by backward, but perhaps by a derivative inside the work
         else:
-            _check(slot, tensor)
+            compare(slot.index, slot.seen, seen(tensor, self._frame._verify))
+            if slot.resident is not None:
+                version = version_of(tensor)
+                # A leaf that the work makes itself is another storage each time, and its version says nothing.
+                if version is not None and version[0] == slot.resident[0] and version[1] != slot.resident[1]:
+                    raise modified(tensor)
         if slot.held is None:
             try:
                 slot.held = (redirected_hold() or self._hold)(tensor)
@@ -304,46 +310,3 @@ def _forget_after_backward(frame: Frame) -> None:
             frame.forget()
 
     queue_callback(forget)
-
-
-def _version(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """Which storage a tensor is in, and how often that was changed in place."""
-    return (tensor.untyped_storage()._cdata, tensor._version) if tensor.layout is torch.strided else None
-
-
-def _details(tensor: torch.Tensor, verify: Verify) -> tuple:
-    stride = tensor.stride() if tensor.layout is torch.strided else None
-    seen = (tensor.dtype, tensor.device, stride)
-    return (*seen, _checksum(tensor)) if verify == "bitwise" else seen
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    """64 bits that change with any byte of the tensor and, unlike an exclusive or, with their order."""
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
-    weights = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)  # odd, so that no bit is multiplied away
-    return int((words * weights).sum())
-
-
-def _check(slot: _Slot, tensor: torch.Tensor) -> None:
-    verify = slot.frame._verify
-    details = None if verify is None else _details(tensor, verify)
-    if tensor.shape != slot.shape or details != slot.details:
-        names = ("shape", "dtype", "device", "strides", "contents")
-        before, now = (slot.shape, *(slot.details or ())), (tensor.shape, *(details or ()))
-        changes = [
-            f"{name} (contents differ)" if name == "contents" else f"{name} ({old} before, {new} now)"
-            for name, old, new in zip(names, before, now, strict=False)
-            if old != new
-        ]
-        raise RecomputeMismatch(
-            f"saved tensor number {slot.index} of checkpointed work is not the same when the work is run again: "
-            f"{', '.join(changes)}. It must do the same both times; with random numbers keep preserve_rng_state=True"
-        )
-    if slot.resident is not None:
-        version = _version(tensor)
-        # A leaf that the work makes itself, of an argument perhaps, is another storage each time, and its version says nothing.
-        if version is not None and version[0] == slot.resident[0] and version[1] != slot.resident[1]:
-            raise modified(tensor)

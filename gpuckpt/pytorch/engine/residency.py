@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from gpuckpt.pytorch.engine.subclasses import parts_of
+
 __all__ = ["is_resident", "mark_resident"]
 
 Parameter = torch.nn.Parameter
@@ -18,7 +20,7 @@ def mark_resident(tensors: Iterable[torch.Tensor]) -> None:
     """Declare that the storages of `tensors` belong to the model: no budget charges them. Forgotten when they die."""
     for key in [key for key, ref in list(_residents.items()) if ref.expired()]:
         del _residents[key]
-    for tensor in tensors:
+    for tensor in (part for whole in tensors for part in parts_of(whole)):
         storage = tensor.untyped_storage()
         # The weak reference keeps the address from being used again, so a stale key cannot name another storage.
         _residents[storage._cdata] = StorageWeakRef(storage)

@@ -5,7 +5,7 @@ The unit that is charged is the storage, because a storage is what a saved tenso
 - a storage that several saved tensors share is charged once, and given back when the last of them is gone;
 - what is resident (see residency.py) is never charged;
 - a tensor that already lies in a block of the budget's pool is not copied again;
-- of a sparse or nested tensor each part is charged.
+- of a sparse or nested tensor, and of a wrapper around others (DTensor, quantised weights), each part is charged.
 
 Two ways to hold (`CheckpointBudget(hold=...)`): "account" leaves the bytes where they are and charges them; "pool" copies
 the storage into the budget's pool, so that the pool's own limit guards it. An in-place change after saving is an error
@@ -25,9 +25,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import Budget
 from gpuckpt.memory.fork import renew_after_fork
-from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch._torch_internals import is_wrapper, untraced
 from gpuckpt.pytorch.engine.residency import is_resident
 from gpuckpt.pytorch.engine.saved_storage import Geometry, HeldTensor, MovableStorage, SavedStorage, flat_bytes
+from gpuckpt.pytorch.engine.subclasses import detached, parts_of
 
 __all__ = ["StorageIndex", "index_of"]
 
@@ -54,15 +55,17 @@ class StorageIndex:
         """Charge (and under "pool" copy) the storage of `tensor`. Raises `BudgetExceeded`; then nothing has changed."""
         # detach: an output that its own node saves would otherwise hold itself alive through its grad_fn.
         if self._budget is None or is_resident(tensor):
-            return HeldTensor(tensor if tensor.is_leaf else tensor.detach(), tensor._version, None)
+            return HeldTensor(tensor if tensor.is_leaf else detached(tensor), tensor._version, None)
         budget = self._budget()
         assert budget is not None, "an index does not outlive the budget that it is used with"
         try:
-            if tensor.layout is not torch.strided:
+            plain = type(tensor) is torch.Tensor
+            if tensor.layout is not torch.strided or (not plain and is_wrapper(tensor)):
                 return self._hold_parts(budget, tensor)
-            if tensor.device == self._copies_on and type(tensor) is torch.Tensor:
+            if plain and tensor.device == self._copies_on:
                 return self._hold_copy(budget, tensor)
-            return self._held(tensor.detach(), self._holding(budget, tensor.untyped_storage()))
+            own = tensor.detach() if plain else detached(tensor)
+            return self._held(own, self._holding(budget, tensor.untyped_storage()))
         except BudgetExceeded as error:
             node = "" if tensor.grad_fn is None else f" that {tensor.grad_fn.name()} is the backward of"
             error.hint = f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}{node} cannot be saved: {error.hint}"
@@ -183,21 +186,23 @@ class StorageIndex:
             return self._held(Geometry(tensor).of(holding.flat), holding)
 
     def _hold_parts(self, budget: Budget, tensor: torch.Tensor) -> HeldTensor:
-        detached = tensor.detach()
-        if detached.layout is torch.sparse_coo:
-            parts = [detached._indices(), detached._values()]
-        elif detached.layout in (torch.sparse_csr, torch.sparse_bsr):
-            parts = [detached.crow_indices(), detached.col_indices(), detached.values()]
-        elif detached.layout in (torch.sparse_csc, torch.sparse_bsc):
-            parts = [detached.ccol_indices(), detached.row_indices(), detached.values()]
-        elif detached.layout is torch.jagged:
-            parts = [detached.values(), detached.offsets()]  # type: ignore[attr-defined]
+        own = detached(tensor)
+        if own.layout is torch.strided:
+            parts = [part for part in parts_of(own) if not is_resident(part)]
+        elif own.layout is torch.sparse_coo:
+            parts = [own._indices(), own._values()]
+        elif own.layout in (torch.sparse_csr, torch.sparse_bsr):
+            parts = [own.crow_indices(), own.col_indices(), own.values()]
+        elif own.layout in (torch.sparse_csc, torch.sparse_bsc):
+            parts = [own.ccol_indices(), own.row_indices(), own.values()]
+        elif own.layout is torch.jagged:
+            parts = [own.values(), own.offsets()]  # type: ignore[attr-defined]
         else:
             raise TypeError(
                 f"a budget cannot hold a saved tensor of layout {tensor.layout}; convert it to a strided one"
             )
         holdings = [self._holding(budget, part.untyped_storage()) for part in parts]
-        return HeldTensor(detached, tensor._version, holdings)
+        return HeldTensor(own, tensor._version, holdings)
 
 
 _indexes: weakref.WeakKeyDictionary[Budget, StorageIndex] = weakref.WeakKeyDictionary()

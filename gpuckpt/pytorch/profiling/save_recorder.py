@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.residency import is_resident
+from gpuckpt.pytorch.engine.subclasses import parts_of
 
 __all__ = ["SaveRecorder", "Storages", "identity"]
 
@@ -27,7 +28,8 @@ class Storages:
     def __init__(self, residents: Sequence[torch.Tensor], copies: bool = False, unit_bytes: int = 1) -> None:
         self._copies = copies
         self._unit_bytes = unit_bytes
-        self._resident = {tensor.untyped_storage()._cdata for tensor in residents}
+        parts = [part for tensor in residents for part in parts_of(tensor)]
+        self._resident = {part.untyped_storage()._cdata for part in parts}
         self._number: dict[tuple[int, int], int] = {}
         # Weak references keep an address from naming two storages, and no memory alive.
         self._refs: list[StorageWeakRef] = []
@@ -49,16 +51,19 @@ class Storages:
                 raise InvalidChain(
                     f"measuring saved tensors of layout {tensor.layout} is not supported; keep such layers out of the chain"
                 )
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._resident:
-                continue
-            key = storage._cdata, version if self._copies else 0
-            number = self._number.get(key)
-            if number is None:
-                number = self._number[key] = len(self.sizes)
-                self._refs.append(StorageWeakRef(storage))
-                self.sizes.append(storage.nbytes())
-            ids[number] = None
+            parts = parts_of(tensor)
+            copied = self._copies and type(tensor) is torch.Tensor  # a pool leaves subclasses where they are
+            for part in parts:
+                storage = part.untyped_storage()
+                if storage._cdata in self._resident:
+                    continue
+                key = storage._cdata, version if copied else 0
+                number = self._number.get(key)
+                if number is None:
+                    number = self._number[key] = len(self.sizes)
+                    self._refs.append(StorageWeakRef(storage))
+                    self.sizes.append(storage.nbytes())
+                ids[number] = None
         return tuple(ids)
 
 

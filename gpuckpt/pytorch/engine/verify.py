@@ -1,0 +1,62 @@
+"""Whether work that is run again saves what it saved in forward."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from gpuckpt.errors import RecomputeMismatch
+
+__all__ = ["Verify", "check_verify", "compare", "seen", "version_of"]
+
+Verify = Literal["metadata", "bitwise"]
+
+_NAMES = ("shape", "dtype", "device", "strides", "contents")
+
+
+def check_verify(verify: object) -> None:
+    """Raise `ValueError` for what is no way to verify a recompute: a typo would check less than was asked for."""
+    if not (verify is None or (isinstance(verify, str) and verify in ("metadata", "bitwise"))):
+        raise ValueError(f"verify={verify!r}: expected None, 'metadata' or 'bitwise'")
+
+
+def seen(tensor: torch.Tensor, verify: Verify | None) -> tuple[Any, ...]:
+    """What is compared of a saved tensor: shape, dtype and device; under "metadata" its strides, under "bitwise" its bytes."""
+    if verify is None:
+        return tensor.shape, tensor.dtype, tensor.device
+    stride = tensor.stride() if tensor.layout is torch.strided else None
+    details = tensor.shape, tensor.dtype, tensor.device, stride
+    return (*details, _checksum(tensor)) if verify == "bitwise" else details
+
+
+def compare(number: int, before: tuple[Any, ...], now: tuple[Any, ...]) -> None:
+    """Raise `RecomputeMismatch` where saved tensor `number` is not what it was."""
+    if now == before:
+        return
+    changes = [
+        f"{name} (contents differ)" if name == "contents" else f"{name} ({old} before, {new} now)"
+        for name, old, new in zip(_NAMES, before, now, strict=False)
+        if old != new
+    ]
+    raise RecomputeMismatch(
+        f"saved tensor number {number} of checkpointed work is not the same when the work is run again: "
+        f"{', '.join(changes)}. It must do the same both times; with random numbers keep preserve_rng_state=True"
+    )
+
+
+def version_of(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Which storage a tensor is in, and how often that was changed in place."""
+    return (tensor.untyped_storage()._cdata, tensor._version) if tensor.layout is torch.strided else None
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """64 bits that change with any byte of the tensor and, unlike an exclusive or, with their order."""
+    if tensor.is_meta:
+        return 0
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+    weights = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)  # odd, so that no bit is multiplied away
+    return int((words * weights).sum())
