@@ -5,8 +5,8 @@ inside `with budget:`. At no instant do they exceed `max_bytes`; a request that 
 changes nothing. What is not counted is listed in `gpuckpt.memory.uncapped`.
 
 hold="account"  leaves bytes where they are and counts them: no copy, right wherever another allocator owns the memory.
-hold="pool"     moves bytes into the budget's own pool with its own limit: one copy, right where the cap must hold against
-                the allocator itself, or where saved bytes shall not mix with its other blocks.
+hold="pool"     moves bytes into the budget's own pool with its own limit: one copy, right where the cap must hold against the
+                allocator itself, or where saved bytes shall not mix with its other blocks.
 """
 
 from __future__ import annotations
@@ -218,8 +218,7 @@ class Budget:
 
         CuPy's pool cuts later requests from cached pieces and merges them again. What a plan holds ends in the reverse order of
         its beginning, so that in one piece as large as its peak no gaps arise, where pieces fetched one by one could refuse a
-        certified plan. Host pools never cut a block and need nothing. Call it on the stream that the step will run on.
-        Raises `BudgetExceeded` where the piece does not fit in addition to what is held now.
+        certified plan. Host pools never cut a block and need nothing. Call it on the step's stream. Raises `BudgetExceeded`.
         """
         if self.hold == "pool" and self.device != "cpu" and nbytes:
             self.take(nbytes, "planned step")

@@ -102,7 +102,7 @@ def stream_key(stream: Any) -> tuple[int, int]:
     return (stream.ptr, threading.get_ident() if stream.ptr == 2 else 0)
 
 
-class _Handle:
+class _RawStream:
     """A stream of torch's, by the protocol that CuPy takes streams of other libraries by. torch's own have it from 2.12 on."""
 
     def __init__(self, pointer: int) -> None:
@@ -123,7 +123,7 @@ def torch_stream(device: Any) -> Any:
     if stream is None:
         cuda = import_cupy().cuda
         with cuda.Device(current.device_index):
-            stream = _torch_streams[key] = cuda.Stream.from_external(_Handle(current.cuda_stream))
+            stream = _torch_streams[key] = cuda.Stream.from_external(_RawStream(current.cuda_stream))
     return stream
 
 

@@ -187,20 +187,7 @@ class StorageIndex:
 
     def _hold_parts(self, budget: Budget, tensor: torch.Tensor) -> HeldTensor:
         own = detached(tensor)
-        if own.layout is torch.strided:
-            parts = [part for part in parts_of(own) if not is_resident(part)]
-        elif own.layout is torch.sparse_coo:
-            parts = [own._indices(), own._values()]
-        elif own.layout in (torch.sparse_csr, torch.sparse_bsr):
-            parts = [own.crow_indices(), own.col_indices(), own.values()]
-        elif own.layout in (torch.sparse_csc, torch.sparse_bsc):
-            parts = [own.ccol_indices(), own.row_indices(), own.values()]
-        elif own.layout is torch.jagged:
-            parts = [own.values(), own.offsets()]  # type: ignore[attr-defined]
-        else:
-            raise TypeError(
-                f"a budget cannot hold a saved tensor of layout {tensor.layout}; convert it to a strided one"
-            )
+        parts = [part for part in parts_of(own) if not is_resident(part)]
         holdings = [self._holding(budget, part.untyped_storage()) for part in parts]
         return HeldTensor(own, tensor._version, holdings)
 

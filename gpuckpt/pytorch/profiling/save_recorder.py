@@ -10,7 +10,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.residency import is_resident
 from gpuckpt.pytorch.engine.subclasses import parts_of
@@ -47,12 +46,9 @@ class Storages:
         """The same for tensors as they were in a version."""
         ids: dict[int, None] = {}
         for tensor, version in tensors:
-            if tensor.layout is not torch.strided:
-                raise InvalidChain(
-                    f"measuring saved tensors of layout {tensor.layout} is not supported; keep such layers out of the chain"
-                )
             parts = parts_of(tensor)
-            copied = self._copies and type(tensor) is torch.Tensor  # a pool leaves subclasses where they are
+            # A pool leaves subclasses and sparse tensors where they are.
+            copied = self._copies and type(tensor) is torch.Tensor and tensor.layout is torch.strided
             for part in parts:
                 storage = part.untyped_storage()
                 if storage._cdata in self._resident:
