@@ -26,7 +26,7 @@ from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import Budget
 from gpuckpt.memory.fork import renew_after_fork
 from gpuckpt.pytorch._torch_internals import is_wrapper, untraced
-from gpuckpt.pytorch.engine.residency import is_resident
+from gpuckpt.pytorch.engine.residency import charged_bytes, is_given, is_resident
 from gpuckpt.pytorch.engine.saved_storage import Geometry, HeldTensor, MovableStorage, SavedStorage, flat_bytes
 from gpuckpt.pytorch.engine.subclasses import detached, parts_of
 
@@ -62,7 +62,7 @@ class StorageIndex:
             plain = type(tensor) is torch.Tensor
             if tensor.layout is not torch.strided or (not plain and is_wrapper(tensor)):
                 return self._hold_parts(budget, tensor)
-            if plain and tensor.device == self._copies_on:
+            if plain and tensor.device == self._copies_on and not is_given(tensor):
                 return self._hold_copy(budget, tensor)
             own = tensor.detach() if plain else detached(tensor)
             return self._held(own, self._holding(budget, tensor.untyped_storage()))
@@ -80,7 +80,7 @@ class StorageIndex:
         with self._lock:
             if self._find(storage._cdata) is not None:
                 return True
-            copied = tensor.device == self._copies_on and type(tensor) is torch.Tensor
+            copied = tensor.device == self._copies_on and type(tensor) is torch.Tensor and not is_given(tensor)
             if not copied:
                 return False
             if budget.owns(storage.data_ptr()):
@@ -155,8 +155,8 @@ class StorageIndex:
         with self._lock:
             holding = self._find(key)
             if holding is None:
-                nbytes = storage.nbytes()
-                holding = self._new(budget, nbytes)
+                nbytes = charged_bytes(storage)
+                holding = SavedStorage(nbytes) if nbytes < storage.nbytes() else self._new(budget, nbytes)
                 holding.charge = budget.charge(budget.footprint(nbytes), "saved tensor")
                 self.remember(key, holding)
         return holding
