@@ -194,7 +194,7 @@ def unaligned_tile(kind: str, dtype: str, arch: int) -> TileConfig:
     if dtype == "fp32":
         # Uncapped, sm_90 spills in a light kernel, for a second block; capped, sm_100 and sm_120 do, which pair registers.
         return candidates(kind, dtype, arch)[0] if arch in (100, 120) else _UNALIGNED_FP32
-    needy = kind in ("gated_bwd", "linear_dropout")
+    needy = kind in ("gated_fwd", "gated_bwd", "linear_dropout")
     return _UNALIGNED_LOW if needy and arch not in (90, 100) else _UNALIGNED
 
 
