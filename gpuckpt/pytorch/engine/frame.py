@@ -125,9 +125,9 @@ class Frame:
     def save(self, tensors: Sequence[torch.Tensor]) -> None:
         """Keep `tensors` to start from, in whatever the active hooks save into. Raises `BudgetExceeded`."""
         if tensors:
-            # The anchor makes autograd record a node; the node holds the inputs, and nothing in the graph points to it.
+            # The anchor makes autograd record a node, which holds the inputs while its output lives (torch 2.11) or itself.
             anchor = torch.empty((), device="cpu", requires_grad=True)
-            self._inputs.append(_SaveInputs.apply(anchor, *tensors).grad_fn)
+            self._inputs.append(_SaveInputs.apply(anchor, *tensors))
 
     def hooks(self) -> enter:
         """The context to do the work in; the frame's budget is the current one in it."""
@@ -146,7 +146,7 @@ class Frame:
         Raises `BudgetExceeded` where they do not fit, `RecomputeMismatch` where the work is not what it was.
         """
         replay = _FrameReplay(self, wanted)
-        tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
+        tensors = [tensor for saver in self._inputs for tensor in saver.grad_fn.saved_tensors]
         outer, self._wanted = self._wanted, wanted
         try:
             with (
