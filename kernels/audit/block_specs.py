@@ -1,15 +1,21 @@
-"""The kernels without a GEMM as they ship, for the ahead-of-time compiler."""
+"""The kernels without a GEMM as they ship, for the ahead-of-time compiler: the launches of their launchers, recorded."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+
+import torch
 
 from .. import cross_entropy, norm
 from ..host.tiles import BlockTile
-from .specs import STORED, KernelSpec, block_dtypes, block_meta, make_spec
+from .record import Launch, recorded_spec, recording
+from .specs import DTYPES, STORED, KernelSpec, block_dtypes, block_meta
 
 __all__ = ["specs"]
+
+_ROWS = 33
+"""No multiple of 16: nothing is known of a batch."""
 
 
 def specs(arch: int) -> list[KernelSpec]:
@@ -20,88 +26,50 @@ def specs(arch: int) -> list[KernelSpec]:
 def _cross_entropy_specs(arch: int) -> list[KernelSpec]:
     """Both kernels at both blocks, without and with every option, as called on contiguous 16-byte aligned logits."""
     found = []
-    scalars = dict.fromkeys(("smoothing", "z_weight", "inv_softcap", "softcap"), "fp32")
+    target = torch.empty(_ROWS, dtype=torch.int64, device="meta")
+    loss = torch.empty(_ROWS, device="meta")
     for dtype in block_dtypes(arch):
         for tile in cross_entropy.TILES:
-            for variant, options in (("plain", False), ("softcap_smooth", True)):
-                constexprs = {
-                    "SOFTCAP": options,
-                    "SMOOTH": options,
-                    "BLOCK": tile.columns,
-                    "INTERPRET": False,
-                    "stride_t": 1,
-                }
-                types = {
-                    "p_logits": "T",
-                    "p_target": "*i64",
-                    "V": "i32",
-                    "stride_m": "i32",
-                    "ignore_index": "i32",
-                    **scalars,
-                }
-                common: dict[str, Any] = {"variant": variant, "dtype": dtype, "arch": arch, "tile": tile}
-                divisible = ("p_logits", "p_target", "V", "stride_m")
-                found.append(
-                    make_spec(
-                        cross_entropy.cross_entropy_fwd_kernel,
-                        types={**types, "p_loss": "*fp32"},
-                        constexprs=constexprs,
-                        divisible=(*divisible, "p_loss"),
-                        meta=block_meta({"f32": 1}),
-                        **common,
-                    )
-                )
-                found.append(
-                    make_spec(
-                        cross_entropy.cross_entropy_bwd_kernel,
-                        types={**types, "p_dloss": "*fp32"},
-                        constexprs={**constexprs, "stride_d": 1},
-                        divisible=(*divisible, "p_dloss"),
-                        # Zeros for an ignored row, or its gradient.
-                        meta=block_meta({f"{tile.columns}x{STORED[dtype]}": 2}),
-                        **common,
-                    )
-                )
+            logits = torch.empty(_ROWS, 4 * tile.columns, dtype=DTYPES[dtype], device="meta")
+            # What a program writes: a row's loss; zeros for an ignored row, or its gradient.
+            stores = {"cross_entropy_fwd": {"f32": 1}, "cross_entropy_bwd": {f"{tile.columns}x{STORED[dtype]}": 2}}
+            for variant, softcap, smoothing in (("plain", None, 0.0), ("softcap_smooth", 30.0, 0.1)):
+                with recording(arch) as launches:
+                    for run in (cross_entropy.cross_entropy_fwd, cross_entropy.cross_entropy_bwd):
+                        run(logits, target, loss, softcap=softcap, label_smoothing=smoothing, tile=tile)
+                found += [_spec(launch, variant, dtype, arch, tile, stores) for launch in launches]
     return found
 
 
 def _norm_specs(arch: int) -> list[KernelSpec]:
     """The kernels for wide rows, in each dtype, as called on contiguous, 16-byte aligned tensors: LayerNorm with weight and bias,
-    RMSNorm with a weight. Narrower rows take the same code in smaller blocks."""
+    RMSNorm with a weight. Narrower rows take the same code in smaller blocks. The sums over rows do not know which norm it is;
+    LayerNorm wants both of them."""
     found = []
     for dtype in block_dtypes(arch):
         row = Counter({f"{norm.WIDEST_BLOCK}x{STORED[dtype]}": 1})
-        for kind in norm.KINDS:
-            found.append(_norm_spec(norm.norm_fwd_kernel, kind, dtype, arch, row))
-            found.append(_norm_spec(norm.norm_bwd_rows_kernel, kind, dtype, arch, row + Counter({"f32": 2})))
-        # The sums over rows do not know which norm it is; LayerNorm wants both of them.
-        found.append(_norm_spec(norm.norm_bwd_columns_kernel, "layer", dtype, arch, {f"{norm.COLUMNS_PER_SUM}xf32": 2}))
+        stores = {
+            "norm_fwd": row,
+            "norm_bwd_rows": row + Counter({"f32": 2}),
+            "norm_bwd_columns": {f"{norm.COLUMNS_PER_SUM}xf32": 2},
+        }
+        # With memory: the launcher asks whether two of them share it.
+        x, dy, out = (torch.empty(_ROWS, norm.WIDEST_BLOCK, dtype=DTYPES[dtype]) for _ in range(3))
+        weight, stats = x[0], torch.empty(2, _ROWS)
+        sums = [torch.empty(norm.norm_partials_shape(x)) for _ in range(2)]
+        for kind, bias, wanted in (("rms", None, []), ("layer", weight, sums)):
+            with recording(arch) as launches:
+                norm.norm_fwd(x, weight, bias, out, kind=kind)
+                norm.norm_bwd(x, weight, dy, out, stats, *wanted, kind=kind)
+            for launch in launches:
+                rows, columns = (launch.arguments.get(name) for name in ("ROWS", "COLUMNS"))
+                tile = BlockTile(rows or 1, columns or norm.WIDEST_BLOCK, norm.NUM_WARPS)
+                found.append(_spec(launch, kind, dtype, arch, tile, stores))
     return found
 
 
-def _norm_spec(fn: Any, kind: str, dtype: str, arch: int, stores: dict[str, int]) -> KernelSpec:
-    constants: dict[str, Any] = {"LAYER": kind == "layer", "BLOCK": norm.WIDEST_BLOCK, "INTERPRET": False}
-    constants |= {"ROWS": norm.ROWS_PER_SUM, "COLUMNS": norm.COLUMNS_PER_SUM}
-    constants |= {"stride_w": 1, "stride_b": 1}
-    if kind == "rms":
-        constants["p_b"] = None
-        del constants["stride_b"]
-    constants = {n: v for n, v in constants.items() if n in fn.arg_names}
-    special = {"p_stats": "*fp32", "p_dw": "*fp32", "p_db": "*fp32", "eps": "fp32"}
-    types: dict[str, str | tuple[str, ...]] = {
-        n: ("i32", "1") if n.startswith("strides_") else special.get(n, "T" if n.startswith("p_") else "i32")
-        for n in fn.arg_names
-        if n not in constants
-    }
-    shape = (norm.ROWS_PER_SUM, norm.COLUMNS_PER_SUM) if "ROWS" in constants else (1, norm.WIDEST_BLOCK)
-    return make_spec(
-        fn,
-        variant=kind,
-        dtype=dtype,
-        arch=arch,
-        tile=BlockTile(*shape, norm.NUM_WARPS),
-        types=types,
-        constexprs=constants,
-        divisible=tuple(n for n in types if n not in ("eps", "M", "strides_s")),
-        meta=block_meta(stores),
-    )
+def _spec(
+    launch: Launch, variant: str, dtype: str, arch: int, tile: BlockTile, stores: Mapping[str, Mapping[str, int]]
+) -> KernelSpec:
+    meta = block_meta(stores[launch.fn.__name__.removesuffix("_kernel")])
+    return recorded_spec(launch, variant=variant, dtype=dtype, arch=arch, tile=tile, meta=meta)

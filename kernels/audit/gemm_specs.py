@@ -4,8 +4,8 @@ tile, dtype, loading    Every combination that the launchers choose by themselve
                         through descriptors. Pointers there are for who asks for them (`tma=False`): bf16 with one activation.
 layout                  Operands are regular (`arguments.regular`: inner strides are the constant 1, outer ones and sizes
                         multiples of 16), or nothing is known about them and the small unaligned tile is taken: both are
-                        compiled. Where pointers are used, so is a K that is no multiple of the preferred tile's step;
-                        descriptors mask it.
+                        compiled. Where pointers are used with 16-bit operands, so is a K that is no multiple of the preferred
+                        tile's step; descriptors mask it, and the step of fp32 is 16, which a regular K is a multiple of.
 optional operands       Bias, residual, h and the sums for db are all given. A launch without one is the same code less its
                         loads, stores and addresses.
 activation              A kernel's registers depend on it, and not only upwards: ptxas may hold a light kernel to a round number
@@ -19,30 +19,33 @@ sm_86, sm_89, sm_120    run sm_80's tiles through the same code generator: the e
 Not compiled: outputs and gradients whose layout is irregular beside regular operands (they are allocated contiguous; such a dy
 cost up to 12 spills outside of the K loop), strides past 2^31, and outputs of another dtype than the operands.
 
-Constants and options are those of the launchers (`arguments.gemm_options`); a test compares whole launches with what is compiled.
-Types follow from the arguments' names, so a new argument needs no entry here.
+Nothing of a launch is written here: the launchers are called on tensors without memory, and `record` keeps what they pass.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import torch
+from torch import Tensor
 
 from ..device.activations import ACTIVATIONS
-from ..gated import gated_fwd_kernel, gated_recompute_bwd_kernel
-from ..host.arguments import gemm_options
+from ..device.dropout import Dropout
+from ..gated import db_partials_shape as gated_db_shape
+from ..gated import gated_fwd, gated_recompute_bwd
 from ..host.tiles import KINDS, TileConfig, candidates, unaligned_tile
-from ..linear import linear_fwd_kernel, linear_recompute_bwd_kernel
-from ..mlp import mlp_dual_bwd_kernel
-from .specs import WHOLE_ARCHS, KernelSpec, make_spec
+from ..linear import db_partials_shape as linear_db_shape
+from ..linear import linear_fwd, linear_recompute_bwd
+from ..mlp import db_partials_shape as mlp_db_shape
+from ..mlp import mlp_dual_bwd
+from .record import Launch, recorded_spec, recording
+from .specs import DTYPES, WHOLE_ARCHS, KernelSpec
 
-__all__ = ["dual_specs", "gated_specs", "linear_specs", "specs", "uses_tma"]
+__all__ = ["specs", "uses_tma"]
 
-_TYPES = {
-    **dict.fromkeys(("seed", "offset", "first_row", "threshold"), "i64"),
-    **dict.fromkeys(("scale", "multiplier"), "fp32"),
-    **dict.fromkeys(("p_db", "p_dbg", "p_dbu"), "*fp32"),
-}
+_SIZES = {"": (4097, 4096, 4096, 4096), "uneven": (4097, 4096, 4112, 4112), "loose": (1025, 1031, 1021, 1019)}
+"""M, N, K and D of the launch that stands for all of a layout. No M is a multiple of 16: nothing is known of a batch."""
+
+_DROPOUT = Dropout(0.9, seed=1 << 40, offset=1 << 40, first_row=1 << 31)
+"""Numbers that need 64 bits where they can."""
 
 _EXTREMES = ("gelu_tanh", "identity")
 
@@ -55,16 +58,16 @@ def specs(arch: int) -> list[KernelSpec]:
             own = candidates(kind, dtype, arch)
             for tile in own:
                 for activation in _activations(kind, dtype, arch, tile is own[0]):
-                    found += _kind_specs(kind, dtype, arch, tile, activation, tma=uses_tma(dtype, arch))
+                    found += _recorded(kind, dtype, arch, tile, activation)
             if uses_tma(dtype, arch):
                 for tile in own if dtype == "bf16" else ():
-                    found += _kind_specs(kind, dtype, arch, tile, "gelu_tanh", tma=False)
-            elif kind != "linear_dropout" and (arch in WHOLE_ARCHS or dtype != "fp16"):
-                found += _kind_specs(kind, dtype, arch, own[0], "gelu_tanh", even=False)
+                    found += _recorded(kind, dtype, arch, tile, "gelu_tanh", tma=False)
+            elif kind != "linear_dropout" and dtype != "fp32" and (arch in WHOLE_ARCHS or dtype != "fp16"):
+                found += _recorded(kind, dtype, arch, own[0], "gelu_tanh", layout="uneven")
             if arch not in WHOLE_ARCHS and dtype == "fp16":
                 continue
             for activation in _EXTREMES if dtype == "bf16" else _EXTREMES[:1]:
-                found += _kind_specs(kind, dtype, arch, unaligned_tile(kind, dtype, arch), activation, unaligned=True)
+                found += _recorded(kind, dtype, arch, unaligned_tile(kind, dtype, arch), activation, layout="loose")
     return found
 
 
@@ -83,130 +86,66 @@ def _activations(kind: str, dtype: str, arch: int, preferred: bool) -> tuple[str
     return _EXTREMES
 
 
-def _kind_specs(kind: str, dtype: str, arch: int, tile: TileConfig, activation: str, **form: bool) -> list[KernelSpec]:
-    if kind.startswith("gated"):
-        return gated_specs(kind, dtype, arch, tile, activation, **form)
-    if kind == "dual":
-        return dual_specs(dtype, arch, tile, activation, **form)
-    return linear_specs(dtype, arch, tile, activation, dropout=kind == "linear_dropout", **form)
-
-
-def linear_specs(
-    dtype: str,
-    arch: int,
-    tile: TileConfig,
-    activation: str,
-    *,
-    tma: bool = False,
-    dropout: bool = False,
-    unaligned: bool = False,
-    even: bool = True,
+def _recorded(
+    kind: str, dtype: str, arch: int, tile: TileConfig, activation: str, *, layout: str = "", tma: bool | None = None
 ) -> list[KernelSpec]:
-    """Forward and recompute-backward of one linear layer."""
-    blocks = {"p_x": (tile.bm, tile.bk), "p_w": (tile.bn, tile.bk)} if tma else {}
-    shared = {"DROPOUT": dropout, "TMA": tma}
-    common = functools.partial(
-        _spec, kind="linear", dtype=dtype, arch=arch, tile=tile, activation=activation, blocks=blocks,
-        unaligned=unaligned, even=even,
-    )  # fmt: skip
-    return [
-        common(linear_fwd_kernel, flags={**shared, "PERSISTENT": tma}),
-        common(linear_recompute_bwd_kernel, flags={**shared, "RECOMPUTE": True}),
-    ]
+    """The launches of a kind. layout: "" for regular operands, "uneven" for a K that is no multiple of the tile's step, "loose"
+    for operands of which nothing is known, and the tile that the launcher chooses for them."""
+    with recording(arch) as launches:
+        _launch(kind, DTYPES[dtype], layout, activation, tma, None if layout == "loose" else tile)
+    return [_spec(launch, dtype, arch, tile, activation, layout) for launch in launches]
 
 
-def dual_specs(
-    dtype: str,
-    arch: int,
-    tile: TileConfig,
-    activation: str,
-    *,
-    tma: bool = False,
-    unaligned: bool = False,
-    even: bool = True,
-) -> list[KernelSpec]:
-    """The dual-GEMM backward of an MLP."""
-    square = (tile.bm, tile.bk)
-    blocks = {"p_x": square, "p_w1": (tile.bn, tile.bk), "p_dy": square, "p_w2": (tile.bk, tile.bn)} if tma else {}
-    flags = {"TMA": tma, "EVEN_D": True}
-    return [
-        _spec(mlp_dual_bwd_kernel, "dual", dtype, arch, tile, activation, blocks, flags, unaligned=unaligned, even=even)
-    ]
-
-
-def gated_specs(
-    kind: str,
-    dtype: str,
-    arch: int,
-    tile: TileConfig,
-    activation: str,
-    *,
-    tma: bool = False,
-    unaligned: bool = False,
-    even: bool = True,
-) -> list[KernelSpec]:
-    """Forward (kind "gated_fwd") or recompute-backward ("gated_bwd") of a gated MLP."""
-    rows, weights = (tile.bm, tile.bk), (tile.bn, tile.bk)
-    blocks = {"p_x": rows, "p_wg": weights, "p_wu": weights} if tma else {}
-    flags = {"TMA": tma}
-    fn = gated_fwd_kernel
-    if kind == "gated_bwd":
-        fn = gated_recompute_bwd_kernel
-        blocks |= {"p_dy": rows, "p_wd": (tile.bk, tile.bn)} if tma else {}
-        flags |= {"EVEN_D": True}
-    return [_spec(fn, kind, dtype, arch, tile, activation, blocks, flags, unaligned=unaligned, even=even)]
-
-
-def _spec(
-    fn: Any,
-    kind: str,
-    dtype: str,
-    arch: int,
-    tile: TileConfig,
-    activation: str,
-    blocks: dict[str, tuple[int, int]],
-    flags: dict[str, Any],
-    *,
-    unaligned: bool,
-    even: bool,
-) -> KernelSpec:
-    """blocks: descriptors and their block shapes. flags: constants beyond those of every GEMM kernel. unaligned: no stride is
-    known, and nothing is a multiple of anything. even: K and D are multiples of the tile's step."""
-    options = gemm_options(kind, tile, 0, activation, dropout=flags.get("DROPOUT", False))
-    constexprs = {n: options[n] for n in fn.arg_names if n in options} | flags
-    constexprs["INTERPRET"] = False
-    if unaligned or not even:
-        constexprs |= {n: False for n in ("EVEN_K", "EVEN_D") if n in constexprs}
-    if not unaligned:
-        constexprs |= {n: 1 for n in fn.arg_names if n.startswith("stride_")}
-    types: dict[str, str | tuple[str, ...]] = {}
-    for n in fn.arg_names:
-        if n in blocks:
-            types[n] = f"tensordesc<{dtype}[{blocks[n][0]},{blocks[n][1]}]>"
-        elif n.startswith("strides_"):
-            types[n] = ("i32", "i32" if unaligned else "1")
-        elif n not in constexprs:
-            types[n] = _TYPES.get(n, "T" if n.startswith("p_") else "i32")
-    aligned = [n for n in types if n not in blocks and (n.startswith(("p_", "stride")) or n in ("N", "K", "D"))]
-    marks = (
-        "tma" if blocks else "",
-        "dropout" if flags.get("DROPOUT") else "",
-        "loose" if unaligned else "" if even else "uneven",
-    )
-    return make_spec(
-        fn,
+def _spec(launch: Launch, dtype: str, arch: int, tile: TileConfig, activation: str, layout: str) -> KernelSpec:
+    tma = launch.arguments["TMA"]
+    marks = ("tma" if tma else "", "dropout" if launch.arguments.get("DROPOUT") else "", layout)
+    return recorded_spec(
+        launch,
         variant=",".join((activation, *filter(None, marks))),
         dtype=dtype,
         arch=arch,
         tile=tile,
-        types=types,
-        constexprs=constexprs,
-        divisible=() if unaligned else tuple(aligned),
         meta={
             "activation": activation,
-            "gemm_loops": 1 + ("p_dy" in fn.arg_names and "D" in fn.arg_names),
+            "gemm_loops": 1 + ("D" in launch.arguments),
             "tensor_cores": dtype != "fp32",
-            "tma": bool(blocks),
-            "pipelined": not unaligned,
+            "tma": tma,
+            "pipelined": layout != "loose",
         },
     )
+
+
+def _launch(
+    kind: str, dtype: torch.dtype, layout: str, activation: str, tma: bool | None, tile: TileConfig | None
+) -> None:
+    """Every kernel of a kind once, with all that is optional, on tensors without memory."""
+    M, N, K, D = _SIZES[layout]
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        if layout != "loose":
+            return torch.empty(shape, dtype=of, device="meta")
+        strides = (3 * shape[-1] + 1, 3)[-len(shape) :]
+        return torch.empty(strides[0] * shape[0] + 1, dtype=of, device="meta").as_strided(shape, strides, 1)
+
+    def sums(shape: tuple[int, int]) -> Tensor:
+        return empty(*shape, of=torch.float32)
+
+    x, w, b, dy, wd = empty(M, K), empty(N, K), empty(N), empty(M, D), empty(D, N)
+    first, second, third = (empty(M, N) for _ in range(3))
+    if kind in ("linear", "linear_dropout"):
+        dropout = _DROPOUT if kind == "linear_dropout" else None
+        db = sums(linear_db_shape(x, w, tile, dropout))
+        linear_fwd(x, w, b, first, residual=second, activation=activation, dropout=dropout, tile=tile, tma=tma)
+        linear_recompute_bwd(
+            x, w, b, first, second, db, h=third, activation=activation, dropout=dropout, tile=tile, tma=tma
+        )
+    elif kind == "dual":
+        db = sums(mlp_db_shape(x, w, wd, form="dual", tile=tile))
+        mlp_dual_bwd(x, w, b, dy, wd, first, second, db, activation=activation, tile=tile, tma=tma)
+    elif kind == "gated_fwd":
+        gated_fwd(x, w, b, w, b, first, activation=activation, tile=tile, tma=tma)
+    else:
+        both = [sums(gated_db_shape(x, w, w, wd, tile)) for _ in range(2)]
+        gated_recompute_bwd(
+            x, w, b, w, b, dy, wd, first, second, third, *both, activation=activation, tile=tile, tma=tma
+        )

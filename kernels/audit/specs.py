@@ -1,7 +1,7 @@
-"""Every kernel that ships, written down once: what is compiled, with which types, tiles and promises.
+"""Every kernel that ships: what is compiled, with which types, tiles and promises.
 
 A `KernelSpec` is all that an ahead-of-time compiler needs; nothing here touches a GPU or compiles anything. `gemm_specs` and
-`block_specs` state them; `shipped` collects them.
+`block_specs` say which launches there are, `record` makes specs of them, and `shipped` collects these.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 __all__ = [
     "ARCHS",
+    "DTYPES",
     "SPEC_MODULES",
     "STORED",
     "WHOLE_ARCHS",
@@ -32,6 +35,8 @@ SPEC_MODULES: tuple[str, ...] = ("gemm_specs", "block_specs")
 WHOLE_ARCHS = (80, 90, 100)
 """Those that everything is compiled for. sm_86, sm_89 and sm_120 run sm_80's kernels through the same code generator: for them it
 is bf16 in full, and of the other dtypes what is preferred."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 STORED = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 """What Triton's IR calls an element of each dtype."""

@@ -6,16 +6,14 @@ Launchers allocate nothing. They accept any strides of inputs, and outputs whose
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..device.activations import ACTIVATIONS
-from ..device.casts import INTERPRETED
 from .dtypes import dtype_name
-from .tiles import TileConfig, epilogue_n, why_invalid
+from .tiles import TileConfig, why_invalid
 
 __all__ = [
     "check_activation",
@@ -25,7 +23,6 @@ __all__ = [
     "check_tile",
     "describable",
     "descriptor",
-    "gemm_options",
     "regular",
     "strides",
     "use_descriptors",
@@ -132,21 +129,3 @@ def descriptor(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
 def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
     """Strides for a kernel's arguments, zeros for an absent tensor."""
     return t.stride() if t is not None else (0,) * dims
-
-
-def gemm_options(kind: str, tile: TileConfig, K: int, activation: str, *, dropout: bool = False) -> dict[str, Any]:
-    """What every GEMM kernel is compiled with for a tile, a reduction over K and an activation: its constants, then Triton's
-    options. kind: a key of `tiles.KINDS`. What is audited takes them from here too, so that it is what is launched."""
-    return {
-        "ACT": activation,
-        "BM": tile.bm,
-        "BN": tile.bn,
-        "BK": tile.bk,
-        "EPILOGUE_N": epilogue_n(tile, kind, dropout),
-        "GROUP_M": tile.group_m,
-        "EVEN_K": K % tile.bk == 0,
-        "INTERPRET": INTERPRETED,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        "maxnreg": tile.max_registers,
-    }

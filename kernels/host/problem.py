@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..device.casts import INTERPRETED
 from .arguments import (
     check_activation,
     check_out,
@@ -19,13 +20,12 @@ from .arguments import (
     check_sums,
     check_tile,
     descriptor,
-    gemm_options,
     regular,
     use_descriptors,
 )
 from .dtypes import dtype_name
 from .hardware import arch_of
-from .tiles import TileConfig, choose
+from .tiles import TileConfig, choose, epilogue_n
 
 __all__ = ["GemmProblem", "check_operands", "partials_shape"]
 
@@ -129,6 +129,19 @@ class GemmProblem:
         return True, [descriptor(m, *block) for m, block in zip(matrices, blocks, strict=False)]
 
     def options(self, *, dropout: bool = False) -> dict[str, Any]:
-        """Constants and options of the kernel, beyond those of its own."""
-        own = gemm_options(self.kind, self.tile, self.x.shape[1], self.activation, dropout=dropout)
-        return own | ({"EVEN_D": self.D % self.tile.bk == 0} if self.second else {})
+        """What every GEMM kernel is compiled with: its constants, beyond those of its own, then Triton's options."""
+        tile = self.tile
+        own = {
+            "ACT": self.activation,
+            "BM": tile.bm,
+            "BN": tile.bn,
+            "BK": tile.bk,
+            "EPILOGUE_N": epilogue_n(tile, self.kind, dropout),
+            "GROUP_M": tile.group_m,
+            "EVEN_K": self.x.shape[1] % tile.bk == 0,
+            "INTERPRET": INTERPRETED,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            "maxnreg": tile.max_registers,
+        }
+        return own | ({"EVEN_D": self.D % tile.bk == 0} if self.second else {})

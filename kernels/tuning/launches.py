@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..audit.specs import DTYPES
 from ..device.dropout import Dropout
 from ..gated import db_partials_shape as gated_db_shape
 from ..gated import gated_fwd, gated_recompute_bwd
@@ -20,8 +21,6 @@ from ..mlp import db_partials_shape as mlp_db_shape
 from ..mlp import mlp_dual_bwd
 
 __all__ = ["DTYPES", "calls"]
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Launch = Callable[[], None]
 

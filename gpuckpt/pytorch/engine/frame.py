@@ -124,9 +124,9 @@ class Frame:
                 if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
                     self._carried.append((number, Carried(tensor)))
             self._count += len(tensors)
-            # The anchor makes autograd record a node; the node holds the inputs, and nothing in the graph points to it.
+            # The anchor makes autograd record a node, which holds the inputs while its output lives (torch 2.11) or itself.
             anchor = torch.empty((), device="cpu", requires_grad=True)
-            self._inputs.append(_SaveInputs.apply(anchor, *tensors).grad_fn)
+            self._inputs.append(_SaveInputs.apply(anchor, *tensors))
 
     def hooks(self) -> enter:
         """The context to do the work in; the frame's budget is the current one in it."""
@@ -145,7 +145,7 @@ class Frame:
         Raises `BudgetExceeded` where they do not fit, `RecomputeMismatch` where the work is not what it was.
         """
         replay = _FrameReplay(self, wanted)
-        tensors = [tensor for saver in self._inputs for tensor in saver.saved_tensors]
+        tensors = [tensor for saver in self._inputs for tensor in saver.grad_fn.saved_tensors]
         for number, carried in self._carried:
             tensors[number] = carried.by(tensors[number])
         outer, self._wanted = self._wanted, wanted

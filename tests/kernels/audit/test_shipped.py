@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import pkgutil
@@ -15,16 +16,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import gpuckpt.kernels
 from gpuckpt.kernels import cross_entropy, gated, linear, mlp, norm
-from gpuckpt.kernels.audit.specs import ARCHS, WHOLE_ARCHS, shipped
+from gpuckpt.kernels.audit.record import recorded_spec, recording
+from gpuckpt.kernels.audit.specs import ARCHS, DTYPES, WHOLE_ARCHS, shipped
 from gpuckpt.kernels.device.activations import ACTIVATIONS
 from gpuckpt.kernels.device.dropout import Dropout
-from gpuckpt.kernels.host import arguments, hardware, problem
+from gpuckpt.kernels.host import problem
+from gpuckpt.kernels.host.tiles import TileConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {v: k for k, v in DTYPES.items()} | {torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 compiled = functools.cache(shipped)
-MODULES = (linear, mlp, gated, norm, cross_entropy, problem)
 
 
 def launched_names():
@@ -46,34 +47,16 @@ def test_every_kernel_that_is_launched_ships(arch):
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """launches(arch): a list that fills with (function name, arguments) where kernels would be run on that architecture."""
-    kept: list[tuple[str, dict[str, object]]] = []
+def launches():
+    """launches(arch): a list that fills with what would be launched on that architecture from now on."""
+    with contextlib.ExitStack() as recordings:
 
-    class Recorder:
-        def __init__(self, fn):
-            self.fn = fn
+        def on(arch):
+            recordings.close()
+            compiled(arch)
+            return recordings.enter_context(recording(arch))
 
-        def __getitem__(self, _grid):
-            return lambda *args, **kwargs: kept.append(
-                (self.fn.__name__, dict(zip(self.fn.arg_names, args, strict=False)) | kwargs)
-            )
-
-    def on(arch):
-        kept.clear()
-        compiled(arch)  # before the kernels are hidden
-        for module in (arguments, hardware):
-            monkeypatch.setattr(module, "INTERPRETED", False)
-        for module in MODULES:
-            for name, value in list(vars(module).items()):
-                if name.endswith("_kernel") and not isinstance(value, Recorder):
-                    monkeypatch.setattr(module, name, Recorder(value))
-            for name, value in (("arch_of", lambda _: arch), ("INTERPRETED", False)):
-                if hasattr(module, name):
-                    monkeypatch.setattr(module, name, value)
-        return kept
-
-    return on
+        yield on
 
 
 def flattened(spec, arguments):
@@ -122,7 +105,8 @@ def assert_compiled(arch, kept, count):
     """Names of what each of `count` launches was compiled as."""
     assert len(kept) == count
     names = []
-    for name, given in kept:
+    for launch in kept:
+        given, name = {**launch.arguments, **launch.options}, launch.fn.__name__
         reasons = {s.name: why_not(s, given) for s in compiled(arch) if s.fn.__name__ == name}
         assert None in reasons.values(), "\n".join(f"{k}: {v}" for k, v in reasons.items())
         names.append(next(k for k, v in reasons.items() if v is None))
@@ -173,7 +157,7 @@ def test_launches_on_regular_operands_are_compiled(launches, arch, dtype):
         kept = launches(arch)
         count = launch_gemms(*sizes, DTYPES[dtype], "gelu_tanh")
         assert_compiled(arch, kept, count)
-        assert {a["TMA"] for _, a in kept} == {arch in (90, 100) and dtype != "fp32"}
+        assert {launch.arguments["TMA"] for launch in kept} == {arch in (90, 100) and dtype != "fp32"}
         kept = launches(arch)
         count = launch_gemms(*sizes, DTYPES[dtype], "gelu_tanh", dropout=Dropout(0.1, seed=1 << 40))
         assert_compiled(arch, kept, count)
@@ -220,7 +204,7 @@ def test_irregular_operands_take_a_tile_that_was_compiled_without_knowing_them(l
     names = assert_compiled(arch, kept, count)
     second_layer = ("mlp_dual_bwd", "gated_recompute_bwd")
     assert all("loose" in name for name in names if sizes[3] == 4096 or name.startswith(second_layer))
-    assert not any(arguments.get("TMA") for _, arguments in kept if sizes[3] == 4096)
+    assert not any(launch.arguments.get("TMA") for launch in kept if sizes[3] == 4096)
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [(a, d) for a in ARCHS for d in DTYPES if a in WHOLE_ARCHS or d == "bf16"])
@@ -240,3 +224,44 @@ def test_kernels_without_a_gemm_are_compiled(launches, arch, dtype):
             cross_entropy.cross_entropy_fwd(matrix(M, V, x.dtype), target, loss, **options)
             cross_entropy.cross_entropy_bwd(matrix(M, V, x.dtype), target, loss, **options)
     assert_compiled(arch, kept, 5 + 8)
+
+
+def test_what_a_launcher_passes_is_what_is_compiled(monkeypatch):
+    """The audit has no second account of a launch: changed options and operands of another dtype arrive in its spec."""
+    (preferred, *_) = shipped(90)
+    assert preferred.constexprs["GROUP_M"] == 8
+    assert preferred.signature["p_b"] == "*bf16"
+    options = problem.GemmProblem.options
+    monkeypatch.setattr(problem.GemmProblem, "options", lambda self, **how: options(self, **how) | {"GROUP_M": 3})
+    (preferred, *_) = shipped(90)
+    assert preferred.constexprs["GROUP_M"] == 3
+
+
+def test_a_recorded_launch_is_specialised_as_triton_does(launches):
+    kept = launches(80)
+    x, w = matrix(48, 64, torch.bfloat16), matrix(32, 64, torch.bfloat16, "transposed")
+    tile = TileConfig(64, 64, 64, 4, 3)
+    linear.linear_fwd(
+        x, w, None, matrix(48, 32, torch.float32, "shifted"), dropout=Dropout(0.5, seed=1 << 40), tile=tile
+    )
+    how = {"variant": "identity", "dtype": "bf16", "arch": 80, "meta": {}}
+    spec = recorded_spec(kept[0], tile=tile, **how)
+    names = list(spec.signature)
+    known = {names[path[0]] for path in spec.attrs}
+    assert spec.signature["p_y"] == "*fp32"
+    assert spec.constexprs["p_b"] is None
+    assert (spec.signature["strides_x"], spec.signature["strides_w"]) == (("i32", "constexpr"), ("constexpr", "i32"))
+    assert (spec.signature["seed"], spec.signature["offset"], spec.signature["scale"]) == ("i64", "i32", "fp32")
+    assert {"p_x", "p_w", "M", "N", "K", "strides_x", "strides_w"} <= known
+    assert not {"p_y", "seed", "offset", "threshold"} & known
+    with pytest.raises(ValueError, match=r"is launched with .*'num_warps': 4.* and .* has .*'num_warps': 8"):
+        recorded_spec(kept[0], tile=TileConfig(64, 64, 64, 8, 3), **how)
+
+
+def test_a_launch_half_of_whose_strides_are_known_stands_for_nothing(launches):
+    kept = launches(80)
+    x = torch.empty(1 << 20, dtype=torch.bfloat16, device="meta").as_strided((48, 64), (1600, 17))
+    tile = TileConfig(64, 64, 64, 4, 3)
+    linear.linear_fwd(x, matrix(32, 64, torch.bfloat16), None, matrix(48, 32, torch.bfloat16), tile=tile)
+    with pytest.raises(ValueError, match=r"strides_x=\(1600, 17\): of a tuple all are multiples of 16, or none is"):
+        recorded_spec(kept[0], variant="", dtype="bf16", arch=80, tile=tile, meta={})
