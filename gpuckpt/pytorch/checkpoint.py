@@ -4,7 +4,7 @@ Recomputing from kept inputs: Chen et al., "Training deep nets with sublinear me
 
 What `fn` sees besides its arguments is as it was when it runs again, see engine/fence.py. Not tracked: tensors that `fn` reaches
 through closures or inside opaque objects (they are used as they are at the time of the recompute), and in-place changes of such
-tensors.
+tensors. Inside of a transform of torch.func (vmap, jvp, jacfwd) it is a plain call, and warns.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from gpuckpt.memory import Budget
-from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame
-from gpuckpt.pytorch.engine.hooks import current_budget, enter
+from gpuckpt.pytorch.engine.hooks import current_budget, enter, plain_call
 from gpuckpt.pytorch.engine.storage_index import index_of
 from gpuckpt.pytorch.engine.verify import Verify, check_verify
 
@@ -58,6 +58,9 @@ def checkpoint(
         raise TypeError("checkpoint(fn, *args): expected at least one input to recompute from, got none")
     if not torch.is_grad_enabled():
         return fn(*args, **kwargs)
+    if innermost_transform() is not None:
+        with plain_call("gpuckpt.checkpoint", budget):
+            return fn(*args, **kwargs)
 
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

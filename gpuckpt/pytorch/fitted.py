@@ -2,7 +2,7 @@
 
 The model stays the same object: its class, parameter names, `state_dict`, hooks and optimizers are untouched, and calling it
 runs under the plan. Inputs of a new shape are measured and planned when they first appear, and so is a model that was changed.
-Calls without gradients run plainly.
+Calls without gradients, and inside of torch.func's transforms, run plainly.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain
 from gpuckpt.memory import Budget
 from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
 from gpuckpt.planning.report import PlanReport, explain
-from gpuckpt.pytorch._torch_internals import keep_graph, queue_callback, untraced
-from gpuckpt.pytorch.engine.hooks import enter
+from gpuckpt.pytorch._torch_internals import innermost_transform, keep_graph, queue_callback, untraced
+from gpuckpt.pytorch.engine.hooks import enter, plain_call
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_resident
 from gpuckpt.pytorch.engine.switches import settings
@@ -174,8 +174,7 @@ class Fitted:
         if self._peaks.deviated:
             self._deviated()
         key = self._signature(args, kwargs, numbers=False)
-        if key in self._numbers_matter:
-            key = self._signature(args, kwargs, numbers=True)
+        key = self._signature(args, kwargs, numbers=True) if key in self._numbers_matter else key
         planned = self._planned.get(key)
         if planned is None:
             before = self._unwrap()  # measured as it runs without us
@@ -264,7 +263,8 @@ class Fitted:
         return modules
 
     def _is_intercepted(self) -> bool:
-        return not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None
+        intercepted = not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None
+        return intercepted or innermost_transform() is not None
 
     def unfit(self) -> nn.Module:
         """Give the model back as it was; it runs plainly again."""
@@ -274,8 +274,7 @@ class Fitted:
 
     @untraced
     def check_promise(self) -> None:
-        """Note a deviation if the budget has held more for the latest step than its plan promised; with `strict`, raise
-        `PromiseBroken`.
+        """Note a deviation if the budget has held more for the latest step than its plan promised (`strict`: `PromiseBroken`).
 
         Called at the end of every backward and before the next forward. Steps whose forwards overlap (two forwards, then two
         backwards) may hold the sum of what they promised. A backward with `retain_graph=True` holds longer than planned, so
@@ -298,6 +297,9 @@ class Fitted:
     def _model_call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None:
             return run_module(model, args, kwargs)
+        if innermost_transform() is not None:
+            with plain_call(f"a fitted {type(model).__name__}", self.budget):
+                return run_module(model, args, kwargs)
         planned = self._beside_others(self.plan_for(*args, **kwargs))
         certificate = planned.plan.certificate
         self._peaks.begin(certificate.peak_bytes, certificate.host_peak_bytes)
