@@ -1,16 +1,18 @@
-# make setup | demo | test | check | coverage | docs | nightly | audit | matrix | bench | bench-compare
+# make setup | demo | test | check | coverage | docs | nightly | torches | audit | matrix | bench | bench-compare
 PYTHON ?= python3
 EXTRAS ?= cuda12,dev
+CONSTRAINTS ?= constraints.txt
+TORCH  ?= torch
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test check coverage docs nightly audit matrix bench bench-compare format clean
+.PHONY: setup demo test check coverage docs nightly torches audit matrix bench bench-compare format clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]' '$(TORCH)'
 	touch $@
 
 demo: setup
@@ -19,15 +21,18 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" -q
 
+# TESTS=coverage, as in CI: the same tests, and the share of lines and branches that they reach has a floor.
+TESTS ?= test
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test
+	$(MAKE) $(TESTS)
 
 # Lines and branches that the tests reach; pages in out/coverage.
+FLOOR ?= 0
 coverage: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" -q --cov --cov-report=term --cov-report=html:out/coverage
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" -q --cov --cov-report=term --cov-report=html:out/coverage --cov-fail-under=$(FLOOR)
 
 # The site in out/site: guides, and the reference out of the docstrings. A warning is an error.
 docs: setup
@@ -36,6 +41,13 @@ docs: setup
 
 nightly: setup
 	$(BIN)/python -m pytest -m slow -q -s
+
+# The tests with the oldest torch that is supported and with the newest there is; constraints.txt pins the one between.
+torches:
+	mkdir -p out
+	grep -vE '^(torch|triton)==' constraints.txt > out/constraints.txt
+	$(MAKE) test VENV=out/oldest-torch CONSTRAINTS=out/constraints.txt TORCH='torch==2.11.*'
+	$(MAKE) test VENV=out/newest-torch CONSTRAINTS=out/constraints.txt
 
 # Every kernel, tile, type and architecture through the compiler; half an hour on two cores is the bound.
 audit: setup

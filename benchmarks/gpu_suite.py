@@ -117,7 +117,7 @@ def cases(quick: bool) -> list[Case]:
             Case(
                 f"mlp gelu_tanh {m}x{k}x{h}",
                 biased,
-                lambda x, w1, b1, w2, b2: G.mlp(x, w1, b1, w2, b2, activation="gelu_tanh"),
+                lambda x, w1, b1, w2, b2: G.mlp(x, w1, w2, b1, b2, activation="gelu_tanh"),
                 _eager_mlp(lambda z: F.gelu(z, approximate="tanh")),
                 7,
             ),

@@ -37,7 +37,7 @@ def contenders(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]
         return lambda x, w, b: G.linear(x, w, b, activation="gelu"), lambda x, w, b: F.gelu(F.linear(x, w, b))
     if name == "mlp, gelu":
         return (
-            lambda x, w1, b1, w2, b2: G.mlp(x, w1, b1, w2, b2, activation="gelu"),
+            lambda x, w1, b1, w2, b2: G.mlp(x, w1, w2, b1, b2, activation="gelu"),
             lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
         )
     return (

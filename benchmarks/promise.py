@@ -85,7 +85,7 @@ class Mlp(FusedMLP):
     the plain run has none to choose by. So both do the same arithmetic."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        weights = self.fc1.weight, self.fc2.weight, self.fc1.bias, self.fc2.bias
         return mlp(x, *weights, activation=self.activation, chunk_rows=128)
 
 

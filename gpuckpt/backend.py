@@ -23,7 +23,7 @@ BACKENDS = ("triton", "torch")
 
 
 def backend_named() -> str | None:
-    """What `GPUCKPT_BACKEND` asks for, None where it is not set. Raises `ValueError` for a back end that is none."""
+    """What `GPUCKPT_BACKEND` asks for, None where it is not set. Raises `ValueError` for an unknown back end."""
     choice = os.environ.get("GPUCKPT_BACKEND", "")
     if choice and choice not in BACKENDS:
         raise ValueError(
@@ -41,7 +41,8 @@ def use_triton(tensor: torch.Tensor) -> bool:
 def load_kernels(tensor: torch.Tensor) -> None:
     """Make sure that the Triton kernels can run on `tensor`; call before importing from `gpuckpt.kernels`.
 
-    Raises `BackendUnavailable` without Triton, or on a CPU tensor where Triton was imported without its interpreter.
+    Raises `BackendUnavailable` without Triton, or on a CPU tensor where Triton was imported without its interpreter, or with one
+    that does not work with this NumPy.
     """
     try:
         import triton
@@ -50,10 +51,25 @@ def load_kernels(tensor: torch.Tensor) -> None:
             "the Triton kernels need the package `triton` (Linux): pip install triton, or set GPUCKPT_BACKEND=torch"
         ) from error
     # Triton's own functions show what it chose at its import; its knob would show the variable as it is now.
-    if not tensor.is_cuda and isinstance(triton.language.cdiv, triton.JITFunction):
+    if tensor.is_cuda:
+        return
+    if isinstance(triton.language.cdiv, triton.JITFunction):
         raise BackendUnavailable(
             "GPUCKPT_BACKEND=triton on a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
         )
+
+    if triton.__version__.startswith("3.6.") and _numpy_takes_no_length_one():
+        raise BackendUnavailable(
+            f"the interpreter of Triton {triton.__version__} takes int() of arrays, which NumPy 2.4 and newer refuse: install "
+            "triton>=3.7, or numpy<2.4"
+        )
+
+
+def _numpy_takes_no_length_one() -> bool:
+    import numpy
+
+    major, minor = numpy.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 4)
 
 
 def _choose_interpreter() -> None:

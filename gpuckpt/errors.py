@@ -2,6 +2,11 @@
 
 `CheckpointError` is the root. User mistakes are also `ValueError` or `TypeError`; running out of a budget is also a
 `MemoryError`, so that code which already handles CuPy's or Python's out-of-memory handles ours.
+
+    >>> issubclass(BudgetExceeded, MemoryError), issubclass(DimMismatch, ValueError)
+    (True, True)
+    >>> BudgetExceeded(need=300, available=100).need
+    300
 """
 
 from __future__ import annotations
@@ -108,7 +113,7 @@ class StateModified(SavedTensorModified, RecomputeMismatch):
 
 
 class InvalidChain(CheckpointError, ValueError):
-    """A chain that cannot be planned: empty, or with costs that are negative, NaN or infinite, or a model that is none."""
+    """No chain that can be planned: empty, costs that are negative, NaN or infinite, or a model without sequential blocks."""
 
 
 class InvalidPlan(CheckpointError, ValueError):

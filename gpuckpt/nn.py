@@ -7,6 +7,9 @@ compiled by itself), the module calls its projections one after the other, as th
 and autograd keeps what it keeps there.
 
 A module with `norm="rms"` or `"layer"` has an `nn.RMSNorm` or `nn.LayerNorm` over its input as `norm`, and keeps the raw input.
+
+Every constructor reads: widths, bias, activation, then options by name. `FusedLinear` has `dropout`, as `linear` does; `mlp` and
+`gated_mlp` have none: put an `nn.Dropout` behind `FusedMLP` and `GatedMLP`.
 """
 
 from __future__ import annotations
@@ -61,13 +64,13 @@ class FusedLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         activation: str = "identity",
-        dropout: float = 0.0,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
         *,
+        dropout: float = 0.0,
         norm: str | None = None,
         norm_eps: float = 1e-5,
         chunk_rows: int | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_activation(activation)
         check_dropout(dropout)
@@ -121,12 +124,12 @@ class FusedMLP(nn.Module):
         out_features: int | None = None,
         bias: bool = True,
         activation: str = "gelu",
-        chunk_rows: int | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
         *,
         norm: str | None = None,
         norm_eps: float = 1e-5,
+        chunk_rows: int | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_activation(activation)
@@ -145,8 +148,8 @@ class FusedMLP(nn.Module):
         return mlp(
             x,
             self.fc1.weight,
-            self.fc1.bias,
             self.fc2.weight,
+            self.fc1.bias,
             self.fc2.bias,
             activation=self.activation,
             norm=norm,
@@ -186,14 +189,14 @@ class GatedMLP(nn.Module):
         out_features: int | None = None,
         bias: bool = False,
         activation: str = "silu",
+        *,
         gate_multiplier: float = 1.0,
         down_multiplier: float = 1.0,
+        norm: str | None = None,
+        norm_eps: float = 1e-5,
         chunk_rows: int | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
-        *,
-        norm: str | None = None,
-        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features

@@ -28,6 +28,9 @@ def parse_bytes(size: SupportsIndex | str) -> int:
 
     Raises `TypeError` for what is neither an integer nor a string (True, 1.5, None), `ValueError` for a negative count, an
     unknown unit, or a fraction of a byte.
+
+    >>> parse_bytes("1.5GiB"), parse_bytes("1GB"), parse_bytes(7)
+    (1610612736, 1000000000, 7)
     """
     if isinstance(size, str):
         return _parse_text(size)
@@ -59,7 +62,11 @@ def _parse_text(text: str) -> int:
 
 
 def format_bytes(nbytes: int) -> str:
-    """`nbytes` with a binary unit and at most two decimals: 1610612736 is "1.5 GiB". For reading, not for parsing back."""
+    """`nbytes` with a binary unit and at most two decimals: 1610612736 is "1.5 GiB". For reading, not for parsing back.
+
+    >>> format_bytes(1610612736)
+    '1.5 GiB'
+    """
     sign, size = ("-", -nbytes) if nbytes < 0 else ("", nbytes)
     if size < 1024:
         return f"{sign}{size} B"

@@ -6,7 +6,7 @@
 The raw x is all that a layer "norm, then linear" has to save: xn goes into a transient buffer forward, and again in backward, a
 chunk of rows at a time. It is a kernel of its own and not a prologue inside the GEMM's K loop, because dW = dz^T xn is a
 plain GEMM that needs xn in memory in backward anyway, and because operands that pass through registers would leave the
-asynchronous path from memory to the tensor cores. It costs 2 M K elements of traffic beside 2 M N K flops.
+asynchronous path from memory to the tensor cores. It costs 2 M K elements of traffic next to 2 M N K flops.
 
 Backward in two kernels: rows (statistics and dx), then columns (dw and db as partial sums in fixed order, without atomics).
 Statistics are computed in fp32 in two passes (mean, then squared deviations), never as a difference of large sums.

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 
-# Kernels run in Triton's interpreter on CPU tensors; it has to be chosen before triton is imported.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 # Two test processes on two cores: one intra-op thread each keeps them from fighting, and results repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+# Kernels run in Triton's interpreter on CPU tensors, which is chosen before triton is imported. On a GPU they are compiled, and
+# tests that want the interpreter are skipped unless the variable is set from outside.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.hostcuda import loader
 
@@ -16,6 +21,7 @@ loader.install()
 
 from tests.faults import fail_request  # noqa: E402, F401
 from tests.hostcuda.fixture import _hostcuda_runtime, hostcuda  # noqa: E402, F401
+from tests.hostcuda.torch_on_host import cuda_tensors  # noqa: E402, F401
 
 
 def pytest_terminal_summary(terminalreporter):

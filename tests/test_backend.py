@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 import triton
@@ -41,6 +42,20 @@ def test_too_late_for_the_interpreter(monkeypatch):
     compiled = triton.JITFunction(getattr(triton.language.cdiv, "fn", triton.language.cdiv))
     monkeypatch.setattr(triton.language, "cdiv", compiled)
     with pytest.raises(BackendUnavailable, match="set TRITON_INTERPRET=1 before Python starts"):
+        load_kernels(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("of_triton", "of_numpy", "works"),
+    [("3.6.0", "2.5.2", False), ("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.5.2", True)],
+)
+def test_an_interpreter_that_this_numpy_breaks_is_named(of_triton, of_numpy, works, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", of_triton)
+    monkeypatch.setattr(numpy, "__version__", of_numpy)
+    if works:
+        load_kernels(torch.zeros(1))
+        return
+    with pytest.raises(BackendUnavailable, match=r"install triton>=3\.7, or numpy<2\.4"):
         load_kernels(torch.zeros(1))
 
 

@@ -124,3 +124,15 @@ def test_files_and_folders_stay_small() -> None:
     for folder in {path.parent for path in FILES}:
         count = sum(path.parent == folder and path.name != "__init__.py" for path in FILES)
         assert count <= 16, f"{folder} has {count} files"
+
+
+def test_one_class_name_means_one_thing() -> None:
+    """In gpuckpt and its kernels, a leading underscore aside: a name that a reader has met says what is meant."""
+    homes: dict[str, list[str]] = {}
+    for path in (*FILES, *sorted(HOME.parent.joinpath("kernels").rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name.lstrip("_"), []).append(str(path.relative_to(HOME.parent)))
+    assert {"GemmProblem", "CheckpointBudget"} <= homes.keys()
+    twice = {name: files for name, files in homes.items() if len(files) > 1}
+    assert not twice, f"class names that are defined twice: {twice}"

@@ -49,13 +49,20 @@ def examine() -> dict[str, Any]:
         )
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return {
-        "gpuckpt": metadata.version("gpuckpt"),
+        "gpuckpt": _own_version(),
         "python": platform.python_version(),
         "packages": packages,
         "devices": devices,
         "fused_operations": "Triton kernels on CUDA, plain torch on the CPU",
         "uncapped": [row._asdict() for row in uncapped(device)],
     }
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("gpuckpt")
+    except metadata.PackageNotFoundError:
+        return "(a source tree that is not installed)"
 
 
 def doctor(console: Console) -> None:

@@ -30,7 +30,7 @@ from gpuckpt.pytorch.profiling.measure import measure
 from gpuckpt.report.ledger import draw_ledger, one_step
 from gpuckpt.units import format_bytes, parse_bytes
 
-__all__ = ["DEFAULT_SHARE", "Options", "Report", "table", "train", "write_report"]
+__all__ = ["DEFAULT_SHARE", "Options", "TrainReport", "table", "train", "write_report"]
 
 DEFAULT_SHARE = 0.4
 """The default budget, as a share of what the plain run holds."""
@@ -54,7 +54,7 @@ class Options:
 
 
 @dataclass
-class Report:
+class TrainReport:
     """What report.json holds. Bytes are ints, seconds floats; None where there is nothing to say."""
 
     cap_bytes: int
@@ -79,7 +79,7 @@ class Report:
     uncapped: list[dict[str, Any]] = field(default_factory=list)
 
 
-class _Run:
+class _Training:
     """One model in training."""
 
     def __init__(self, model: Transformer, learning_rate: float) -> None:
@@ -120,7 +120,7 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def train(options: Options, console: Console) -> tuple[Report, Fitted]:
+def train(options: Options, console: Console) -> tuple[TrainReport, Fitted]:
     """Measure, plan, train, compare; returns the report, whole or as far as Ctrl-C let it come.
 
     Raises `BudgetExceeded` before the first step where the budget is too small, `ValueError` and `FileNotFoundError` for
@@ -140,7 +140,7 @@ def train(options: Options, console: Console) -> tuple[Report, Fitted]:
     if cap_bytes is None:  # only then is the model measured before fit measures it
         unit_bytes = CheckpointBudget(0, device=device).unit_bytes
         cap_bytes = int(DEFAULT_SHARE * _plain_peak_bytes(measure(model, *batches[0], unit_bytes=unit_bytes)))
-    plain = _Run(copy.deepcopy(model), options.learning_rate)
+    plain = _Training(copy.deepcopy(model), options.learning_rate)
     budget = CheckpointBudget(cap_bytes, device=device, log_events=1 << 17)
     fitted = fit(model, batches[0], budget, host_budget=options.host_budget)
     chain, certificate = fitted.chain, fitted.plan.certificate
@@ -148,7 +148,7 @@ def train(options: Options, console: Console) -> tuple[Report, Fitted]:
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} bytes of text, {len(chain)} stages; "
         f"the plain run holds {format_bytes(_plain_peak_bytes(chain))}, the cap is {format_bytes(cap_bytes)}"
     )
-    report = Report(
+    report = TrainReport(
         cap_bytes,
         certificate.peak_bytes,
         host_promised_peak_bytes=certificate.host_peak_bytes,
@@ -159,7 +159,7 @@ def train(options: Options, console: Console) -> tuple[Report, Fitted]:
         options={**asdict(config), **{k: v for k, v in vars(options).items() if k not in ("config", "data", "out")}},
         versions=_versions(),
     )
-    run = _Run(model, options.learning_rate)
+    run = _Training(model, options.learning_rate)
     try:
         with _interrupts() as interrupted:
             _loop(options, console, batches, run, plain, fitted, report, interrupted)
@@ -182,10 +182,10 @@ def _loop(
     options: Options,
     console: Console,
     batches: Batches,
-    run: _Run,
-    plain: _Run,
+    run: _Training,
+    plain: _Training,
     fitted: Fitted,
-    report: Report,
+    report: TrainReport,
     interrupted: Callable[[], bool],
 ) -> None:
     budget = fitted.budget
@@ -257,7 +257,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def write_report(report: Report, fitted: Fitted, out: Path) -> None:
+def write_report(report: TrainReport, fitted: Fitted, out: Path) -> None:
     """report.json and the picture of the ledger, into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(asdict(report), indent=1, default=str) + "\n")
@@ -270,7 +270,7 @@ def write_report(report: Report, fitted: Fitted, out: Path) -> None:
             draw_ledger(events, report.cap_bytes, report.promised_peak_bytes, report.plain_peak_bytes, path, title)
 
 
-def table(report: Report) -> Table:
+def table(report: TrainReport) -> Table:
     """The end of the run at a glance."""
 
     def size(nbytes: int | None) -> str:

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: Config) -> None:
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
         self.config = config
         self.token = nn.Embedding(VOCABULARY, config.width)
         self.place = nn.Embedding(config.context, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)
         for parameter in self.parameters():

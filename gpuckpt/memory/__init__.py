@@ -1,4 +1,24 @@
-"""Budgets in bytes: the ledger, the pools behind it, and arrays held in them. Knows neither torch nor Triton."""
+"""Budgets in bytes: the ledger, the pools behind it, and arrays held in them. Knows neither torch nor Triton.
+
+A `Budget` has a `Ledger`, which refuses what does not fit; a `Charge` is bytes held until it is released, a `Saved` an array:
+
+    >>> import numpy as np
+    >>> budget = Budget("1KiB", device="cpu")
+    >>> charge = budget.charge(600, "a buffer")
+    >>> saved = budget.save(np.zeros(50), "activations")
+    >>> budget.ledger.held()
+    [('a buffer', 600), ('activations', 400)]
+    >>> budget.allocate(100)
+    Traceback (most recent call last):
+    gpuckpt.errors.BudgetExceeded: memory budget exceeded: need 100, available 24; ...
+    >>> charge.release()
+    >>> budget.snapshot().used_bytes, budget.snapshot().peak_bytes, budget.snapshot().refusals
+    (400, 1000, 1)
+    >>> [(event.kind, event.nbytes, event.used_bytes) for event in budget.events()]
+    [('charge', 600, 600), ('charge', 400, 1000), ('refuse', 100, 1000), ('release', 600, 400)]
+
+`Snapshot` is the ledger's figures at one instant, `Event` one line of its log.
+"""
 
 import sys
 from typing import Any

@@ -1,12 +1,12 @@
-"""A hard cap in bytes: the books, the pool behind them, and everything that is held under one limit.
+"""A hard cap in bytes: the ledger, the pool behind them, and everything that is held under one limit.
 
 What is counted: bytes charged with `charge`, taken with `allocate`, and held by arrays given to `save` or saved by autograd
 inside `with budget:`. At no instant do they exceed `max_bytes`; a request that does not fit raises `BudgetExceeded` and
 changes nothing. What is not counted is listed in `gpuckpt.memory.uncapped`.
 
 hold="account"  leaves bytes where they are and counts them: no copy, right wherever another allocator owns the memory.
-hold="pool"     moves bytes into the budget's own pool with its own limit: one copy, right where the cap must hold against
-                the allocator itself, or where saved bytes shall not mix with its other blocks.
+hold="pool"     moves bytes into the budget's own pool with its own limit: one copy, right where the cap must hold against the
+                allocator itself, or where saved bytes shall not mix with its other blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpuckpt.errors import BudgetClosed, BudgetExceeded
 from gpuckpt.memory.adapters import form_of
 from gpuckpt.memory.adapters.inspect import address_of, device_of, library_of, storage_bytes
 from gpuckpt.memory.compression import parse_storage_dtype
-from gpuckpt.memory.devices import choose_device
+from gpuckpt.memory.devices import choose_device, choose_streams
 from gpuckpt.memory.eviction import Holders, make_room, parse_policies
 from gpuckpt.memory.fork import renew_after_fork
 from gpuckpt.memory.handles import Saved, SavedInPlace, SavedInPool
@@ -41,6 +41,7 @@ class Budget:
     `over_cap`: what to do when a request does not fit, in this order: see `gpuckpt.memory.eviction`. `spill_to`: the second
     budget, on the host and with hold="pool", for "spill". `storage_dtype`: for "compress", "float16" or another.
     `allocator`: what a CUDA pool draws from (`torch_allocator()`), or a host pool (`pinned_buffer`); None: its own.
+    `streams`: "torch" or "cupy", on whose current stream a CUDA pool's blocks lie; None: see `gpuckpt.memory.pools.cupy`.
     `log_events`: how many events `events()` remembers.
     """
 
@@ -57,6 +58,7 @@ class Budget:
         spill_to: Budget | None = None,
         storage_dtype: Any = None,
         allocator: Callable[..., Any] | None = None,
+        streams: Literal["torch", "cupy"] | None = None,
         log_events: int = 4096,
     ) -> None:
         if hold not in ("account", "pool"):
@@ -78,6 +80,7 @@ class Budget:
             threading.RLock() if {"spill", "compress"} & {p for p in self.over_cap if isinstance(p, str)} else None
         )
         self.allocator = allocator
+        self.streams = choose_streams(streams)
         self._pool: Pool | None = None
         self._pool_lock = threading.RLock()
         # A refusal by the ledger is final and nothing has to be done around a request: the short way through.
@@ -85,6 +88,7 @@ class Budget:
         renew_after_fork(self)
 
     def after_fork(self) -> None:
+        """In a child process: new locks, since a thread that does not exist there may have held the old ones."""
         self._pool_lock = threading.RLock()
         if self.moving is not None:
             self.moving = threading.RLock()
@@ -110,8 +114,8 @@ class Budget:
         """Bytes that can still be had."""
         if self._pool is not None:
             self._pool.collect()
-        books = self.ledger.snapshot()
-        return books.max_bytes - books.used_bytes - books.pending_bytes
+        now = self.ledger.snapshot()
+        return now.max_bytes - now.used_bytes - now.pending_bytes
 
     def utilization(self) -> float:
         """Used share of the cap, from 0.0 to 1.0; 0.0 for a budget of zero."""
@@ -177,15 +181,15 @@ class Budget:
         if self._pool is not None and self._pool.owns(address_of(array, library)):
             return SavedInPlace(self, array, None, what)
         form = form_of(array, library)
-        block = self.take(form.nbytes, what, array)
+        block = self.take(form.nbytes, what)
         return self._offered(SavedInPool(self, form, block, form.write(array, block), what))
 
-    def take(self, nbytes: int, what: str, like: Any = None) -> Any:
+    def take(self, nbytes: int, what: str) -> Any:
         """An uninitialised block of the pool, charged at its footprint until it and all views of it are gone.
 
-        `np.asarray(block)` looks at a host block, `block.pointer()` at a CUDA block. `like`: an array on whose stream a CUDA
-        block shall lie; CuPy's current stream otherwise. Raises `BudgetExceeded` where it does not fit, `TypeError` and
-        `ValueError` for what is no count of bytes.
+        `np.asarray(block)` looks at a host block, `block.pointer()` at a CUDA block, which lies on the current stream of the
+        budget's library (`streams`). Raises `BudgetExceeded` where it does not fit, `TypeError` and `ValueError` for what is no
+        count of bytes, `RuntimeError` while a CUDA graph is being captured.
         """
         if type(nbytes) is not int or nbytes < 0:
             nbytes = parse_bytes(nbytes)
@@ -199,7 +203,7 @@ class Budget:
             with self._pool_lock:
                 self.ledger.reserve(footprint_bytes, charge)
                 try:
-                    block = pool.take(nbytes, like, outside_bytes=self._held_beside_pool() - footprint_bytes)
+                    block = pool.take(nbytes, outside_bytes=self._held_beside_pool() - footprint_bytes)
                 except BaseException:
                     self.ledger.cancel(charge)
                     raise
@@ -209,16 +213,15 @@ class Budget:
         self._admit(ask, footprint_bytes, what)
         return block
 
-    def prefetch(self, nbytes: int, like: Any = None) -> None:
+    def prefetch(self, nbytes: int) -> None:
         """Bring one piece of `nbytes` into the pool's cache, before the first step of a plan whose peak that is.
 
         CuPy's pool cuts later requests from cached pieces and merges them again. What a plan holds ends in the reverse order of
         its beginning, so that in one piece as large as its peak no gaps arise, where pieces fetched one by one could refuse a
-        certified plan. Host pools never cut a block and need nothing. `like`: an array on whose stream the step will run.
-        Raises `BudgetExceeded` where the piece does not fit beside what is held now.
+        certified plan. Host pools never cut a block and need nothing. Call it on the step's stream. Raises `BudgetExceeded`.
         """
         if self.hold == "pool" and self.device != "cpu" and nbytes:
-            self.take(nbytes, "planned step", like)
+            self.take(nbytes, "planned step")
 
     def retake(self, small: Any, charge: Charge) -> Any:
         """A block for the compressed form `small`, which takes over `charge` from the larger block that it replaces."""
@@ -247,7 +250,7 @@ class Budget:
         self.holders.discard(holder)
 
     def reset_peak(self) -> None:
-        """Start measuring the peak anew, from what is held now."""
+        """Start measuring the peak again, from what is held now."""
         self.ledger.reset_peak()
 
     def step(self, label: str | int | None) -> None:
@@ -260,7 +263,7 @@ class Budget:
         return self.ledger.events()
 
     def snapshot(self) -> Snapshot:
-        """The books at one instant."""
+        """The ledger's figures at one instant."""
         return self.ledger.snapshot()
 
     def close(self) -> None:
@@ -273,7 +276,7 @@ class Budget:
 
     def __reduce__(self) -> Any:
         raise BudgetClosed(
-            "a budget does not travel to another process: its memory and its books stay in this one; "
+            "a budget does not travel to another process: its memory and its ledger stay in this one; "
             "make a budget of its own in the worker"
         )
 
@@ -341,6 +344,7 @@ class Budget:
             elif self._pool is None:
                 from gpuckpt.memory.pools.cupy import CupyPool  # CuPy takes a second to load
 
-                self._pool = CupyPool(self.max_bytes, int(self.device.removeprefix("cuda:")), allocator=self.allocator)
+                device_id = int(self.device.removeprefix("cuda:"))
+                self._pool = CupyPool(self.max_bytes, device_id, allocator=self.allocator, library=self.streams)
             self._plain = False
             return self._pool

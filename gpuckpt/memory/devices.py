@@ -8,7 +8,7 @@ from typing import Any
 
 from gpuckpt.errors import BackendUnavailable
 
-__all__ = ["choose_device"]
+__all__ = ["choose_device", "choose_streams"]
 
 _DEVICE = re.compile(r"cpu|cuda(?::(?P<index>\d+))?")
 
@@ -27,8 +27,15 @@ def choose_device(device: Any = None) -> str:
     return f"cuda:{_current_cuda() if match['index'] is None else int(match['index'])}"
 
 
+def choose_streams(library: Any = None) -> Any:
+    """ "torch", "cupy" or None (to be found out when a pool is made). Raises `ValueError` for another name."""
+    if library not in (None, "torch", "cupy"):
+        raise ValueError(f'streams must be "torch", "cupy" or None, got {library!r}')
+    return library
+
+
 def _cuda_is_there() -> bool:
-    # Whoever works with torch has loaded it, and then torch is the judge: it may be a CPU build on a machine with a GPU.
+    # A program that works with torch has loaded it, and then torch decides: it may be a CPU build on a machine with a GPU.
     torch = sys.modules.get("torch")
     if torch is not None:
         return bool(torch.cuda.is_available())

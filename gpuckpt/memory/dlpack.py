@@ -27,6 +27,11 @@ def exchange(array: Any, library: str) -> Any:
     Both look at the same bytes, and either keeps them alive after `del` of the other. JAX arrays are immutable to JAX only: do
     not write through another library's view of one. Raises `DLPackRefused` where that takes
     a copy or loses something, `BackendUnavailable` where the library is not installed.
+
+    >>> import numpy as np, torch
+    >>> tensor = exchange(np.arange(3.0), "torch")
+    >>> tensor
+    tensor([0., 1., 2.], dtype=torch.float64)
     """
     if library not in _LIBRARIES:
         raise ValueError(f"library must be one of {', '.join(map(repr, _LIBRARIES))}, got {library!r}")

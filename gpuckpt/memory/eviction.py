@@ -27,7 +27,7 @@ _NAMES = ("recompute", "spill", "compress", "raise")
 
 
 class Holders:
-    """Who can be asked, oldest first. Holds nobody alive; needs no lock, as every change is one step of a dict."""
+    """Who can be asked, oldest first. Keeps nothing alive; needs no lock, as every change is one step of a dict."""
 
     def __init__(self) -> None:
         self._refs: dict[int, weakref.ref[Any]] = {}
@@ -52,7 +52,7 @@ class Holders:
 
 
 def parse_policies(policies: Iterable[Any] | str) -> tuple[Any, ...]:
-    """The user's list, checked. Raises `ValueError` for a name that is none."""
+    """The user's list, checked. Raises `ValueError` for an unknown policy."""
     listed = (policies,) if isinstance(policies, str) or callable(policies) else tuple(policies)
     for policy in listed:
         if not callable(policy) and policy not in _NAMES:

@@ -1,4 +1,4 @@
-"""What a forked child does first: the locks that a thread of the parent may have held exist there with nobody to release them."""
+"""What a forked child does first: locks that a thread of the parent may have held would never be released in the child."""
 
 from __future__ import annotations
 

@@ -21,9 +21,18 @@ class Saved:
     whatever was made from such a view without copying (slices, transposes, DLPack imports). The block returns to the pool,
     and its bytes leave the budget, at the moment when the last of these is gone: `free()` (or collecting the handle) ends the
     handle's own hold at once, a view that outlives it keeps the bytes, charged, until it dies too. So a view never looks at
-    memory that somebody else was given, and the books never say less than what is held. Under `hold="account"` the handle
-    holds the array itself; after `free()` its bytes are off the books even if the caller still has the array, which was
+    memory that was given to something else, and the ledger never says less than what is held. Under `hold="account"` the handle
+    holds the array itself; after `free()` its bytes are off the ledger even if the caller still has the array, which was
     never the budget's.
+
+    >>> import gpuckpt, numpy as np
+    >>> budget = gpuckpt.memory.Budget(1024, device="cpu", hold="pool")
+    >>> saved = budget.save(np.arange(4.0))
+    >>> saved.nbytes, saved.load().tolist()
+    (32, [0.0, 1.0, 2.0, 3.0])
+    >>> saved.free()
+    >>> budget.used_bytes
+    0
     """
 
     __slots__ = ("__weakref__", "what")
@@ -60,7 +69,7 @@ class SavedInPlace(Saved):
     """The array itself, charged where it lies; without a charge where its bytes are in the budget's pool already.
 
     It can be spilled: a copy goes to the second budget, and the handle's own reference and charge end. Whether memory comes
-    free by that is up to whoever else has the array. It is not compressed, which would change an array that others may have.
+    free by that is up to the other owners of the array. It is not compressed, which would change an array that others may have.
     """
 
     __slots__ = ("_array", "_budget", "_charge", "_held", "_spilled")
@@ -122,7 +131,7 @@ class SavedInPlace(Saved):
 class SavedInPool(Saved):
     """A copy in a block of the budget's pool, which can be spilled to a second budget or compressed.
 
-    Moves happen under the budget's `moving` lock, and only where nobody but the handle holds the block: a view that is out
+    Moves happen under the budget's `moving` lock, and only where nothing but the handle holds the block: a view that is out
     would keep the bytes where they are.
     """
 

@@ -1,17 +1,17 @@
-"""The books of one budget: who holds how many bytes, admitted or refused in one step.
+"""The ledger of one budget: who holds how many bytes, admitted or refused in one step.
 
 Exact under threads, under the garbage collector and under Ctrl-C:
 
 * Every change happens under one re-entrant lock, in a straight run of integer arithmetic. CPython runs finalizers and
-  signal handlers only at calls, backward jumps and container allocations, so none of them ever sees books half written.
+  signal handlers only at calls, backward jumps and container allocations, so none of them ever sees a half-written ledger.
 * A handle's bytes stand on its claim, which the ledger keeps: a weak reference whose callback is `deque.append` itself. When
   the handle dies the claim is in the queue without a line of Python having run, so neither a lock held elsewhere nor an
-  interrupt can get in between; everyone who reads or changes the books empties the queue first.
+  interrupt can get in between; whatever reads or changes the ledger empties the queue first.
 * A handle's finalizer books it at once where it can, so that the log has the right time. It never waits, and it does not
   matter if it is cut short: the queue has the claim. Two budgets whose finalizers run inside each other's calls cannot
   deadlock.
-* A claim gets its bytes in the same step in which they are booked, so that an interrupt cannot leave bytes that belong to
-  nobody.
+* A claim gets its bytes in the same step in which they are booked, so that an interrupt cannot leave bytes without
+  an owner.
 
 The ledger knows numbers only. Where bytes live is the pools' matter, what to do when they do not fit is the budget's.
 """
@@ -42,7 +42,7 @@ class Event(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """The books at one instant. `pending_bytes` are admitted, while a pool is still looking for their place."""
+    """The ledger's figures at one instant. `pending_bytes` are admitted, while a pool is still looking for their place."""
 
     max_bytes: int
     used_bytes: int
@@ -124,13 +124,9 @@ class Ledger:
 
     def __init__(self, max_bytes: int, *, log_events: int = 4096) -> None:
         self.max_bytes = max_bytes
-        self.peak_bytes = 0
-        self.charges = 0
-        self.refusals = 0
+        self.peak_bytes = self.charges = self.refusals = 0
         self.step: str | int | None = None
-        self._used_bytes = 0
-        self._pending_bytes = 0
-        self._plain_bytes = 0
+        self._used_bytes = self._pending_bytes = self._plain_bytes = 0
         # What admission compares with: max_bytes, or -1 once closed, so that an open ledger pays nothing for the check.
         self._limit_bytes = max_bytes
         self._closed_because: str | None = None
@@ -156,7 +152,7 @@ class Ledger:
 
     def charge(self, nbytes: int, what: str, handle: Charge | None = None) -> None:
         """Book `nbytes` to `handle`, or as plain accounting without one. Raises `BudgetExceeded` and then changes nothing."""
-        # Built before anything is read: the container may start a collection, whose finalizers change the books.
+        # Built before anything is read: the container may start a collection, whose finalizers change the ledger.
         event = ["charge" if handle is not None else "allocate", what, nbytes, 0, perf_counter(), self.step]
         with self._lock:
             if self._dead:
@@ -176,7 +172,7 @@ class Ledger:
             self._events.append(event)
 
     def free(self, nbytes: int, what: str) -> None:
-        """Take `nbytes` of plain accounting off the books; `ValueError` where fewer were allocated."""
+        """Take `nbytes` of plain accounting off the ledger; `ValueError` where fewer were allocated."""
         event = ["free", what, nbytes, 0, perf_counter(), self.step]
         with self._lock:
             plain = self._plain_bytes - nbytes
@@ -239,12 +235,12 @@ class Ledger:
             self._events.append(event)
 
     def release(self, handle: Charge) -> None:
-        """Take what `handle` holds off the books; nothing where it holds nothing."""
+        """Take what `handle` holds off the ledger; nothing where it holds nothing."""
         with self._lock:
             self._book_end(handle._claim)
 
     def refused(self, need_bytes: int, what: str) -> BudgetExceeded:
-        """The error for a request of `need_bytes`, with the books as they are now."""
+        """The error for a request of `need_bytes`, with the ledger as it is now."""
         held = self._used_bytes + self._pending_bytes
         available = max(self.max_bytes - held, 0)
         return BudgetExceeded(
@@ -255,7 +251,7 @@ class Ledger:
         )
 
     def mark(self, kind: str, what: str, nbytes: int = 0) -> None:
-        """Write a line in the log that changes no books."""
+        """Write a line in the log that changes no figure."""
         event = [kind, what, nbytes, 0, perf_counter(), self.step]
         with self._lock:
             event[3] = self._used_bytes
@@ -264,22 +260,25 @@ class Ledger:
     def reset_peak(self) -> None:
         """Forget the highest `used_bytes` seen: what is held now is the new peak."""
         with self._lock:
-            if self._dead:
-                self._book_dead()
+            self._book_dead()
             self.peak_bytes = self._used_bytes
 
     def events(self) -> list[Event]:
         """The remembered events, oldest first."""
         with self._lock:
-            if self._dead:
-                self._book_dead()
+            self._book_dead()
             return [Event(*event) for event in self._events]
+
+    def held(self) -> list[tuple[str, int]]:
+        """What each live handle holds, as it was named when it was charged, and its bytes, in the order of the names."""
+        with self._lock:
+            self._book_dead()
+            return sorted((claim.what, claim.held_bytes) for claim in list(self._claims) if claim.held_bytes)
 
     def snapshot(self) -> Snapshot:
         """All numbers of one instant."""
         with self._lock:
-            if self._dead:
-                self._book_dead()
+            self._book_dead()
             return Snapshot(
                 self.max_bytes, self._used_bytes, self.peak_bytes, self._pending_bytes, self.charges, self.refusals
             )
@@ -341,7 +340,7 @@ class Ledger:
             self._events.append(event)
 
     def after_fork(self) -> None:
-        # The lock may have been held by a thread that does not exist in this process.
+        """In a child process: close. The lock may have been held by a thread that does not exist there."""
         self._lock = threading.RLock()
         self._closed_because = (
             "this budget belongs to the process that made it, not to its fork; make a new CheckpointBudget here"

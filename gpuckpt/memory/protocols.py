@@ -43,7 +43,7 @@ class Pool(Protocol):
         """Whether blocks wait for their last readers."""
         ...
 
-    def take(self, nbytes: int, like: Any = None, *, outside_bytes: int = 0) -> Any:
+    def take(self, nbytes: int, *, outside_bytes: int = 0) -> Any:
         """A block of `nbytes`. Raises `BudgetExceeded`."""
         ...
 
@@ -93,7 +93,7 @@ class Evictable(Protocol):
 
     def evict(self, how: str) -> int:
         """Give bytes up by "recompute", "spill" or "compress". Returns how many left the budget: 0 where it cannot, or does
-        not want to now. It may be called on any thread, raises nothing for want of room, and stays loadable."""
+        not want to now. It may be called on any thread, raises nothing where there is no room, and stays loadable."""
         ...
 
 
@@ -117,7 +117,7 @@ class Holds(Protocol):
 
     def charge(self, nbytes: int, what: str = "charge") -> Charge: ...
 
-    def take(self, nbytes: int, what: str, like: Any = None) -> Any: ...
+    def take(self, nbytes: int, what: str) -> Any: ...
 
     def retake(self, small: Any, charge: Charge) -> Any: ...
 

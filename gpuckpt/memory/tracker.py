@@ -1,4 +1,4 @@
-"""What checkpointed layers hold and recompute, in bytes, counted by whoever holds it.
+"""What checkpointed layers hold and recompute, in bytes, counted by the layers themselves.
 
 A tracker observes and refuses nothing; the cap is `CheckpointBudget`'s. One tracker may be shared by any number of layers
 and threads: every change happens under one lock, so the peak is the true one.
@@ -12,7 +12,15 @@ __all__ = ["MemoryUsageTracker"]
 
 
 class MemoryUsageTracker:
-    """Bytes of stored activations, of gradients, of what was recomputed, and the peak of the first two together."""
+    """Bytes of stored activations, of gradients, of what was recomputed, and the peak of the first two together.
+
+    >>> tracker = MemoryUsageTracker()
+    >>> tracker.record_stored_activation(4096)
+    >>> tracker.record_gradient(1024)
+    >>> tracker.release_stored_activation(4096)
+    >>> tracker.stored_activation_bytes, tracker.peak_bytes
+    (0, 5120)
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -4,7 +4,7 @@ A chain is a run of stages in order. Bytes live in *storages*, numbered 0, 1, 2,
 number hold the same bytes, and those are counted once. This is the model of heterogeneous chains of Beaumont, Eyraud-Dubois,
 Herrmann, Joly and Shilova, "Optimal checkpointing for heterogeneous chains" (2019), with shared storages added.
 
-What it does not do: it knows no framework and no device. Whoever measures a model fills these in.
+What it does not do: it knows no framework and no device. Measuring a model fills these in.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class Variant:
     `saves`: storage ids held in the budget under this option; `forward_s`, `backward_s`: seconds of the stage's forward and
     backward under it, transfers included. `spilled`: ids that go to host memory in its forward and come
     back, into the budget, for its backward; one that others hold in the budget already is held on there instead.
+
+    >>> Variant("spill", saves=(), forward_s=0.5, backward_s=0.5, spilled=(0, 1)).name
+    'spill'
     """
 
     name: str
@@ -69,6 +72,10 @@ class Stage:
         workspace_bytes: temporaries at the worst moment of its forward or backward, beyond input, output and saves.
         recomputable: False for stages that may only be kept, at top level (a loss, a stage with side effects).
         variants: further ways to keep it.
+
+    >>> block = Stage("block 0", forward_s=1e-3, backward_s=2e-3, saves=(0, 1), inputs=(0,))
+    >>> [option.name for option in block.options]
+    ['keep']
     """
 
     name: str
@@ -105,6 +112,10 @@ class Chain:
 
     `unit_bytes` is the granule of the pool: a storage of `b` bytes is charged `ceil(b / unit_bytes) * unit_bytes`
     (1 on the host, 512 for CuPy's and torch's CUDA pools); an empty storage is free.
+
+    >>> chain = Chain((Stage("a", 1.0, 2.0, (0, 1), (0,)), Stage("b", 1.0, 2.0, (2,), (1,))), (400, 100, 600))
+    >>> len(chain), chain.charge((0, 2))
+    (2, 1000)
     """
 
     stages: tuple[Stage, ...]
@@ -166,12 +177,32 @@ class Chain:
 
     def frame_holds(self, first: int, last: int) -> tuple[int, ...]:
         """Ids that a frame over stages `first..last` holds: its input and the extras of all its stages, each once."""
-        held = dict.fromkeys(self.stages[first].inputs)
+        return tuple(dict.fromkeys((*self.stages[first].inputs, *self.extras_of(first, last))))
+
+    def extras_of(self, first: int, last: int) -> tuple[int, ...]:
+        """Ids of the extras of stages `first..last`, each once."""
+        held: dict[int, None] = {}
         for extras, users in self._users_of_extras.items():
             following = bisect_left(users, first)
             if following < len(users) and users[following] <= last:
                 held.update(dict.fromkeys(extras))
         return tuple(held)
+
+    @cached_property
+    def made_extras(self) -> dict[int, int]:
+        """Extras that a stage of the chain makes for a later one, past its neighbour (a skip, an entry of a cache): id and maker.
+
+        Whoever holds such an extra holds what forward made. When its maker runs again it makes another of the same size.
+        """
+        maker: dict[int, int] = {}
+        made: dict[int, int] = {}
+        for number, stage in enumerate(self.stages):
+            made.update((i, maker[i]) for i in stage.extras if maker.get(i, -1) >= 0)
+            for i in (*stage.inputs, *stage.extras):
+                maker.setdefault(i, -1)
+            for i in (*stage.output, *stage.saves, *(i for v in stage.variants for i in (*v.saves, *v.spilled))):
+                maker.setdefault(i, number)
+        return made
 
     @cached_property
     def _users_of_extras(self) -> dict[tuple[int, ...], list[int]]:

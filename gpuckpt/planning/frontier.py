@@ -37,6 +37,11 @@ def plan_frontier(chain: Chain, budgets: int | Sequence[int] = 24, **options: ob
     """Plan `chain` for `budgets` (that many between the two ends, each by the same factor larger; or these, in bytes).
 
     `options` go to `plan_chain`. `BudgetExceeded` when a budget given is too small.
+
+    >>> from gpuckpt.planning import Stage
+    >>> chain = Chain(tuple(Stage(f"block {i}", 1.0, 2.0, (2 * i, 2 * i + 1), (2 * i,)) for i in range(4)), (100, 900) * 4)
+    >>> plan_frontier(chain, [2000, 3000, 4000]).points
+    ((1300, 15.0), (2100, 14.0), (4000, 12.0))
     """
     if isinstance(budgets, int):
         if budgets < 2:

@@ -55,7 +55,11 @@ class PipelinePlan:
 
 
 def in_flight(schedule: str, ranks: int, rank: int, micro_batches: int, chunks: int = 1) -> int:
-    """Micro-batches (for "interleaved": chunk activations) that a rank holds at once at the most."""
+    """Micro-batches (for "interleaved": chunk activations) that a rank holds at once at the most.
+
+    >>> [in_flight("1f1b", ranks=4, rank=rank, micro_batches=8) for rank in range(4)]
+    [4, 3, 2, 1]
+    """
     _check(schedule, ranks, micro_batches, chunks)
     if schedule == "gpipe":
         return micro_batches
@@ -66,7 +70,12 @@ def in_flight(schedule: str, ranks: int, rank: int, micro_batches: int, chunks: 
 
 
 def cut_chain(chain: Chain, parts: int) -> tuple[tuple[int, int], ...]:
-    """`parts` runs of stages as (first, last) such that the slowest takes as few seconds as possible."""
+    """`parts` runs of stages as (first, last) such that the slowest takes as few seconds as possible.
+
+    >>> from gpuckpt.planning import Stage
+    >>> cut_chain(Chain(tuple(Stage(str(i), 1.0, 2.0) for i in range(6))), 3)
+    ((0, 1), (2, 3), (4, 5))
+    """
     if not 1 <= parts <= len(chain):
         raise ValueError(f"parts is {parts}; the chain has {len(chain)} stages and a part has at least one")
     seconds = [stage.forward_s + stage.backward_s for stage in chain.stages]
@@ -105,6 +114,12 @@ def plan_pipeline(
     """Cut `chain` (the costs of one micro-batch) over `ranks` and plan each within `budget_bytes` of held bytes.
 
     `chunks`: runs of stages per rank, for "interleaved". `BudgetExceeded` names the rank where nothing fits.
+
+    >>> from gpuckpt.planning import Stage
+    >>> chain = Chain(tuple(Stage(str(i), 1.0, 2.0, (i,)) for i in range(4)), (100,) * 4)
+    >>> planned = plan_pipeline(chain, ranks=2, budget_bytes=400, micro_batches=4)
+    >>> [(rank.chunks, rank.in_flight, rank.peak_bytes) for rank in planned.ranks], planned.step_s
+    ([(((0, 1),), 2, 400), (((2, 3),), 1, 200)], 30.0)
     """
     _check(schedule, ranks, micro_batches, chunks)
     cuts = cut_chain(chain, ranks * chunks)
@@ -174,6 +189,9 @@ def step_seconds(
 
     `forward_s`, `backward_s`: of one micro-batch on each rank, all its chunks together. "interleaved" is the slowest rank's work
     and a fill of the pipeline by single chunks, the bound that its schedule reaches on equal ranks.
+
+    >>> step_seconds([1.0, 1.0], [2.0, 2.0], micro_batches=4, schedule="1f1b")
+    15.0
     """
     ranks = len(forward_s)
     _check(schedule, ranks, micro_batches, chunks)

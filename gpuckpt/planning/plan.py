@@ -54,6 +54,14 @@ class Plan:
     """A tree for the chain of one fingerprint, with its certificate.
 
     `budget_bytes` is what it was planned for, under `objective`: "held" bytes or "total" bytes; `strategy`, who made it.
+
+    >>> from gpuckpt.planning import Chain, Stage, plan_chain
+    >>> chain = Chain((Stage("a", 1.0, 2.0, saves=(0,)),), (100,))
+    >>> plan = plan_chain(chain, 100)
+    >>> plan.certificate.peak_bytes, plan.certificate.peak_step
+    (100, 'forward a')
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
     """
 
     tree: tuple[Node, ...]

@@ -77,6 +77,14 @@ def plan_chain(
     Raises:
         BudgetExceeded: nothing fits; `need` is the smallest budget that would do.
         ValueError: an argument that makes no sense.
+
+    >>> from gpuckpt.planning import Stage, tree_text
+    >>> chain = Chain(tuple(Stage(f"block {i}", 1.0, 2.0, (2 * i, 2 * i + 1), (2 * i,)) for i in range(4)), (100, 900) * 4)
+    >>> plan = plan_chain(chain, 2500)
+    >>> plan.certificate.peak_bytes, plan.certificate.recompute_s, plan.certificate.smallest_budget_bytes
+    (2100, 2.0, 1100)
+    >>> tree_text(plan.tree)
+    '(0 1) 2 3'
     """
     if not isinstance(budget_bytes, Integral) or isinstance(budget_bytes, bool) or budget_bytes < 0:
         raise ValueError(f"budget_bytes is {budget_bytes!r}; expected an int of at least 0")
@@ -118,6 +126,10 @@ def certify(chain: Chain, tree: Iterable[Node], budget_bytes: int, strategy: str
     """A plan for a tree made elsewhere, named after `strategy`, with the simulator's certificate.
 
     `InvalidPlan` when the tree is no plan for the chain, `BudgetExceeded` when it holds more than `budget_bytes`.
+
+    >>> from gpuckpt.planning import Keep, Stage
+    >>> certify(Chain((Stage("a", 1.0, 2.0, (0,)),), (100,)), [Keep(0)], 100, "by hand").certificate.peak_bytes
+    100
     """
     nodes = tuple(tree)
     simulation = simulate(chain, nodes)

@@ -6,6 +6,8 @@ The rules, which the runtime follows to the byte:
   last thing that is held: a frame that *ends* a sub-plan is then not run, and of a stage that ends one not its tail.
 - When the backward of a stage is done its saves are let go; when that of all stages of a frame is, the frame's input.
 - A storage is charged once however many hold it, and let go with its last holder.
+- An extra that an earlier stage made is what forward made. When the frame that holds it runs its maker again, that makes another
+  of the same size, which the stages next to it share; the two are two storages.
 - What an option spills goes to the host in the forward, except storages that are held already, which stay held. Before
   the backward of that stage it comes back and is charged again; its copy on the host goes with the backward's end.
 
@@ -21,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from gpuckpt.planning.chain import KEEP, Chain, Variant
+from gpuckpt.planning.chain import KEEP, Chain
 from gpuckpt.planning.tree import Node, Step, check_tree
 
 __all__ = ["Simulation", "simulate"]
@@ -52,7 +54,16 @@ class Simulation:
 
 
 def simulate(chain: Chain, tree: Iterable[Node]) -> Simulation:
-    """Run `tree` on `chain`. `InvalidPlan` when the tree is no plan for the chain."""
+    """Run `tree` on `chain`. `InvalidPlan` when the tree is no plan for the chain.
+
+    >>> from gpuckpt.planning import Keep, Recompute, Stage
+    >>> chain = Chain((Stage("a", 1.0, 2.0, (0, 1), (0,)), Stage("b", 1.0, 2.0, (2,), (1,))), (400, 100, 600))
+    >>> simulate(chain, [Keep(0), Keep(1)]).peak_bytes
+    1100
+    >>> found = simulate(chain, [Recompute((Keep(0),)), Keep(1)])
+    >>> found.peak_bytes, found.recompute_s, found.forward_counts
+    (1000, 1.0, (2, 1))
+    """
     run = _Run(chain, check_tree(chain, tree))
     run.step()
     counts = tuple(accumulate(run.count_changes))[:-1]
@@ -75,16 +86,20 @@ class _Run:
     def __init__(self, chain: Chain, steps: list[Step]) -> None:
         self.chain = chain
         self.steps = steps
-        self.holders = [0] * len(chain.storages)
+        # Of an extra that a stage makes, what a recompute makes anew is numbered after all others.
+        self.made = chain.made_extras
+        self.footprints = chain.footprints * 2 if self.made else chain.footprints
+        self.holders = [0] * len(self.footprints)
         self.held = _Held(self.holders)
+        self.kept: dict[int, tuple[int, ...]] = {}  # what a node holds, by its number
         self.held_bytes = 0
         self.peak_bytes = 0
         self.peak_step = "start"
         self.total_peak_bytes = 0
         self.total_peak_step = "start"
         self.trace: list[tuple[str, int]] = []
-        self.host = _Host(chain.storages)
-        self.spilled: dict[int, _Spilled] = {}  # by stage
+        self.host = _Host(chain.storages * 2 if self.made else chain.storages)
+        self.spilled: dict[int, _SpilledIds] = {}  # by stage
         self.count_changes = [0] * (len(chain) + 1)
         self.recompute_s = 0.0
         self.step_s = 0.0
@@ -92,21 +107,23 @@ class _Run:
         self.transients = _RangeMax([self._transient_bytes(i) for i in range(len(chain))])
 
     def step(self) -> None:
-        self._forward(0, len(self.steps), None)
+        self._forward(0, len(self.steps), None, len(self.chain))
         # Whoever is on top of the stack goes backward next; `~i` marks a frame whose children are done.
         stack = self._children(0, len(self.steps))
+        root = len(self.chain)
         while stack:
             i = stack.pop()
             if i < 0:
-                step = self.steps[~i]
-                self._release(self.chain.frame_holds(step.first, step.last))
-                self._record(f"end of frame {self._span(step)}")
+                self._release(self.kept.pop(~i))
+                self._record(f"end of frame {self._span(self.steps[~i])}")
             elif self.steps[i].variant is None:
-                self._forward(i + 1, self.steps[i].end, self.steps[i])
+                if self.steps[i].depth == 0:
+                    root = self.steps[i].first
+                self._forward(i + 1, self.steps[i].end, self.steps[i], root)
                 stack.append(~i)
                 stack.extend(self._children(i + 1, self.steps[i].end))
             else:
-                self._backward(self.steps[i])
+                self._backward(i)
 
     def _children(self, start: int, end: int) -> list[int]:
         children = []
@@ -115,8 +132,9 @@ class _Run:
             start = self.steps[start].end
         return children
 
-    def _forward(self, start: int, end: int, frame: Step | None) -> None:
-        """Run the nodes `start..end` forward and hold what they hold; `frame` is what recomputes them, if anything."""
+    def _forward(self, start: int, end: int, frame: Step | None, root: int) -> None:
+        """Run the nodes `start..end` forward and hold what they hold; `frame` is what recomputes them, if anything, and `root`
+        the first stage of the outermost frame around it."""
         label = "forward" if frame is None else f"recompute {self._span(frame)}:"
         # While a frame recomputes, the gradient of its last stage's output waits.
         gradient_bytes = 0 if frame is None else self.chain.stages[frame.last].output_bytes
@@ -125,8 +143,10 @@ class _Run:
             stage = self.chain.stages[step.first]
             if step.variant is not None:
                 option = stage.option(step.variant)
-                away = self._spill(step.first, option) if option.spilled else ()
-                self._hold(option.saves)
+                saves = self.kept[i] = self._anew(option.saves, stage.extras, root)
+                spilled = self._anew(option.spilled, stage.extras, root)
+                away = self._spill(step.first, saves, spilled) if spilled else ()
+                self._hold(saves)
                 stopped_s = stage.tail_s if frame is not None and step.ends else 0.0
                 self._spend(step.first, step.last, option.forward_s - stopped_s, frame)
                 self._hold(away)  # all of it may still be there when the last of it goes
@@ -134,7 +154,9 @@ class _Run:
                 self._release(away)
                 self._record(f"{label} {stage.name}" + ("" if step.variant == KEEP else f" ({step.variant})"))
                 continue
-            self._hold(self.chain.frame_holds(step.first, step.last))
+            inputs = self._anew(stage.inputs, (), root)
+            self.kept[i] = (*inputs, *self.chain.extras_of(step.first, step.last))
+            self._hold(self.kept[i])
             if frame is None or not step.ends:
                 seconds = self.forward_sums[step.last + 1] - self.forward_sums[step.first]
                 self._spend(step.first, step.last, seconds, frame)
@@ -144,7 +166,15 @@ class _Run:
                 self._alive(f"{label} {self._span(step)}", gradient_bytes + transient)
             self._record(f"{label} input of {self._span(step)}")
 
-    def _backward(self, step: Step) -> None:
+    def _anew(self, ids: tuple[int, ...], extras: tuple[int, ...], root: int) -> tuple[int, ...]:
+        """`ids` as a stage with those `extras` sees them where all stages from `root` on are run again."""
+        if not self.made:
+            return ids
+        after = len(self.chain.storages)
+        return tuple(i + after if i not in extras and self.made.get(i, -1) >= root else i for i in ids)
+
+    def _backward(self, node: int) -> None:
+        step = self.steps[node]
         stage = self.chain.stages[step.first]
         option = stage.option(step.variant or KEEP)
         self.step_s += option.backward_s
@@ -154,19 +184,19 @@ class _Run:
             self._record(f"bring back {stage.name}")
         gradients_bytes = stage.output_bytes + (self.chain.stages[step.first - 1].output_bytes if step.first else 0)
         self._alive(f"backward {stage.name}", gradients_bytes + stage.workspace_bytes)
-        self._release(option.saves)
+        self._release(self.kept.pop(node))
         if spilled is not None:
             self._release(spilled.away)
             self._release(spilled.here)
             self.host.release(spilled.away)
         self._record(f"backward {stage.name}")
 
-    def _spill(self, stage: int, option: Variant) -> tuple[int, ...]:
-        """Send to the host what `option` spills and nothing else holds; the ids of that. What is held already is held on."""
-        ids = set(option.spilled).difference(option.saves)
+    def _spill(self, stage: int, saves: tuple[int, ...], spilled: tuple[int, ...]) -> tuple[int, ...]:
+        """Send to the host what is `spilled` and nothing else holds; the ids of that. What is held already is held on."""
+        ids = set(spilled).difference(saves)
         here = tuple(i for i in ids if self.holders[i])
         away = tuple(i for i in ids if not self.holders[i])
-        self.spilled[stage] = _Spilled(here, away)
+        self.spilled[stage] = _SpilledIds(here, away)
         self._hold(here)
         self.host.hold(away)
         return away
@@ -180,17 +210,17 @@ class _Run:
     def _hold(self, ids: tuple[int, ...]) -> None:
         for i in set(ids):
             if self.holders[i] == 0:
-                self.held_bytes += self.chain.footprints[i]
+                self.held_bytes += self.footprints[i]
             self.holders[i] += 1
 
     def _release(self, ids: tuple[int, ...]) -> None:
         for i in set(ids):
             self.holders[i] -= 1
             if self.holders[i] == 0:
-                self.held_bytes -= self.chain.footprints[i]
+                self.held_bytes -= self.footprints[i]
 
     def _transient_bytes(self, stage: int) -> int:
-        """Input and output of a running stage, as far as nobody holds them, and its workspace."""
+        """Input and output of a running stage, as far as they are not held, and its workspace."""
         return self.chain.running_bytes(stage, self.held) + self.chain.stages[stage].workspace_bytes
 
     def _alive(self, label: str, beyond_bytes: int) -> None:
@@ -209,7 +239,7 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
-class _Spilled:
+class _SpilledIds:
     """Of what a stage spills: the ids that were held here already, and those that went to the host."""
 
     here: tuple[int, ...]

@@ -33,7 +33,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Keep:
-    """Stage `stage` is kept, under the option called `variant`."""
+    """Stage `stage` is kept, under the option called `variant`.
+
+    >>> Keep(3), Keep(3, "spill")
+    (Keep(stage=3, variant='keep'), Keep(stage=3, variant='spill'))
+    """
 
     stage: int
     variant: str = KEEP
@@ -41,7 +45,11 @@ class Keep:
 
 @dataclass(frozen=True)
 class Recompute:
-    """A frame: only its input is kept, and `children` run again in backward."""
+    """A frame: only its input is kept, and `children` run again in backward.
+
+    >>> tree_text([Keep(0), Recompute((Keep(1), Keep(2)))])
+    '0 (1 2)'
+    """
 
     children: tuple[Node, ...]
 
@@ -119,7 +127,11 @@ def check_tree(chain: Chain, tree: Iterable[Node]) -> list[Step]:
 
 
 def tree_text(tree: Iterable[Node]) -> str:
-    """The tree as text: stage numbers, `:option` after those not plainly kept, frames in parentheses."""
+    """The tree as text: stage numbers, `:option` after those not plainly kept, frames in parentheses.
+
+    >>> tree_text([Keep(0), Recompute((Keep(1), Recompute((Keep(2),)))), Keep(3, "spill")])
+    '0 (1 (2)) 3:spill'
+    """
     steps = flatten(tree)
     return steps_text(steps, 0, len(steps))
 
@@ -163,7 +175,11 @@ def build_tree(tokens: Iterable[Token]) -> tuple[Node, ...]:
 
 
 def parse_tree(text: str) -> tuple[Node, ...]:
-    """A tree out of `tree_text`'s form; `InvalidPlan` names what is wrong."""
+    """A tree out of `tree_text`'s form; `InvalidPlan` names what is wrong.
+
+    >>> parse_tree("0 (1 2:spill)")
+    (Keep(stage=0, variant='keep'), Recompute(children=(Keep(stage=1, variant='keep'), Keep(stage=2, variant='spill'))))
+    """
     tokens: list[Token] = []
     for word in text.replace("(", " ( ").replace(")", " ) ").split():
         if word in "()":

@@ -29,6 +29,11 @@ def with_spill(
 
     Extras that a stage saves stay: other stages hold them anyway. `bytes_per_s`: of the link, one way; `latency_s`: further
     seconds for each storage, one way; `overlap`: the fraction of each transfer hidden behind other work, 0 to 1.
+
+    >>> from gpuckpt.planning import Stage
+    >>> chain = Chain((Stage("a", 1e-3, 2e-3, saves=(0,)),), (63 * 10**6,))
+    >>> [option.forward_s for option in with_spill(chain, LINK_BYTES_PER_S["pcie-gen5-x16"]).stages[0].options]
+    [0.001, 0.002]
     """
     if not bytes_per_s > 0:
         raise ValueError(f"bytes_per_s is {bytes_per_s!r}; expected more than 0")

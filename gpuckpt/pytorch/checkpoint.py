@@ -52,6 +52,12 @@ def checkpoint(
         RecomputeMismatch: the second run of `fn` differs from the first.
         SavedTensorModified: an argument or a parameter was changed in place in between.
         TypeError: no arguments at all.
+
+    >>> x = torch.linspace(0, 1, 3, requires_grad=True)
+    >>> y = checkpoint(lambda x: x.sin().exp(), x)
+    >>> y.sum().backward()
+    >>> torch.equal(x.grad, x.cos() * x.sin().exp())
+    True
     """
     check_verify(verify)
     if not args and not kwargs:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -12,6 +10,7 @@ from gpuckpt.budget import CheckpointBudget
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch.engine.verify import Verify, check_verify
 from gpuckpt.pytorch.fitted import Fitted, Planned
+from gpuckpt.pytorch.profiling.measure import call_of
 
 __all__ = ["Fitted", "Planned", "fit"]
 
@@ -49,52 +48,41 @@ def fit(
         live: how many forwards may wait for their backward at a time (2 for DPO, GANs or contrastive losses of two towers): each
             is planned for that share of the budget. A forward beyond that is planned for what remains.
         strict: raise `PromiseBroken` where a step holds more than its plan promised. By default such a step, under a cap that
-            holds, is noted in `Fitted.deviations` and its inputs are measured again.
+            holds, is noted in `Fitted.deviations` and its inputs are measured again; and a budget that is made here has frames
+            drop what they can compute again (`over_cap="recompute"`) where a step would exceed it.
 
     Raises:
         BudgetExceeded: no plan fits; the error names the smallest budget that would do. The model is untouched.
         InvalidChain: the model has no chain of stages.
         ValueError: a host budget that is not on the host, or is `budget` itself; an unknown `verify`.
+
+    >>> import torch
+    >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)) for _ in range(4)))
+    >>> x = torch.ones(16, 8)
+    >>> fitted = fit(model, x, budget="12KiB")
+    >>> fitted(x).sum().backward()
+    >>> fitted.budget.peak_bytes == fitted.plan.certificate.peak_bytes <= fitted.budget.max_bytes, fitted.budget.used_bytes
+    (True, 0)
     """
     if not isinstance(live, int) or isinstance(live, bool) or live < 1:
         raise ValueError(f"live={live!r}: expected how many forwards wait for their backward at a time, 1 or more")
     check_verify(verify)
     if not isinstance(budget, Budget):
         device = next((parameter.device for parameter in model.parameters()), None)
-        budget = CheckpointBudget(budget, device=device, hold=hold)
+        # Where a step holds more than its plan promised, frames drop what they can compute again.
+        budget = CheckpointBudget(budget, device=device, hold=hold, over_cap="raise" if strict else "recompute")
     host = None if host_budget is None else _host_budget_of(host_budget, budget)
-    args, kwargs = _call_of(model, example_inputs)
+    args, kwargs = call_of(model, example_inputs)
     fitted = Fitted(model, budget, strategy, preserve_rng_state, verify, repeats, host, live=live, strict=strict)
     fitted.plan_for(*args, **kwargs)
     return fitted
-
-
-def _call_of(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How to call `model` with an example: spread over its parameters where they take it so, else as the one argument."""
-    if isinstance(example, Mapping):
-        spread: tuple[tuple[Any, ...], dict[str, Any]] = ((), {str(name): value for name, value in example.items()})
-    elif type(example) in (tuple, list):
-        spread = (tuple(example), {})
-    else:
-        return (example,), {}
-    try:
-        parameters = inspect.signature(model.forward)
-    except (TypeError, ValueError):
-        return spread
-    for args, kwargs in (spread, ((example,), {})):
-        try:
-            parameters.bind(*args, **kwargs)
-        except TypeError:
-            continue
-        return args, kwargs
-    return spread  # the model itself says what is missing
 
 
 def _host_budget_of(host: Budget | int | str, budget: Budget) -> Budget:
     """The budget on the host to spill to: `host` itself, or one of that size, pinned where it feeds a CUDA device.
 
     Raises `ValueError` for a budget that is not on the host, keeps no copies, is `budget` itself, or the one that `budget`
-    spills to when it is full: the peak there would be nobody's promise.
+    spills to when it is full: no plan would promise the peak there.
     """
     if isinstance(host, Budget):
         if host is budget:

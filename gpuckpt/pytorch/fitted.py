@@ -55,7 +55,7 @@ class Planned:
         return self.measured.chain
 
 
-class _Step:
+class _StepProgress:
     """One forward of a fitted model: the walk along the plan, how far along it is, and how many calls of stages have come."""
 
     __slots__ = ("count", "planned", "position", "walk")
@@ -224,7 +224,7 @@ class Fitted:
             measured = replace(measured, chain=spilling)
         plan = self._plan(measured.chain, self.budget.max_bytes // self._live)
         with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
-            self.budget.prefetch(plan.certificate.layout_bytes, next(iter(self._parameters), None))
+            self.budget.prefetch(plan.certificate.layout_bytes)
         return Planned(measured, plan)
 
     def _plan(self, chain: Chain, max_bytes: int) -> Plan:
@@ -232,17 +232,17 @@ class Fitted:
         return plan_chain(chain, max_bytes, strategy=self._strategy, host_bytes=host_bytes)
 
     def _beside_others(self, planned: Planned) -> Planned:
-        """The same for a forward that begins while earlier ones wait for their backward: within what was not promised to them."""
-        promised_bytes = self._peaks.held.promised_bytes
-        room_bytes = self.budget.max_bytes - promised_bytes
+        """The same for a forward that begins while earlier ones wait for their backward: within what they do not hold. Autograd
+        goes backward through the latest forward first, so that by the time an earlier one recomputes, this one is done."""
+        room_bytes = self.budget.max_bytes - (held_bytes := self.budget.used_bytes)
         if self._peaks.idle or planned.plan.certificate.peak_bytes <= room_bytes:
             return planned
         try:
-            return Planned(planned.measured, self._plan(planned.chain, max(room_bytes, 0)))
+            return Planned(planned.measured, self._plan(planned.chain, room_bytes))
         except BudgetExceeded as error:
             error.hint = (
-                f"earlier forwards that wait for their backward were promised {promised_bytes} of {self.budget.max_bytes} bytes; "
-                f"fit(live=2) plans for two at a time. {error.hint}"
+                f"earlier forwards that wait for their backward hold {held_bytes} of {self.budget.max_bytes} bytes; fit(live=2) "
+                f"plans for two at a time. {error.hint}"
             )
             raise
 
@@ -263,8 +263,7 @@ class Fitted:
         return modules
 
     def _is_intercepted(self) -> bool:
-        intercepted = not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None
-        return intercepted or innermost_transform() is not None
+        return not torch.is_grad_enabled() or bool(innermost_transform() or getattr(self._local, "step", None))
 
     def unfit(self) -> nn.Module:
         """Give the model back as it was; it runs plainly again."""
@@ -274,11 +273,11 @@ class Fitted:
 
     @untraced
     def check_promise(self) -> None:
-        """Note a deviation if the budget has held more for the latest step than its plan promised (`strict`: `PromiseBroken`).
+        """Note a step that held more than promised, or for which the budget had to make room (`strict`: `PromiseBroken`).
 
         Called at the end of every backward and before the next forward. Steps whose forwards overlap (two forwards, then two
-        backwards) may hold the sum of what they promised. A backward with `retain_graph=True` holds longer than planned, so
-        then nothing is promised but the cap. Only meaningful while nobody else's share of the budget changes.
+        backwards) may hold what waits, and what the latest promised. A backward with `retain_graph=True` holds longer, so then
+        nothing is promised but the cap. Only meaningful while nobody else's share of the budget changes.
         """
         self._peaks.check()
 
@@ -297,14 +296,15 @@ class Fitted:
     def _model_call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None:
             return run_module(model, args, kwargs)
-        if innermost_transform() is not None:
+        if innermost_transform():
             with plain_call(f"a fitted {type(model).__name__}", self.budget):
                 return run_module(model, args, kwargs)
+        self._peaks.check()
         planned = self._beside_others(self.plan_for(*args, **kwargs))
         certificate = planned.plan.certificate
         self._peaks.begin(certificate.peak_bytes, certificate.host_peak_bytes)
         walk = Walk(planned.plan.tree, self.budget, self._verify, self._preserve_rng_state, host=self.host_budget)
-        step = _Step(planned, walk)
+        step = _StepProgress(planned, walk)
         self._local.step = step
         try:
             self.budget.ledger.check_open()
@@ -325,7 +325,7 @@ class Fitted:
 
     @untraced
     def _stage_call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        step: _Step | None = getattr(self._local, "step", None)
+        step: _StepProgress | None = getattr(self._local, "step", None)
         if step is None or not torch.is_grad_enabled():
             return run_module(module, args, kwargs)
         measured = step.planned.measured

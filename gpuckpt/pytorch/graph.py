@@ -35,6 +35,13 @@ def checkpoint_graph(graph_module: GraphModule, config: GraphCheckpointConfig) -
 
     Raises `ValueError`, naming segment and nodes, where a segment runs past the graph. (Segments that overlap or run
     backward cannot be built: see `GraphCheckpointConfig` and `GraphSegment`.)
+
+    >>> from gpuckpt.segments import GraphSegment
+    >>> traced = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)))
+    >>> x = torch.ones(4, 2)
+    >>> recomputed = checkpoint_graph(traced, GraphCheckpointConfig([GraphSegment(1, 2)]))
+    >>> torch.equal(recomputed(x), traced(x))
+    True
     """
     nodes = list(graph_module.graph.nodes)
     try:

@@ -11,7 +11,8 @@ __all__ = ["Deviation", "Promise", "StepPeaks"]
 
 
 class Deviation(NamedTuple):
-    """A step that held more than its plan promised, under a cap that held. `on_host`: of the host budget."""
+    """A step that held more than its plan promised, or for which room had to be made, under a cap that held. `on_host`: of the
+    host budget."""
 
     promised_bytes: int
     measured_bytes: int
@@ -19,7 +20,7 @@ class Deviation(NamedTuple):
 
 
 class Promise:
-    """The promise about one budget. Only meaningful while nobody else's share of the budget changes.
+    """The promise about one budget. Only meaningful while nothing else is charged to the budget or released.
 
     Attributes: `promised_bytes`, of the latest step, or of all those that overlap; `measured_bytes`, the most the budget held
     for them.
@@ -31,6 +32,7 @@ class Promise:
         self.measured_bytes = 0
         self._name = name
         self._others_bytes = 0  # held by others when the latest step began
+        self._refusals = budget.ledger.refusals
 
     @property
     def idle(self) -> bool:
@@ -43,10 +45,19 @@ class Promise:
         self.budget.reset_peak()
         self.promised_bytes = 0
 
+    def add(self, peak_bytes: int) -> None:
+        """A step that holds that much at most begins. The backward of an earlier one, whose tensors wait, comes after its own."""
+        self.promised_bytes = max(self.promised_bytes, self.budget.used_bytes - self._others_bytes + peak_bytes)
+
     def broken(self) -> bool:
         """Measure: was more held than promised?"""
         self.measured_bytes = self.budget.peak_bytes - self._others_bytes
         return self.measured_bytes > self.promised_bytes
+
+    def refused(self) -> bool:
+        """Whether the budget was asked for more than it had since this was last looked at."""
+        before, self._refusals = self._refusals, self.budget.ledger.refusals
+        return self._refusals > before
 
     def error(self) -> PromiseBroken:
         """The error for a step that held more than promised."""
@@ -90,15 +101,16 @@ class StepPeaks:
                 promise.begin()
             self.retained = False
         self.began = True
-        self.held.promised_bytes += peak_bytes
-        self.offloaded.promised_bytes += host_peak_bytes
+        self.held.add(peak_bytes)
+        self.offloaded.add(host_peak_bytes)
 
     def check(self) -> None:
         """Measure the latest step. Raises `PromiseBroken` for a deviation where the promise is strict."""
         if not self.began:
             return
         for promise in self._promises():
-            if promise.broken() and not self.retained:
+            broken, refused = promise.broken() and not self.retained, promise.refused()
+            if broken or (refused and not self._strict):
                 promise.budget.reset_peak()
                 if self._strict:
                     raise promise.error()

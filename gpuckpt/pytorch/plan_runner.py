@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +28,12 @@ from gpuckpt.pytorch.engine.offload import SPILL, Spill
 from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import Outputs, tensors_in
+from gpuckpt.pytorch.profiling.isolation import connected
 
 __all__ = ["Walk"]
 
 
-class _Link:
+class _FromStage:
     """Stands among the arguments for output number `index` of the stage before."""
 
     __slots__ = ("index",)
@@ -41,7 +42,7 @@ class _Link:
         self.index = index
 
 
-class _Kept:
+class _FromFrame:
     """Stands among the arguments for kept tensor number `index` of the frame."""
 
     __slots__ = ("index",)
@@ -52,8 +53,8 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A call of a stage: among the leaves of its arguments, tensors and other values, or `_Link`s, or (kept) `_Kept`s. After the
-    arguments come the tensors inside of objects, and those that its fence wants kept."""
+    """A call of a stage: among the leaves of its arguments, tensors and other values, or `_FromStage`s, or (kept) `_FromFrame`s.
+    After the arguments come the tensors inside of objects, and those that its fence wants kept."""
 
     module: torch.nn.Module
     stage: int
@@ -61,6 +62,11 @@ class _Arrival:
     spec: Any
     objects: Objects
     fence: Fence
+
+    @property
+    def surroundings(self) -> tuple[Fence, Sequence[Any]]:
+        """The fence, and what it wants kept."""
+        return self.fence, self.leaves[self.spec.num_leaves + len(self.objects.tensors) :]
 
     def rewritten(self, kind: type, rewrite: Callable[[Any], Any]) -> _Arrival:
         """The same call with `rewrite` applied to leaves of a kind. Most calls of a deep plan have none: they stay."""
@@ -79,39 +85,46 @@ class _Open:
         # By id and version: what is kept already, and its number.
         self._known: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int]] = {}
         self._count = 0
-        program, verify, preserve = self.program, walk.verify, walk.preserve_rng_state
+        self._loose: set[int] = set()  # numbers of kept tensors that are cut from their graph
+        program, loose, verify, preserve = self.program, self._loose, walk.verify, walk.preserve_rng_state
         budget, host = walk.budget, walk.host
         children = node.children
 
         def replay(kept: list[torch.Tensor]) -> None:
-            arrivals = [call.rewritten(_Kept, lambda leaf: kept[leaf.index]) for call in program]
+            kept = [connected(tensor) if number in loose else tensor for number, tensor in enumerate(kept)]
+            arrivals = [call.rewritten(_FromFrame, lambda leaf: kept[leaf.index]) for call in program]
             inner = Walk(children, budget, verify, preserve, arrivals, host)
             for call in arrivals:
-                leaves = call.rewritten(_Link, lambda leaf: inner.previous.tensors[leaf.index]).leaves
+                leaves = call.rewritten(_FromStage, lambda leaf: inner.previous.tensors[leaf.index]).leaves
                 count = call.spec.num_leaves
                 inside = count + len(call.objects.tensors)
                 flat = call.objects.rebuilt(leaves[:count], leaves[count:inside]) if call.objects else leaves[:count]
                 args, kwargs = pytree.tree_unflatten(flat, call.spec)
-                with call.fence.restored(leaves[inside:]):
+                with call.fence.restored(call.surroundings[1]):
                     inner.step(call.stage, call.module, args, kwargs)
 
         self.frame = Frame(replay, budget, verify)
 
-    def receive(self, calls: Iterable[_Arrival]) -> None:
-        """Save what the replay of the next stages needs besides the output of the stage before each."""
+    def receive(self, calls: Iterable[_Arrival], links: Container[int] = ()) -> None:
+        """Save what the replay of the next stages needs besides the output of the stage before each. `links`: ids of what the
+        first is given of that, if it opens the frame."""
         kept: list[torch.Tensor] = []
-        self.program += [call.rewritten(torch.Tensor, lambda leaf: self._keep(leaf, kept)) for call in calls]
+        self.program += [call.rewritten(torch.Tensor, lambda leaf: self._keep(leaf, kept, links)) for call in calls]
         self.frame.save(kept)
 
-    def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor]) -> _Kept:
+    def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor], links: Container[int]) -> _FromFrame:
         key = id(tensor), tensor._version
         known, number = self._known.get(key, (None, 0))
         if known is None or known() is not tensor:
             number = self._count
             self._count += 1
             self._known[key] = weakref.ref(tensor), number
+            if tensor.requires_grad and not tensor.is_leaf and id(tensor) not in links:
+                # What came past the stage before may be looked at by nobody (an entry of a cache): its graph would stay with it.
+                self._loose.add(number)
+                tensor = tensor.detach()
             kept.append(tensor)
-        return _Kept(number)
+        return _FromFrame(number)
 
 
 class Walk:
@@ -173,9 +186,13 @@ class Walk:
         with ExitStack() as hooks:
             if opening or self._open:
                 leaves, spec = pytree.tree_flatten((args, kwargs))
-                fence = Fence(module, leaves, self.preserve_rng_state)
                 objects = Objects(leaves)
-                call = _Arrival(module, stage, [*leaves, *objects.tensors, *fence.kept], spec, objects, fence)
+                if self._ahead is None:
+                    fence = seen = Fence(module, leaves, self.preserve_rng_state)
+                    kept = seen.kept
+                else:  # everything is as the forward saw it
+                    seen, kept = self._ahead[self._calls].surroundings
+                call = _Arrival(module, stage, [*leaves, *objects.tensors, *kept], spec, objects, seen)
                 self._announce(call, opening, hooks)
                 del leaves, call
             if stage in self._spilled:
@@ -192,7 +209,7 @@ class Walk:
     def _announce(self, call: _Arrival, opening: list[_Open], hooks: ExitStack) -> None:
         """Tell the open frames and those that open now of a call, and enter their hooks, outermost first."""
         links = self.previous.unchanged()
-        later = call.rewritten(torch.Tensor, lambda leaf: _Link(links[id(leaf)]) if id(leaf) in links else leaf)
+        later = call.rewritten(torch.Tensor, lambda leaf: _FromStage(links[id(leaf)]) if id(leaf) in links else leaf)
         if self._ahead is None:
             for opened in self._open:
                 opened.receive([later])
@@ -201,10 +218,10 @@ class Walk:
             hooks.enter_context(self._open[-1].frame.hooks())
         for opened in opening:
             if self._ahead is None:
-                opened.receive([call])
+                opened.receive([call], links)
             else:
                 following = self._ahead[self._calls + 1 : bisect_right(self._stages, opened.last)]
-                opened.receive([call, *following])
+                opened.receive([call, *following], links)
             hooks.enter_context(opened.frame.hooks())
         self._open += opening
 

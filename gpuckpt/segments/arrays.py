@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import array_api_compat as compat
 import numpy as np
 
-from gpuckpt.errors import DimMismatch, DLPackRefused
+from gpuckpt.errors import BackendUnavailable, DimMismatch, DLPackRefused
 from gpuckpt.memory.adapters.inspect import device_of, library_of
 from gpuckpt.memory.dlpack import exchange
 
-__all__ = ["Array", "as_array", "check_last_dim", "like_array", "matching", "nbytes", "place_of"]
+try:
+    import array_api_compat as compat
+except ImportError as error:
+    raise BackendUnavailable(
+        "gpuckpt.segments needs the package array-api-compat (pip install array-api-compat); "
+        "checkpoint, fit, budgets and the fused operations do without it"
+    ) from error
+
+__all__ = ["Array", "as_array", "check_last_dim", "compat", "like_array", "matching", "nbytes", "place_of"]
 
 Array = Any
 """An array of NumPy, torch or CuPy. Their union cannot be named without importing all three."""

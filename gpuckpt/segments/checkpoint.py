@@ -24,6 +24,11 @@ class Checkpoint:
     """A `Recomputable` and the input it was given; the output is computed again whenever it is asked for.
 
     budget: where the input lives; None keeps a reference. Raises `BudgetExceeded` where the input does not fit.
+
+    >>> from gpuckpt.segments import LinearSegment
+    >>> kept = Checkpoint(LinearSegment([1.0, 2.0], 2, 1), [3.0, 4.0])
+    >>> kept.memory_bytes(), kept.recompute().tolist()
+    (8, [11.0])
     """
 
     def __init__(self, recomputable: Recomputable, input: Array, budget: Budget | None = None) -> None:
@@ -49,7 +54,13 @@ class Checkpoint:
 
 
 class CheckpointedActivation(Checkpoint):
-    """A `Checkpoint` that also knows what it saves. `segment`: any `Recomputable`."""
+    """A `Checkpoint` that also knows what it saves. `segment`: any `Recomputable`.
+
+    >>> from gpuckpt.segments import LinearSegment
+    >>> kept = CheckpointedActivation(LinearSegment([1.0, 2.0, 3.0, 4.0], 1, 4), [2.0])
+    >>> kept.memory_bytes(), kept.full_memory_bytes(), kept.memory_savings()
+    (4, 20, 0.8)
+    """
 
     def __init__(self, segment: Recomputable, input: Array, budget: Budget | None = None) -> None:
         super().__init__(segment, input, budget)
@@ -85,6 +96,11 @@ class Chained:
 
     steps: at least one `Differentiable`, or `EmptySegments`. budget: holds, during backward, the input and what is
     recomputed from it; None keeps references.
+
+    >>> from gpuckpt.segments import LinearSegment
+    >>> both = Chained([LinearSegment([2.0], 1, 1), LinearSegment([3.0], 1, 1)])
+    >>> both.forward([1.0]).tolist(), both.backward([1.0], [1.0]).tolist()
+    ([6.0], [6.0])
     """
 
     def __init__(self, steps: Sequence[Any], budget: Budget | None = None) -> None:
@@ -118,6 +134,11 @@ def vjp_checkpoint(step: Any, *inputs: Array, budget: Budget | None = None) -> t
 
     `pullback(grad_output)` gives what `step.backward` gives and releases the inputs, also where it fails. It runs once:
     the second call raises `NotCheckpointed`. Raises `ValueError` without inputs, `TypeError` where `step` has no backward.
+
+    >>> from gpuckpt.segments import LinearSegment
+    >>> y, pullback = vjp_checkpoint(LinearSegment([1.0, 2.0], 2, 1), [3.0, 4.0])
+    >>> y.tolist(), pullback([1.0]).tolist()
+    ([11.0], [1.0, 2.0])
     """
     if not inputs:
         raise ValueError("vjp_checkpoint needs at least one input: without one there is nothing to differentiate")

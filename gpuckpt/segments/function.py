@@ -36,6 +36,9 @@ class CheckpointConfig:
     max_checkpoints: the most layers that are stored at one time, the chain's input not counted.
     storage_dtype: None stores activations as they are; "float16", "bfloat16", "float8_e4m3fn" or "float8_e5m2" (or a
     torch or NumPy dtype) stores them in fewer bits, within the error bound told in `storage`.
+
+    >>> CheckpointConfig(checkpoint_every_n_layers=2, storage_dtype="bfloat16").max_checkpoints
+    64
     """
 
     checkpoint_every_n_layers: int = 4
@@ -50,7 +53,7 @@ class CheckpointConfig:
 
 
 @dataclass
-class _Entry:
+class _Stored:
     kept: Kept
     packed: Packed  # without its bits: those live in `kept`
     full_bytes: int  # of the activation in its own precision
@@ -63,14 +66,23 @@ class ActivationCheckpointer:
     """Stores activations by layer, runs a chain of layers with few of them stored, and computes the others again.
 
     budget: where they live; None keeps references. One thread at a time.
+
+    >>> checkpointer = ActivationCheckpointer(CheckpointConfig(checkpoint_every_n_layers=2))
+    >>> checkpointer.checkpointed_forward([2.0], [10, 20, 30], lambda factor, x: factor * x).tolist()
+    [12000.0]
+    >>> checkpointer.num_checkpoints(), checkpointer.memory_stored_bytes()
+    (2, 12)
+    >>> layers = [10, 20, 30]
+    >>> checkpointer.checkpointed_backward([1.0], layers, lambda k, x: k * x, lambda k, x, grad: k * grad).tolist()
+    [6000.0]
     """
 
     def __init__(self, config: CheckpointConfig | None = None, budget: Budget | None = None) -> None:
         self.config = config or CheckpointConfig()
         self._format = storage_format(self.config.storage_dtype)
         self._keeper = Keeper(budget)
-        self._entries: dict[Hashable, _Entry] = {}
-        self._input: _Entry | None = None
+        self._entries: dict[Hashable, _Stored] = {}
+        self._input: _Stored | None = None
         self._dropped_bytes = 0
         self._positions: dict[Hashable, int] = {}
 
@@ -169,7 +181,7 @@ class ActivationCheckpointer:
         """
         if self._input is None:
             raise NotCheckpointed("checkpointed_backward without a checkpointed_forward before it")
-        steps = [_Call(layer, forward_fn, backward_fn) for layer in layers]
+        steps = [_LayerCall(layer, forward_fn, backward_fn) for layer in layers]
         grad = as_array(grad_output)
         end = len(steps)
         try:
@@ -185,7 +197,7 @@ class ActivationCheckpointer:
             self.clear()
         return grad
 
-    def _unpacked(self, entry: _Entry) -> Kept:
+    def _unpacked(self, entry: _Stored) -> Kept:
         """The entry's activation in its own precision, held in its place."""
         if entry.packed.format is None:
             return entry.kept
@@ -193,7 +205,7 @@ class ActivationCheckpointer:
         entry.kept.free()
         return self._keeper.keep(full)
 
-    def _nearest(self, layers: Sequence[Any], position: int) -> tuple[int, _Entry]:
+    def _nearest(self, layers: Sequence[Any], position: int) -> tuple[int, _Stored]:
         """(first layer to run, its input) to get behind `position`, from the nearest thing stored."""
         for k in range(position, -1, -1):
             entry = self._entries.get(layers[k])
@@ -219,16 +231,16 @@ class ActivationCheckpointer:
             return False
         return True
 
-    def _packed(self, array: Array) -> _Entry:
+    def _packed(self, array: Array) -> _Stored:
         packed = pack(array, self._format)
         kept = self._keeper.keep(packed.bits)
-        return _Entry(kept, Packed(None, packed.format, packed.exponent, packed.dtype), nbytes(array))
+        return _Stored(kept, Packed(None, packed.format, packed.exponent, packed.dtype), nbytes(array))
 
-    def _all(self) -> list[_Entry]:
+    def _all(self) -> list[_Stored]:
         return [*self._entries.values(), *([] if self._input is None else [self._input])]
 
 
-class _Call:
+class _LayerCall:
     """A layer of a layer function, as a stage."""
 
     def __init__(self, layer: Any, forward_fn: ForwardFn, backward_fn: BackwardFn) -> None:

@@ -14,12 +14,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import array_api_compat as compat
-
 from gpuckpt.backend import backend_named
 from gpuckpt.memory.adapters.inspect import library_of
 from gpuckpt.memory.dlpack import exchange
-from gpuckpt.segments.arrays import Array
+from gpuckpt.segments.arrays import Array, compat
 from gpuckpt.segments.pointwise import activate, derivative
 
 __all__ = ["as_tensors", "linear_backward", "linear_forward", "runs_fused"]

@@ -16,7 +16,11 @@ __all__ = ["GraphCheckpointConfig", "GraphSegment", "plan_recomputation"]
 
 @dataclass(frozen=True, order=True)
 class GraphSegment:
-    """Nodes `start_node` to `end_node`, both included. Raises `ValueError` where it would be empty or begin before 0."""
+    """Nodes `start_node` to `end_node`, both included. Raises `ValueError` where it would be empty or begin before 0.
+
+    >>> len(GraphSegment(2, 5)), 5 in GraphSegment(2, 5)
+    (4, True)
+    """
 
     start_node: int
     end_node: int
@@ -35,7 +39,12 @@ class GraphSegment:
 
 
 class GraphCheckpointConfig:
-    """Disjoint segments of a graph, in any order. Raises `ValueError`, naming the pair, where two overlap."""
+    """Disjoint segments of a graph, in any order. Raises `ValueError`, naming the pair, where two overlap.
+
+    >>> config = GraphCheckpointConfig.uniform(num_nodes=10, num_segments=3)
+    >>> [(segment.start_node, segment.end_node) for segment in config.segments], config.should_checkpoint(4)
+    ([(0, 2), (3, 5), (6, 9)], True)
+    """
 
     def __init__(self, segments: Iterable[GraphSegment] = ()) -> None:
         self.segments: tuple[GraphSegment, ...] = tuple(sorted(segments))
@@ -89,6 +98,9 @@ def plan_recomputation(num_nodes: int, config: GraphCheckpointConfig) -> list[bo
     """For each of `num_nodes` nodes, in order, whether it is recomputed (True) or kept (False).
 
     Linear in nodes plus segments. Raises `ValueError` for a negative number of nodes, or a segment past the last one.
+
+    >>> plan_recomputation(5, GraphCheckpointConfig([GraphSegment(1, 2)]))
+    [False, True, True, False, False]
     """
     if num_nodes < 0:
         raise ValueError(f"a graph cannot have {num_nodes} nodes")

@@ -67,7 +67,7 @@ class Kept:
 
 
 class Keeper:
-    """Where a class keeps its arrays. budget: their cap, or None. tracker: told of every array kept and freed, or None."""
+    """Where a class keeps its arrays. budget: their cap, or None. tracker: counts every array kept and freed; or None."""
 
     def __init__(self, budget: Budget | None = None, tracker: MemoryUsageTracker | None = None) -> None:
         self.budget = budget

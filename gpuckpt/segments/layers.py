@@ -20,10 +20,17 @@ __all__ = ["CheckpointedLayer", "SegmentCheckpointer"]
 class CheckpointedLayer:
     """A `Layer` around a layer: forward keeps the input only, backward computes again what the inner layer needs.
 
-    tracker: told of the input while it is kept, of what is recomputed, and of the layer's gradients until `update` uses
+    tracker: counts the input while it is kept, what is recomputed, and the layer's gradients until `update` uses
     them up; None: nothing is tracked. budget: where the input lives; None keeps a reference.
 
     One forward is outstanding at a time: the next one releases the earlier input, and in evaluation nothing is kept.
+
+    >>> from gpuckpt.segments import Dense
+    >>> layer = CheckpointedLayer(Dense(2, 3, "tanh"))
+    >>> layer.forward([1.0, 2.0]).shape, layer.memory_bytes()
+    ((3,), 8)
+    >>> layer.backward(None, [1.0, 1.0, 1.0]).shape, layer.memory_bytes()
+    ((2,), 0)
     """
 
     layer_type = "CheckpointedLayer"
@@ -135,6 +142,11 @@ class SegmentCheckpointer(Replaying):
     tracker, budget: as for `CheckpointedLayer`; what backward recomputes is held in them too.
 
     For N layers in S segments, forward and backward call layers' forward N + (N - S) times.
+
+    >>> from gpuckpt.segments import Dense
+    >>> layers = SegmentCheckpointer([Dense(2, 2, "tanh", seed=k) for k in range(4)], checkpoint_every=2)
+    >>> layers.forward([1.0, 2.0]).shape, layers.memory_bytes()
+    ((2,), 16)
     """
 
     def __init__(

@@ -10,11 +10,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import array_api_compat as compat
-
 from gpuckpt.errors import DimMismatch
 from gpuckpt.segments import lcg
-from gpuckpt.segments.arrays import Array, as_array, check_last_dim, like_array, matching, nbytes
+from gpuckpt.segments.arrays import Array, as_array, check_last_dim, compat, like_array, matching, nbytes
 from gpuckpt.segments.fused import linear_backward, linear_forward
 from gpuckpt.segments.pointwise import check_activation
 
@@ -124,7 +122,10 @@ class LinearSegment(_Affine):
     """y = W x.
 
     weights: out_dim * in_dim numbers, row-major: a flat list or array, or one of shape (out_dim, in_dim). Arrays are used
-    as they are, so that an update is seen by whoever owns them. Raises `DimMismatch` for any other number of weights.
+    as they are, so that their owner sees an update. Raises `DimMismatch` for any other number of weights.
+
+    >>> LinearSegment([1.0, 2.0, 3.0, 4.0], in_dim=2, out_dim=2).forward([1.0, 1.0]).tolist()
+    [3.0, 7.0]
     """
 
     def __init__(self, weights: Any, in_dim: int, out_dim: int, name: str = "") -> None:
@@ -163,6 +164,10 @@ class Dense(_Affine):
 
     activation: identity, relu, relu2, gelu_tanh, silu, sigmoid or tanh. seed: weights as `LinearSegment.random_init` gives
     them, bias 0. like: as there. Raises `ValueError` for an unknown activation or dimensions below 1.
+
+    >>> layer = Dense(4, 8, "tanh", seed=1)
+    >>> layer.forward([[1.0, 2.0, 3.0, 4.0]]).shape, layer.parameter_count
+    ((1, 8), 40)
     """
 
     layer_type = "Dense"

@@ -27,6 +27,13 @@ class CheckpointedNetwork(Replaying):
     segments: any `Recomputable`; backward needs them to be `Differentiable`. Raises `EmptySegments` without one.
     budget: where the inputs live, and what backward recomputes; they are freed as backward passes. None keeps references.
     strategy: which segments keep their input; every one by default. The first one's is always kept.
+
+    >>> from gpuckpt.segments import Dense
+    >>> network = CheckpointedNetwork([Dense(2, 2, "tanh", seed=k) for k in range(4)], strategy=CheckpointStrategy.sqrt())
+    >>> network.forward([1.0, 2.0]).shape, network.memory_bytes(), network.full_memory_bytes()
+    ((2,), 16, 32)
+    >>> network.backward([1.0, 1.0]).shape, network.memory_bytes()
+    ((2,), 0)
     """
 
     def __init__(
@@ -72,6 +79,11 @@ class CheckpointedPipeline(Replaying):
 
     segments: as in `CheckpointedNetwork`, with `in_dim` and `out_dim` for the sums; they must follow on each other, or
     `DimMismatch`. Raises `EmptyPipeline` without one. budget: as there.
+
+    >>> from gpuckpt.segments import LinearSegment
+    >>> pipeline = CheckpointedPipeline([LinearSegment.random_init(4, 8, seed=1), LinearSegment.random_init(8, 2, seed=2)])
+    >>> pipeline.total_checkpoint_memory(4), pipeline.total_full_memory(4)
+    (48, 88)
     """
 
     def __init__(self, segments: Sequence[Any], *, budget: Budget | None = None) -> None:

@@ -12,9 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import array_api_compat as compat
-
-from gpuckpt.segments.arrays import Array
+from gpuckpt.segments.arrays import Array, compat
 
 __all__ = ["POINTWISE", "activate", "check_activation", "derivative"]
 

@@ -15,7 +15,12 @@ __all__ = ["Differentiable", "Layer", "Recomputable", "require_backward"]
 
 @runtime_checkable
 class Recomputable(Protocol):
-    """A deterministic step: the same input gives the same output, bit for bit, as often as it is asked."""
+    """A deterministic step: the same input gives the same output, bit for bit, as often as it is asked.
+
+    >>> from gpuckpt.segments import LinearSegment
+    >>> isinstance(LinearSegment([1.0, 2.0], 2, 1), Recomputable)
+    True
+    """
 
     def forward(self, input: Array, /) -> Array:
         """The output for `input`."""
@@ -28,7 +33,12 @@ class Recomputable(Protocol):
 
 @runtime_checkable
 class Differentiable(Protocol):
-    """A deterministic step with a backward that needs the input alone."""
+    """A deterministic step with a backward that needs the input alone.
+
+    >>> from gpuckpt.segments import Dense
+    >>> isinstance(Dense(2, 1), Differentiable), isinstance(abs, Differentiable)
+    (True, False)
+    """
 
     def forward(self, input: Array, /) -> Array:
         """The output for `input`."""
@@ -45,6 +55,10 @@ class Layer(Differentiable, Protocol):
 
     A layer whose backward recomputes all it needs says so with `recomputes_in_backward = True`; where the attribute is
     missing or False, `CheckpointedLayer` runs `forward` again just before `backward`.
+
+    >>> from gpuckpt.segments import Dense, LinearSegment
+    >>> isinstance(Dense(2, 1), Layer), isinstance(LinearSegment([1.0, 2.0], 2, 1), Layer)
+    (True, False)
     """
 
     def update(self, lr: float, /) -> None:

@@ -24,13 +24,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import array_api_compat as compat
 import numpy as np
 
 from gpuckpt.errors import BackendUnavailable
 from gpuckpt.memory.adapters.inspect import library_of
 from gpuckpt.memory.dlpack import exchange
-from gpuckpt.segments.arrays import Array
+from gpuckpt.segments.arrays import Array, compat
 from gpuckpt.segments.fused import as_tensors
 
 __all__ = ["STORAGE_FORMATS", "Packed", "StorageFormat", "pack", "storage_format", "unpack"]

@@ -14,7 +14,11 @@ __all__ = ["CheckpointStrategy"]
 
 @dataclass(frozen=True)
 class CheckpointStrategy:
-    """A rule that selects layers. Build one with `every`, `every_nth`, `sqrt` or `none`."""
+    """A rule that selects layers. Build one with `every`, `every_nth`, `sqrt` or `none`.
+
+    >>> CheckpointStrategy.sqrt().select_layers(9), CheckpointStrategy.every_nth(4).select_layers(9)
+    ([0, 3, 6], [0, 4, 8])
+    """
 
     kind: Literal["every", "every_nth", "sqrt", "none"]
     n: int = 1

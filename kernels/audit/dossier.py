@@ -1,4 +1,4 @@
-"""The static dossier: every shipped kernel compiled ahead of time, beside the bounds it promises to keep.
+"""The static dossier: every shipped kernel compiled ahead of time, next to the bounds it promises to keep.
 
 `build` compiles (`compile`), counts how many blocks a multiprocessor holds and what the roofline allows (`roofline`), and
 `violations` compares with the bounds below. None of it needs a GPU, and none of it is a measurement of speed.
@@ -180,7 +180,7 @@ def _matrices_written(spec: KernelSpec, report: Report) -> float:
 
 
 def _work(spec: KernelSpec) -> roofline.Work | None:
-    """None where nobody has said yet what the kernel must move, which is a broken bound."""
+    """None where it is not stated what the kernel must move, which is a broken bound."""
     try:
         return roofline.work_of(spec.meta["kernel"], _shape(spec), spec.dtype)
     except ValueError:

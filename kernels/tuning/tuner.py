@@ -5,8 +5,10 @@ Nothing here runs unless it is called: no tuning at start-up, and `tiles.choose`
 reads what was kept for this version of Triton and these kernels, and puts it before the analytic rule until the process ends.
 
 Timing: all tiles take turns, each round from another one on, so that clocks and heat touch them alike; the median of a tile's
-rounds counts, by CUDA events. Between launches a buffer as large as the device's L2 cache is overwritten, and no more: a tuner
-that takes 256 MiB would not fit beside a budget. A tile has to beat the analytic choice by `margin` to replace it.
+rounds counts, by CUDA events around the replay of a CUDA graph: a launch from Python takes longer than many a kernel. Before
+each replay a buffer as large as the device's L2 cache is overwritten, often enough to keep the device busy until the replay is
+queued; it is no larger, because a tuner that takes 256 MiB would not fit next to a budget. A tile has to beat the analytic
+choice by `margin` to replace it.
 
 One JSON file a result under GPUCKPT_CACHE_DIR, else XDG_CACHE_HOME/gpuckpt, else ~/.cache/gpuckpt, in the folder "tiles".
 
@@ -117,10 +119,15 @@ def tune(
     tiles: what to time, by default `search_space` (24 to 68 tiles, each compiled once); the analytic choice is always among them.
     rounds: launches a tile is timed by. margin: the share by which a tile must beat the analytic choice. flush_bytes: the buffer
     overwritten between launches; "L2": as large as the device's cache, None: none. Operands, results and scratch take up to
-    2 M K + 3 N K + 4.25 M N elements beside it, outside of any budget, and are freed at the end.
+    2 M K + 3 N K + 4.25 M N elements in addition, outside of any budget, and are freed at the end.
     timer, arch: for measuring by other means; a timer given needs no GPU.
 
     Raises ValueError for what cannot be tuned, RuntimeError where there is no GPU to measure on, or where no tile ran.
+
+    >>> best = tune("linear", 8192, 14336, 4096).tile  # doctest: +SKIP
+    >>> tune("linear", 8192, 14336, 0)
+    Traceback (most recent call last):
+    ValueError: M=8192, N=14336, K=0 and rounds=20 must be at least 1, margin=0.02 at least 0
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
@@ -171,7 +178,7 @@ def load(directory: str | Path | None = None) -> Mapping[TunedKey, TileConfig]:
     """Use what was tuned with this version of Triton and these kernels, from now on; the table that is used.
 
     Call it before the first forward pass; a second call may find the same results only. directory: by default `cache_dir()`.
-    Results of other versions are passed over. Raises ValueError for a file that is none of ours, or a tile that cannot run.
+    Results of other versions are passed over. Raises ValueError for a file that `tune` did not write, or a tile that cannot run.
     """
     table: dict[TunedKey, TileConfig] = {}
     for path in sorted(Path(directory or cache_dir()).glob("*.json")):
@@ -187,25 +194,49 @@ def load(directory: str | Path | None = None) -> Mapping[TunedKey, TileConfig]:
     return table
 
 
+_BUSY_BYTES = 1 << 29
+"""What a device takes longer to overwrite (100 us at 5 TB/s) than Python to queue a replay between two events."""
+
+
 class _EventTimer:
-    """Seconds by CUDA events, on the current stream, with the L2 cache overwritten before each launch."""
+    """Seconds of a launch by CUDA events around its graph, on the current stream, with the L2 cache overwritten before.
+
+    The first call of a launch compiles it and captures its graph, which is kept as long as the timer."""
 
     def __init__(self, device: torch.device, flush_bytes: int | Literal["L2"] | None) -> None:
         if flush_bytes == "L2":
             flush_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(flush_bytes, dtype=torch.uint8, device=device) if flush_bytes else None
+        self._flush = torch.empty(flush_bytes or 0, dtype=torch.uint8, device=device)
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushes = -(-_BUSY_BYTES // flush_bytes) if flush_bytes else 0
+        self._graphs: dict[Callable[[], None], torch.cuda.CUDAGraph] = {}
         self._device = device
 
     def __call__(self, launch: Callable[[], None]) -> float:
         with torch.cuda.device(self._device):
-            if self._flush is not None:
+            graph = self._graphs.get(launch)
+            if graph is None:
+                graph = self._graphs[launch] = _captured(launch)
+            for _ in range(self._flushes):
                 self._flush.zero_()
             self._begin.record()
-            launch()
+            graph.replay()
             self._end.record()
             self._end.synchronize()
         return self._begin.elapsed_time(self._end) / 1e3
+
+
+def _captured(launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The graph of one launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch()  # compiles, which a capture could not
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        launch()
+    return graph
 
 
 def _need_gpu(device: str | torch.device) -> None:

@@ -54,3 +54,14 @@ def test_the_index_takes_the_first_screen_of_the_readme(monkeypatch: pytest.Monk
     assert "gpuckpt.fit(" in screen
     assert len(screen.splitlines()) < 40
     assert "](" not in screen  # a link would lead elsewhere from the site
+
+
+def test_the_map_for_contributors_names_every_room() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## The map")[2].partition("## Names")[0]
+    named = {
+        name for row in re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE) for name in re.findall(r"`(.+?)`", row)
+    }
+    rooms = {path.parent for top in ("gpuckpt", "kernels") for path in (ROOT / top).rglob("*.py")} - {ROOT / "gpuckpt"}
+    shown = {ROOT / home / name for home in ("", "gpuckpt") for name in named if (ROOT / home / name).exists()}
+    assert rooms <= shown, {str(room) for room in rooms - shown}
+    assert len(shown) == len(named), named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -24,6 +25,7 @@ class HostCuda:
         self._c.hostcuda_used.restype = ctypes.c_size_t
         self._c.hostcuda_peak.restype = ctypes.c_size_t
         self._c.hostcuda_pinned.restype = ctypes.c_size_t
+        self._c.hostcuda_waits.restype = ctypes.c_long
 
     def set_capacity(self, nbytes: int, device: int = 0) -> None:
         self._c.hostcuda_set_capacity(ctypes.c_int(device), ctypes.c_size_t(nbytes))
@@ -50,6 +52,17 @@ class HostCuda:
 
     def release_stream(self, stream: Any) -> None:
         self._c.hostcuda_release_stream(ctypes.c_size_t(stream.ptr))
+
+    def waits(self, waiter: Any, source: Any) -> int:
+        """How often the stream `waiter` was told to wait for work on the stream `source`."""
+        return self._c.hostcuda_waits(ctypes.c_size_t(waiter.ptr), ctypes.c_size_t(source.ptr))
+
+    @contextlib.contextmanager
+    def capturing(self, stream: Any) -> Iterator[None]:
+        """Meanwhile `stream` says that it is captured into a CUDA graph."""
+        self._c.hostcuda_capture(ctypes.c_size_t(stream.ptr), 1)
+        yield
+        self._c.hostcuda_capture(ctypes.c_size_t(stream.ptr), 0)
 
     def reset(self) -> None:
         gc.collect()

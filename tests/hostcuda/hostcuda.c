@@ -17,7 +17,7 @@
 #define DEFAULT_CAPACITY ((size_t)1 << 30)
 
 typedef struct { char *at; size_t size; int device; enum cudaMemoryType type; int ours; } Allocation;
-typedef struct Stream { unsigned flags; int priority; int held; unsigned long released; } Stream;
+typedef struct Stream { unsigned flags; int priority; int held; int capturing; unsigned long released; } Stream;
 typedef struct { Stream *stream; unsigned long needs; double time_s; int recorded; } Event;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -27,6 +27,8 @@ static size_t capacity[DEVICES] = {DEFAULT_CAPACITY, DEFAULT_CAPACITY};
 static size_t used[DEVICES], peak[DEVICES], pinned;
 static long fail_in = -1; /* allocations until one fails; -1: none */
 static Stream builtin_streams[3];
+static struct { Stream *waiter, *source; } waits[4096]; /* the latest waits of streams for events */
+static unsigned long waited;
 static __thread int current_device;
 static __thread cudaError_t last_error;
 
@@ -136,6 +138,15 @@ void hostcuda_release_stream(uintptr_t handle) {
   stream->held = 0;
   stream->released++;
 }
+
+/* How often `waiter` was told to wait for work of `source`, of the last 4096 waits. */
+long hostcuda_waits(uintptr_t waiter, uintptr_t source) {
+  long found = 0;
+  for (unsigned long i = waited > 4096 ? waited - 4096 : 0; i < waited; i++)
+    found += waits[i % 4096].waiter == stream_of((cudaStream_t)waiter) && waits[i % 4096].source == stream_of((cudaStream_t)source);
+  return found;
+}
+void hostcuda_capture(uintptr_t handle, int on) { stream_of((cudaStream_t)handle)->capturing = on; }
 
 /* ---- errors, versions, devices ---- */
 const char *cudaGetErrorName(cudaError_t error) {
@@ -265,9 +276,15 @@ cudaError_t cudaStreamGetFlags(cudaStream_t handle, unsigned *flags) { *flags = 
 cudaError_t cudaStreamGetPriority(cudaStream_t handle, int *priority) { *priority = stream_of(handle)->priority; return cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t handle) { hostcuda_release_stream((uintptr_t)handle); return cudaSuccess; }
 cudaError_t cudaStreamQuery(cudaStream_t handle) { return stream_of(handle)->held ? fail(cudaErrorNotReady) : cudaSuccess; }
-cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned flags) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned flags) {
+  pthread_mutex_lock(&lock);
+  waits[waited % 4096].waiter = stream_of(handle);
+  waits[waited++ % 4096].source = ((Event *)event)->stream;
+  pthread_mutex_unlock(&lock);
+  return cudaSuccess;
+}
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, enum cudaStreamCaptureStatus *status) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = stream_of(handle)->capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 cudaError_t cudaStreamAddCallback(cudaStream_t handle, cudaStreamCallback_t callback, void *data, unsigned flags) {

@@ -208,7 +208,7 @@ def test_a_finalizer_does_not_wait_for_a_lock_that_another_thread_holds():
     thread.start()
     locked.wait(10)
     start = time.perf_counter()
-    del charge  # must not block, although the books are locked
+    del charge  # must not block, although the ledger is locked
     assert time.perf_counter() - start < 1.0
     release.set()
     thread.join()
@@ -280,3 +280,21 @@ def test_ctrl_c_at_any_moment_leaks_nothing():
         sys.unraisablehook = hook
     print(f"{interrupts} interrupts, 0 bytes leaked")
     assert interrupts > 50
+
+
+def test_a_printed_budget_is_a_table_of_what_is_held():
+    budget = CheckpointBudget("1KiB", device="cpu", over_cap=("recompute", "raise"))
+    charges = [budget.charge(100, "hidden state"), budget.charge(150, "hidden state"), budget.charge(300, "w" * 100)]
+    budget.allocate(24)
+    with pytest.raises(BudgetExceeded):
+        budget.allocate(1000)
+    heading, columns, *rows, figures = str(budget).splitlines()
+    assert heading == 'budget of 1 KiB on cpu, hold="account", over the cap: recompute, raise'
+    assert columns.split() == ["what", "pieces", "held"]
+    assert [row.split()[1:] for row in rows[:1]] == [["1", "300", "B"]]
+    assert [row.split() for row in rows[1:]] == [["hidden", "state", "2", "250", "B"], ["allocate", "1", "24", "B"]]
+    assert figures == f"held 574 B (56.1%)   peak 574 B   free 450 B   refusals {budget.ledger.refusals}"
+    assert max(map(len, str(budget).splitlines())) <= 80
+    charges.clear()
+    assert str(budget).splitlines()[2:-1] == ["allocate       1  24 B"]
+    assert "\n" not in repr(budget)

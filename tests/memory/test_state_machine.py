@@ -69,7 +69,7 @@ class Books(RuleBasedStateMachine):
             self.counts["faults met" if self.broken else "refused"] += 1
             if not self.broken:
                 self.check_refusal(error, before)
-            assert self.budget.used_bytes == before, "a failed request changed the books"
+            assert self.budget.used_bytes == before, "a failed request changed the ledger"
             self.heal()
         del kind
         self.counts["operations"] += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import shutil
 import subprocess
 import sys
@@ -32,6 +34,32 @@ model = torch.nn.Sequential(*[gpuckpt.nn.FusedMLP(8, 16) for _ in range(4)])
 fitted = gpuckpt.fit(model, torch.randn(4, 8), "1MiB")
 fitted(torch.randn(4, 8)).sum().backward()
 assert fitted.budget.used_bytes == 0
+"""
+
+SOURCE_TREE = """
+import importlib.metadata, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+sys.path_hooks[:] = [hook for hook in sys.path_hooks if "editable" not in str(hook)]
+def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = version
+sys.path.insert(0, {root!r})
+import gpuckpt.kernels.host.tiles
+from gpuckpt.cli.doctor import examine
+assert examine()["gpuckpt"] == "(a source tree that is not installed)"
+"""
+
+NO_ARRAY_API = """
+import sys
+sys.modules["array_api_compat"] = None
+import gpuckpt, torch
+gpuckpt.checkpoint, gpuckpt.fit, gpuckpt.nn
+try:
+    gpuckpt.Dense
+except gpuckpt.BackendUnavailable as error:
+    assert "pip install array-api-compat" in str(error)
+else:
+    raise AssertionError("segments were imported without what they need")
 """
 
 NO_IMPORTS = """
@@ -97,6 +125,14 @@ def test_the_editable_install_finds_the_kernels_from_outside(tmp_path):
     python("import gpuckpt.kernels; from gpuckpt.kernels.host import tiles", tmp_path)
 
 
+def test_a_checkout_works_without_being_installed(tmp_path):
+    python(SOURCE_TREE.format(root=str(ROOT)), tmp_path)
+
+
+def test_without_array_api_compat_only_segments_are_missing(tmp_path):
+    python(NO_ARRAY_API, tmp_path)
+
+
 def test_importing_loads_nothing_that_is_not_needed(tmp_path):
     python(NO_IMPORTS, tmp_path)
 
@@ -115,6 +151,9 @@ def test_the_cpu_side_works_without(missing, tmp_path):
         "import gpuckpt; assert gpuckpt.nn.GatedMLP is __import__('gpuckpt.nn').nn.GatedMLP",
         "import gpuckpt; gpuckpt.functional.linear",
         "from gpuckpt import functional, nn; assert nn.__name__ == 'gpuckpt.nn'",
+        "import gpuckpt; gpuckpt.planning.Chain; gpuckpt.memory.Budget; gpuckpt.errors.StateModified",
+        "import gpuckpt; assert gpuckpt.segments.LinearSegment is gpuckpt.LinearSegment; gpuckpt.kernels; gpuckpt.tune",
+        "from gpuckpt import LinearSegment, MemoryUsageTracker, StateModified, vjp_checkpoint",
     ],
 )
 def test_functions_and_modules_import_in_a_fresh_interpreter(code, tmp_path):
@@ -129,6 +168,22 @@ def test_every_public_name_is_there():
     assert set(gpuckpt.__all__) <= set(dir(gpuckpt))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = gpuckpt.nonsense
+
+
+def test_dir_shows_the_core_and_the_rooms():
+    """What fits on a screen; the classes of a room are shown by the room, and `from gpuckpt import` finds them all the same."""
+    import gpuckpt
+
+    shown = dir(gpuckpt)
+    rooms = [name for name in shown if inspect.ismodule(getattr(gpuckpt, name))]
+    assert rooms == ["errors", "functional", "kernels", "memory", "nn", "planning", "segments"]
+    assert 15 <= len(shown) - len(rooms) <= 22
+    assert {"fit", "checkpoint", "measure", "plan_chain", "CheckpointBudget", "BudgetExceeded", "tune"} <= {*shown}
+    assert not {"LinearSegment", "StateModified"} & {*shown}
+    for room in ("errors", "memory", "segments"):
+        home = importlib.import_module(f"gpuckpt.{room}")
+        for name in home.__all__:
+            assert getattr(gpuckpt, name) is getattr(home, name)
 
 
 def test_the_version_stands_in_one_place(wheel):

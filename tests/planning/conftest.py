@@ -141,20 +141,43 @@ def play(chain: Chain, tree: tuple) -> Played:
     """Run a tree with explicit holders, stage by stage, by recursion: shares nothing with the simulator but the rules."""
     seen = Played(counts=[0] * len(chain))
     holds: set[tuple[object, int]] = set()
-    times = [0] * len(chain.storages)
+    times: dict[object, int] = {}
     on_host: set[tuple[object, int]] = set()
 
-    def size(ids: set[int]) -> int:
-        return sum(-(-chain.storages[x] // chain.unit_bytes) * chain.unit_bytes for x in ids)
+    # A storage is a number, or ("again", number): a twin of an extra, which its maker makes when it is run again.
+    def bytes_of(x: object) -> int:
+        return chain.storages[x[1] if isinstance(x, tuple) else x]
 
-    def held() -> set[int]:
+    def size(ids: set) -> int:
+        return sum(-(-bytes_of(x) // chain.unit_bytes) * chain.unit_bytes for x in ids)
+
+    def held() -> set:
         return {x for _, x in holds}
+
+    def maker(x: int) -> int | None:
+        """The stage that makes x, if a later stage has it as an extra."""
+        for i, stage in enumerate(chain.stages):
+            if x in stage.inputs or x in stage.extras:
+                return None
+            if any(x in (*option.saves, *option.spilled) for option in stage.options) or x in stage.output:
+                return i if any(x in later.extras for later in chain.stages[i + 1 :]) else None
+        return None
+
+    def seen_by(i: int, ids: tuple, outermost: tuple | None, links_only: bool = False) -> tuple:
+        """What stage i means by `ids` while everything in the frame `outermost` runs again."""
+        if outermost is None:
+            return ids
+        foreign = () if links_only else chain.stages[i].extras
+        return tuple(("again", x) if maker(x) in span_of(outermost) and x not in foreign else x for x in ids)
+
+    def span_of(nodes: tuple) -> list[int]:
+        return [x for node in nodes for x in span(node)]
 
     def hold(owner: object, ids: tuple[int, ...]) -> None:
         for x in dict.fromkeys(ids):
             if x not in held():
-                times[x] += 1
-                seen.events.append(("alloc", (x, times[x]), chain.storages[x]))
+                times[x] = times.get(x, 0) + 1
+                seen.events.append(("alloc", (x, times[x]), bytes_of(x)))
             holds.add((owner, x))
         seen.peak_bytes = max(seen.peak_bytes, size(held()))
 
@@ -164,7 +187,7 @@ def play(chain: Chain, tree: tuple) -> Played:
             if x not in held():
                 seen.events.append(("free", (x, times[x])))
 
-    def alive(beyond: set[int], more_bytes: int) -> None:
+    def alive(beyond: set, more_bytes: int) -> None:
         seen.total_peak_bytes = max(seen.total_peak_bytes, size(held() | beyond) + more_bytes)
 
     def span(node: Keep | Recompute) -> list[int]:
@@ -183,32 +206,35 @@ def play(chain: Chain, tree: tuple) -> Played:
                 loose_bytes += chain.stages[i - 1].output_bytes
         alive(touched, loose_bytes + stage.workspace_bytes + gradient_bytes)
 
-    def frame_ids(node: Recompute) -> tuple[int, ...]:
+    def frame_ids(node: Recompute, outermost: tuple | None) -> tuple:
         stages = span(node)
         extras = [x for i in stages for x in chain.stages[i].extras]
-        return tuple(dict.fromkeys([*chain.stages[stages[0]].inputs, *extras]))
+        inputs = seen_by(stages[0], chain.stages[stages[0]].inputs, outermost, links_only=True)
+        return tuple(dict.fromkeys([*inputs, *extras]))
 
-    def forward(nodes: tuple, again: bool, gradient_bytes: int) -> None:
+    def forward(nodes: tuple, outermost: tuple | None, gradient_bytes: int) -> None:
+        again = outermost is not None
         for node in nodes:
             if isinstance(node, Keep):
                 option = chain.stages[node.stage].option(node.variant)
+                saves, spilled = (seen_by(node.stage, ids, outermost) for ids in (option.saves, option.spilled))
                 # What is spilled and already here stays; the rest is on the host from the stage's end on.
-                stays = [x for x in option.spilled if x in held()]
-                leaves = [x for x in option.spilled if x not in stays and x not in option.saves]
-                hold(node, (*option.saves, *stays))
+                stays = [x for x in spilled if x in held()]
+                leaves = [x for x in spilled if x not in stays and x not in saves]
+                hold(node, (*saves, *stays))
                 stops = again and node is nodes[-1]  # once the last tensor is saved
                 seconds = option.forward_s - (chain.stages[node.stage].tail_s if stops else 0)
                 run_stage(node.stage, seconds, gradient_bytes, again, set(leaves))
                 on_host.update((node, x) for x in leaves)
                 there = {x for _, x in on_host}
-                seen.host_peak_bytes = max(seen.host_peak_bytes, sum(chain.storages[x] for x in there))
+                seen.host_peak_bytes = max(seen.host_peak_bytes, sum(bytes_of(x) for x in there))
             else:
-                hold(id(node), frame_ids(node))
+                hold(id(node), frame_ids(node, outermost))
                 if not (again and node is nodes[-1]):
                     for i in span(node):
                         run_stage(i, chain.stages[i].forward_s, gradient_bytes, again)
 
-    def backward(nodes: tuple) -> None:
+    def backward(nodes: tuple, outermost: tuple | None = None) -> None:
         for node in reversed(nodes):
             if isinstance(node, Keep):
                 stage, option = chain.stages[node.stage], chain.stages[node.stage].option(node.variant)
@@ -220,11 +246,11 @@ def play(chain: Chain, tree: tuple) -> Played:
                 let_go(node, tuple(x for owner, x in holds if owner is node))
                 on_host.difference_update([(node, x) for x in back])
             else:
-                forward(node.children, True, chain.stages[span(node)[-1]].output_bytes)
-                backward(node.children)
-                let_go(id(node), frame_ids(node))
+                forward(node.children, outermost or (node,), chain.stages[span(node)[-1]].output_bytes)
+                backward(node.children, outermost or (node,))
+                let_go(id(node), frame_ids(node, outermost))
 
-    forward(tree, False, 0)
+    forward(tree, None, 0)
     backward(tree)
     assert not holds
     assert not on_host

@@ -162,3 +162,19 @@ def test_a_frame_as_deep_as_the_chain_is_long() -> None:
     run = simulate(chain, strategies.revolve(chain, 1))
     assert sum(run.forward_counts) == n * (n + 1) // 2
     assert run.peak_bytes == 1
+
+
+def test_an_extra_that_a_stage_of_the_frame_makes_is_there_twice_while_its_maker_runs_again() -> None:
+    # 0: made by the first stage, saved by it and the second, given to the third as well.
+    first = Stage("a", saves=(0,), output=(0,))
+    second = Stage("b", saves=(0, 1), inputs=(0,), output=(1,))
+    third = Stage("c", saves=(0, 1), inputs=(1,), extras=(0,), output=(2,))
+    chain = Chain((first, second, third), (100, 10, 1))
+    assert chain.made_extras == {0: 0}
+    kept = simulate(chain, (Keep(0), Keep(1), Keep(2)))
+    assert kept.peak_bytes == 110, "forward makes it once"
+    again = simulate(chain, (Recompute((Keep(0), Keep(1), Keep(2))),))
+    assert again.trace[0][1] == 100, "the frame holds forward's"
+    assert again.peak_bytes == 100 + 100 + 10
+    apart = simulate(chain, (Recompute((Keep(0),)), Recompute((Keep(1), Keep(2)))))
+    assert apart.peak_bytes == 110, "the maker is in another frame, which runs when the others are done"

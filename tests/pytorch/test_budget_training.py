@@ -114,9 +114,9 @@ class FaultyBudget(CheckpointBudget):
         self.faults.pass_by(nbytes)
         return super().charge(nbytes, what)
 
-    def take(self, nbytes, what, like=None):
+    def take(self, nbytes, what):
         self.faults.pass_by(nbytes)
-        return super().take(nbytes, what, like)
+        return super().take(nbytes, what)
 
 
 def faulty(size: int | str, faults: Faults, **options) -> FaultyBudget:

@@ -65,6 +65,48 @@ def test_a_step_that_holds_more_goes_on_under_the_cap_and_is_noted() -> None:
     assert fitted.budget.used_bytes == 0
 
 
+def test_room_is_made_for_a_step_that_holds_more_than_the_cap_has() -> None:
+    """Frames drop what they recomputed and compute it once more; the next step is measured with these contents."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(*[Sparse(16) for _ in range(6)])
+    plain = copy.deepcopy(ours)
+    probe = fit(ours, rows(), "1MiB")
+    least = probe.plan.certificate.smallest_budget_bytes
+    probe.unfit()
+    fitted = fit(ours, rows(), least)
+    large = rows() * 10
+    assert gradients(ours, large) == gradients(plain, large)
+    assert fitted.budget.peak_bytes <= least
+    assert fitted.budget.used_bytes == 0
+    assert len(fitted.deviations) == 1
+    assert gradients(ours, rows()) == gradients(plain, rows())
+
+
+def test_a_step_that_does_not_fit_is_refused_whole_and_measured_again() -> None:
+    class Gated(Block):
+        """Saves much more for large inputs, in forward already where it is kept."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            for _ in range(6 if bool((x.abs() > 4).any()) else 0):
+                out = out.exp().log()
+            return out
+
+    torch.manual_seed(0)
+    ours = nn.Sequential(*[Gated(16) for _ in range(6)])
+    plain = copy.deepcopy(ours)
+    probe = fit(ours, rows(), "1MiB")
+    everything = probe.plan.certificate.peak_bytes
+    probe.unfit()
+    fitted = fit(ours, rows(), everything)
+    large = rows() * 10
+    with pytest.raises(BudgetExceeded):
+        gradients(ours, large)
+    assert fitted.budget.used_bytes == 0
+    assert gradients(ours, large) == gradients(plain, large), "the same batch again is planned for what it holds"
+    assert fitted.measured_peak_bytes == fitted.promised_peak_bytes <= everything
+
+
 def test_strict_makes_it_an_error() -> None:
     torch.manual_seed(0)
     ours = nn.Sequential(*[Sparse(16) for _ in range(6)])
@@ -310,19 +352,43 @@ def test_a_second_forward_is_planned_for_what_remains() -> None:
     ours = model()
     plain = copy.deepcopy(ours)
     probe = fit(ours, rows(), "1MiB")
-    peak, least = probe.plan.certificate.peak_bytes, probe.plan.certificate.smallest_budget_bytes
+    certificate = probe.plan.certificate
     probe.unfit()
-    fitted = fit(ours, rows(), peak + 2 * least)
-    assert two_towers(ours) == two_towers(plain)
-    assert fitted.measured_peak_bytes <= fitted.promised_peak_bytes <= fitted.budget.max_bytes
+    fitted = fit(ours, rows(), certificate.peak_bytes + certificate.smallest_budget_bytes)
+    for _ in range(2):
+        assert two_towers(ours) == two_towers(plain)
+        assert (
+            certificate.peak_bytes < fitted.measured_peak_bytes == fitted.promised_peak_bytes <= fitted.budget.max_bytes
+        )
+    assert not fitted.deviations
+    assert fitted.budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_backwards_of_two_forwards_in_any_order(order: list[int]) -> None:
+    """The one that was planned for half may recompute while the other still waits."""
+    ours = model()
+    plain = copy.deepcopy(ours)
+    probe = fit(ours, rows(), "1MiB")
+    least = probe.plan.certificate.smallest_budget_bytes
+    probe.unfit()
+    fitted = fit(ours, rows(), 3 * least, live=2)
+    for m in (ours, plain):
+        torch.manual_seed(1)
+        losses = [m(rows(8)).square().mean(), m(rows(8) * 2).sin().mean()]
+        for number in order:
+            losses[number].backward()
+    assert bits(p.grad for p in ours.parameters()) == bits(p.grad for p in plain.parameters())
+    assert fitted.budget.peak_bytes <= fitted.budget.max_bytes
+    assert fitted.budget.used_bytes == 0
 
 
 def test_a_second_forward_without_room_says_what_to_do() -> None:
     ours = model()
     probe = fit(ours, rows(), "1MiB")
-    peak = probe.plan.certificate.peak_bytes
+    certificate = probe.plan.certificate
     probe.unfit()
-    fitted = fit(ours, rows(), peak)
+    fitted = fit(ours, rows(), certificate.peak_bytes)
     with pytest.raises(BudgetExceeded, match=r"fit\(live=2\)"):
         two_towers(ours)
     plain = model()

@@ -314,18 +314,18 @@ def test_what_is_changed_in_place_in_front_of_the_chain_is_kept(first, name: str
     assert recomputed(fitted)
 
 
-def test_spectral_norm_is_kept() -> None:
+def test_spectral_norm_is_recomputed_with_the_vectors_that_it_had() -> None:
     def layer():
         return nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
 
     model = nn.Sequential(layer(), Block(16), Block(16), layer(), Block(16), Block(16))
     fitted = beside_plain(model, rows(8, 16), share=0.7)
     stages = {stage.name: stage.recomputable for stage in fitted.chain.stages}
-    assert [stages[str(i)] for i in range(6)] == [False, True, True, False, True, True]
+    assert all(stages[str(i)] for i in range(6))
     assert recomputed(fitted)
 
 
-def test_a_buffer_that_is_replaced_keeps_its_stage_and_measuring_leaves_it() -> None:
+def test_measuring_leaves_a_buffer_that_is_replaced() -> None:
     class Average(nn.Module):
         def __init__(self):
             super().__init__()
@@ -341,7 +341,7 @@ def test_a_buffer_that_is_replaced_keeps_its_stage_and_measuring_leaves_it() -> 
     fitted = fit(model, rows(8, 16), 1 << 20)
     assert model[0].mean is before
     assert not before.any()
-    assert [stage.recomputable for stage in fitted.chain.stages[1:6]] == [False, True, False, True, True]
+    assert all(stage.recomputable for stage in fitted.chain.stages[1:6])
     fitted.unfit()
     beside_plain(model, rows(8, 16), share=0.8)
 

@@ -132,7 +132,7 @@ def _batch(rows: int = 8) -> Tensor:
     return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("share", [0.7])
+@pytest.mark.parametrize("share", [None, 0.5, 0.7])
 @pytest.mark.parametrize("build", [CacheOfTheModel, DictOfTheModel, ListsOfTheModel, OfABatch])
 def test_what_blocks_write(build: type[nn.Module], share: float | None) -> None:
     torch.manual_seed(0)

@@ -161,7 +161,31 @@ class Dense(nn.Module):
         return torch.cat(seen, -1).square().mean()
 
 
+class SavedSkips(nn.Module):
+    """Blocks save what they return, and one further on is given it as well: run again, there are two of it."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+            return torch.tanh(self.linear(x if skip is None else x * skip))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(self.Part() for _ in range(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: list[Tensor] = []
+        for number, part in enumerate(self.parts):
+            x = part(x, made[number - 2] if number > 1 else None)
+            made.append(x)
+        return x.square().mean()
+
+
 MODELS = {
+    "saved skips": (SavedSkips, 1),
     "residual outside": (ResidualOutside, 1),
     "ModuleDict": (InADict, 1),
     "attributes": (AsAttributes, 1),
@@ -182,7 +206,7 @@ def test_promise_and_gradients(name: str, share: float | None, hold: str) -> Non
     torch.manual_seed(0)
     build, inputs = MODELS[name]
     x = [torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in range(inputs)]
-    if share is not None and name in ("dense", "siamese"):
+    if share is not None and name in ("dense", "siamese", "saved skips"):
         share = 0.85
     beside_plain(build(), *x, share=share, fit_options={"hold": hold})
 

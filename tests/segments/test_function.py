@@ -181,7 +181,7 @@ def test_a_budget_too_small_for_all_checkpoints_recomputes_more(lib: Any, plain_
 @pytest.mark.parametrize("hold", HOLDS)
 @pytest.mark.parametrize("name", STORAGE_FORMATS)
 def test_reduced_precision_is_real(lib: Any, name: str, hold: str) -> None:
-    """float32 in half or a quarter of its bytes: in the books, in the budget, and in the memory behind them."""
+    """float32 in half or a quarter of its bytes: in the ledger, in the budget, and in the memory behind them."""
     fmt = STORAGE_FORMATS[name]
     budget = CheckpointBudget(1 << 20, device="cpu", hold=hold)
     checkpointer = ActivationCheckpointer(CheckpointConfig(storage_dtype=name), budget)

@@ -25,14 +25,17 @@ class CupyForm:
 
     def write(self, array: Any, block: Any) -> Any:
         stored, source = self.stored(block), array[self.layout.stored]
+        stream = (
+            import_cupy().cuda.get_current_stream()
+        )  # on which the array is valid, and perhaps not on the block's own
+        block.writing_on(stream)
         ours, theirs = stored.flags, source.flags
         if stored.size and ((ours.c_contiguous and theirs.c_contiguous) or (ours.f_contiguous and theirs.f_contiguous)):
             # Both dense and in the same order: a plain copy of the bytes, without a kernel.
-            stored.data.copy_from_device_async(source.data, self.nbytes, block.stream)
+            stored.data.copy_from_device_async(source.data, self.nbytes, stream)
         elif stored.size:
-            with block.stream:
-                stored[...] = source
-        block.written()
+            stored[...] = source
+        block.written(stream)
         return stored
 
     def view(self, block: Any) -> Any:
@@ -52,6 +55,7 @@ class CupyForm:
         if array.dtype.kind != "f" or array.itemsize <= STORAGE_BYTES[dtype]:
             return None
         cupy = import_cupy()
+        block.reading_on(cupy.cuda.get_current_stream())
         with np.errstate(over="ignore"):
             small = array.astype(storage_dtype(dtype))
         return small if bool((cupy.isfinite(small.astype(array.dtype)) == cupy.isfinite(array)).all()) else None

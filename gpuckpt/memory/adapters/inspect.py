@@ -1,4 +1,4 @@
-"""What a budget needs to know about somebody's array: its library, device, bytes, and how to lay it out in a block.
+"""What a budget needs to know about an array: its library, device, bytes, and how to lay it out in a block.
 
 No array library is imported here before one of its arrays appears. Arrays of libraries this module does not know by name
 are met through DLPack and `__array_namespace__` (JAX and whatever else follows the array API standard).

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gpuckpt.memory.adapters.inspect import Layout, layout_of
-from gpuckpt.memory.pools.cupy import current_stream, import_cupy
+from gpuckpt.memory.pools.cupy import import_cupy, torch_stream
 from gpuckpt.memory.protocols import STORAGE_BYTES
 
 __all__ = ["TorchForm", "torch_allocator"]
@@ -30,10 +30,14 @@ class TorchForm:
 
     def write(self, tensor: Any, block: Any) -> Any:
         source, stored = tensor.detach(), self.stored(block)
+        # Where the block is counts, not where the bytes come from.
+        stream = torch_stream(stored.device) if stored.is_cuda else None
+        if stream is not None:
+            block.writing_on(stream)
         # copy_ resolves the conjugate and negative bits: the block holds plain values.
         stored.copy_(source[self.layout.stored] if self.layout.expanded else source)
-        if stored.is_cuda:  # where the block is, not where the bytes come from
-            block.written()
+        if stream is not None:
+            block.written(stream)
         return stored
 
     def view(self, block: Any) -> Any:
@@ -41,7 +45,7 @@ class TorchForm:
 
     def restored(self, stored: Any, block: Any) -> Any:
         if stored.is_cuda:
-            block.used_on(current_stream(import_cupy().cuda, stored))
+            block.used_on(torch_stream(stored.device))
         return stored.expand(self.layout.shape) if self.layout.expanded else stored.detach()
 
     def stored(self, block: Any) -> Any:
@@ -57,6 +61,8 @@ class TorchForm:
         tensor = self.stored(block)
         if not tensor.is_floating_point() or tensor.element_size() <= STORAGE_BYTES[dtype]:
             return None
+        if tensor.is_cuda:
+            block.reading_on(torch_stream(tensor.device))
         small = tensor.to(getattr(torch, dtype))
         return small if torch.equal(torch.isfinite(small.float()), torch.isfinite(tensor)) else None
 

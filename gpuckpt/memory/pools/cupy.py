@@ -1,9 +1,12 @@
 """CuPy's `MemoryPool` with a hard limit of its own, on one device, for one budget.
 
-* Every allocation enters its device and the caller's stream by itself, because what CuPy calls current belongs to a thread and
-  backward runs on other ones.
+* Every allocation enters its device and stream by itself, because what CuPy calls current belongs to a thread and backward runs
+  on other ones. The stream is the current one of the pool's `library`, whatever array is saved: CuPy keeps an arena for each
+  stream, and what is cached in one cannot serve another.
 * CuPy returns a freed chunk to the stream it was allocated on, in that stream's order. A block that another stream has
   read is therefore kept back until that stream's event has passed; until then its bytes are neither free nor reused.
+  One that another stream writes is ordered both ways: that stream waits for the block's own, which then waits for the write.
+* A CUDA graph cannot hold a block: it would go on using the memory after the block was given back. Taking one is refused then.
 * CuPy's pool splits chunks best-fit, so that free bytes may lie in pieces. A refusal says so when that, and not
   arithmetic, was the reason; a planned step avoids it (`gpuckpt.memory.layout`).
 * A limit of 0 means "no limit" to CuPy and is never passed on. `MemoryAsyncPool` has no hard limit and is never used.
@@ -23,7 +26,7 @@ from gpuckpt.memory.fork import renew_after_fork
 if TYPE_CHECKING:
     from gpuckpt.memory.ledger import Charge
 
-__all__ = ["CudaBlock", "CupyPool", "current_stream", "import_cupy", "pinned_buffer"]
+__all__ = ["CudaBlock", "CupyPool", "import_cupy", "pinned_buffer", "torch_stream"]
 
 
 def import_cupy() -> Any:
@@ -48,7 +51,7 @@ class CudaBlock:
         self.address = memory.ptr
         self.nbytes = nbytes
         self.stream = stream
-        self.ready: Any = None  # event after the first write, for readers on other streams
+        self.ready: Any = None  # event after the last write, for readers on other streams
         self.charge: Charge | None = None
 
     def pointer(self) -> Any:
@@ -65,25 +68,30 @@ class CudaBlock:
         """Whether other streams than the block's own have been told to read it."""
         return bool(self._consumers)
 
-    def written(self) -> None:
-        """Say that the block's own stream has been given the work that fills it."""
-        self.ready = self._pool.cupy.cuda.Event(disable_timing=True)
-        self.ready.record(self.stream)
+    def writing_on(self, stream: Any) -> None:
+        """Say that work on `stream` is going to fill the block: it waits for what the block's own stream was given so far, such
+        as the last reader of the same memory."""
+        if stream_key(stream) != stream_key(self.stream):
+            stream.wait_event(self._pool.event_on(self.stream))
+
+    def written(self, stream: Any = None) -> None:
+        """Say that `stream` (None: the block's own) has been given the work that fills it."""
+        own = stream is None or stream_key(stream) == stream_key(self.stream)
+        self.ready = self._pool.event_on(self.stream if own else stream)
+        if not own:
+            self.stream.wait_event(self.ready)
+
+    def reading_on(self, stream: Any) -> bool:
+        """Say that work on `stream`, which the caller will wait for, reads the block. Returns whether it is another stream."""
+        other = stream_key(stream) != stream_key(self.stream)
+        if other and self.ready is not None:
+            stream.wait_event(self.ready)
+        return other
 
     def used_on(self, stream: Any) -> None:
         """Say that work on `stream` reads the block: it waits for the write, and reuse of the block waits for it."""
-        key = stream_key(stream)
-        if key == stream_key(self.stream):
-            return
-        if key not in self._consumers and self.ready is not None:
-            stream.wait_event(self.ready)
-        self._consumers[key] = stream
-
-    def order_after(self, stream: Any) -> None:
-        """Let further work on the block's own stream wait for what `stream` has been given so far."""
-        for event in self._pool._last_uses([stream]):
-            if isinstance(event, self._pool.cupy.cuda.Event):
-                self.stream.wait_event(event)
+        if self.reading_on(stream):
+            self._consumers[stream_key(stream)] = stream
 
     def __del__(self) -> None:
         self._pool._retire(self)
@@ -94,26 +102,50 @@ def stream_key(stream: Any) -> tuple[int, int]:
     return (stream.ptr, threading.get_ident() if stream.ptr == 2 else 0)
 
 
-def current_stream(cuda: Any, like: Any = None) -> Any:
-    """The calling thread's current stream, as a CuPy stream: torch's where `like` is a torch tensor, CuPy's otherwise."""
+class _RawStream:
+    """A stream of torch's, by the protocol that CuPy takes streams of other libraries by. torch's own have it from 2.12 on."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+_torch_streams: dict[tuple[int, int], Any] = {}  # by device and address: torch takes its streams from a fixed set
+
+
+def torch_stream(device: Any) -> Any:
+    """torch's current stream of this thread on `device` (a torch device or a number), as CuPy knows it."""
+    current = sys.modules["torch"].cuda.current_stream(device)
+    key = current.device_index, current.cuda_stream
+    stream = _torch_streams.get(key)
+    if stream is None:
+        cuda = import_cupy().cuda
+        with cuda.Device(current.device_index):
+            stream = _torch_streams[key] = cuda.Stream.from_external(_RawStream(current.cuda_stream))
+    return stream
+
+
+def library_at_hand() -> str:
+    """The library whose streams a pool follows if nobody says so: torch where it works on CUDA already, else CuPy."""
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(like, torch.Tensor) and like.is_cuda:
-        current = torch.cuda.current_stream(like.device)
-        return cuda.ExternalStream(current.cuda_stream, current.device_index)
-    return cuda.get_current_stream()
+    return "torch" if torch is not None and torch.cuda.is_initialized() else "cupy"
 
 
 class CupyPool:
     """Device memory up to `limit_bytes`, live and cached together, in units of 512 bytes.
 
     `allocator(nbytes)` is what CuPy's pool draws from: its own cudaMalloc by default, or `torch_allocator()`, so that one
-    allocator owns the device. `MemoryError` of CUDA becomes `BudgetExceeded`, its cause kept; other errors pass untouched.
+    allocator owns the device. `library`: "torch" or "cupy", on whose current stream blocks lie; None: see `library_at_hand`.
+    `MemoryError` of CUDA becomes `BudgetExceeded`, its cause kept; other errors pass untouched.
     """
 
     unit_bytes = 512
 
-    def __init__(self, limit_bytes: int, device_id: int, *, allocator: Any = None) -> None:
+    def __init__(self, limit_bytes: int, device_id: int, *, allocator: Any = None, library: str | None = None) -> None:
         self.cupy = import_cupy()
+        self.library = library or library_at_hand()
         self.limit_bytes = limit_bytes
         self.device_id = device_id
         self._pool = self.cupy.cuda.MemoryPool() if allocator is None else self.cupy.cuda.MemoryPool(allocator)
@@ -141,14 +173,30 @@ class CupyPool:
         with self.cupy.cuda.Device(self.device_id):
             return int(self._pool.free_bytes())
 
-    def take(self, nbytes: int, like: Any = None, *, outside_bytes: int = 0) -> CudaBlock:
-        """A block of at least `nbytes`, contents undefined, on the current stream of the library that `like` belongs to:
-        torch's for a torch tensor, CuPy's otherwise. Raises `BudgetExceeded` where the limit forbids it, less
-        `outside_bytes`, which are held outside of the pool under the same limit."""
-        self.collect()
+    def current_stream(self) -> Any:
+        """The stream that a block taken now by this thread lies on."""
+        return torch_stream(self.device_id) if self.library == "torch" else self.cupy.cuda.get_current_stream()
+
+    def event_on(self, stream: Any) -> Any:
+        """An event that passes when what `stream` has been given so far is done."""
+        with self.cupy.cuda.Device(self.device_id):
+            event = self.cupy.cuda.Event(disable_timing=True)
+            event.record(stream)
+        return event
+
+    def take(self, nbytes: int, *, outside_bytes: int = 0) -> CudaBlock:
+        """A block of at least `nbytes`, contents undefined, on `current_stream()`. Raises `BudgetExceeded` where the limit
+        forbids it, less `outside_bytes`, which are held outside of the pool under the same limit, and `RuntimeError` while a
+        CUDA graph is being captured."""
         cuda = self.cupy.cuda
         with cuda.Device(self.device_id):
-            stream = current_stream(cuda, like)
+            stream = self.current_stream()
+            if stream.is_capturing():
+                raise RuntimeError(
+                    'a budget with hold="pool" cannot give memory to a CUDA graph, which would use it again at each replay, '
+                    'when it belongs to somebody else: capture under a budget with hold="account"'
+                )
+            self.collect()
             room_bytes = self.limit_bytes - outside_bytes
             if nbytes and room_bytes <= 0:
                 raise BudgetExceeded(
@@ -214,17 +262,11 @@ class CupyPool:
 
     def _last_uses(self, streams: list[Any]) -> list[Any]:
         """Events that pass when what `streams` have been given so far is done."""
-        events = []
         try:
-            with self.cupy.cuda.Device(self.device_id):
-                for stream in streams:
-                    event = self.cupy.cuda.Event(disable_timing=True)
-                    event.record(stream)
-                    events.append(event)
+            return [self.event_on(stream) for stream in streams]
         except self.cupy.cuda.runtime.CUDARuntimeError:
             # A finalizer must not raise. The stream itself answers the same questions, only later: when it is idle.
             return streams
-        return events
 
     def _refusal(self, nbytes: int, room_bytes: int) -> BudgetExceeded:
         rounded = -(-nbytes // self.unit_bytes) * self.unit_bytes

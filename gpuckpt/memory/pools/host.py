@@ -31,7 +31,7 @@ _ALIGNMENT = 64
 Buffer = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class _Place(weakref.ref["HostBlock"]):
+class _BufferRef(weakref.ref["HostBlock"]):
     """The buffer of one block. The pool keeps it; its callback puts it among the returned ones when the block dies, without
     running a line of Python in which a lock or an interrupt could get in between."""
 
@@ -53,7 +53,7 @@ class HostBlock:
         self.nbytes = buffer.nbytes
         self.address: int = buffer.__array_interface__["data"][0]
         self.charge: Charge | None = None
-        place = _Place(self, pool._when_dead)
+        place = _BufferRef(self, pool._when_dead)
         place.buffer, place.held_bytes = buffer, 0
         pool._places.add(place)
         pool._live_bytes += self.nbytes
@@ -83,9 +83,9 @@ class HostPool:
         self._cache: OrderedDict[int, list[Buffer]] = OrderedDict()
         self._addresses: dict[int, int] = {}
         self._lock = threading.RLock()
-        self._places: set[_Place] = set()
+        self._places: set[_BufferRef] = set()
         # Places of dead blocks. Everyone who takes the lock empties it first.
-        self._returned: deque[_Place] = deque()
+        self._returned: deque[_BufferRef] = deque()
         self._when_dead = self._returned.append
         renew_after_fork(self)
 
@@ -94,7 +94,7 @@ class HostPool:
 
     @property
     def live_bytes(self) -> int:
-        """Bytes in blocks that somebody holds."""
+        """Bytes in blocks that are held."""
         with self._lock:
             self._collect_returned()
             return self._live_bytes
@@ -106,11 +106,10 @@ class HostPool:
             self._collect_returned()
             return self._cached_bytes
 
-    def take(self, nbytes: int, like: Any = None, *, outside_bytes: int = 0) -> HostBlock:
+    def take(self, nbytes: int, *, outside_bytes: int = 0) -> HostBlock:
         """A block of exactly `nbytes`, its contents undefined. Raises `BudgetExceeded` where the limit forbids it.
 
-        `outside_bytes`: what is held outside of the pool under the same limit. `like`, an array whose stream matters to a CUDA
-        pool, does not matter here.
+        `outside_bytes`: what is held outside of the pool under the same limit.
         """
         with self._lock:
             self._collect_returned()

@@ -1,6 +1,6 @@
 """Objects among the arguments of checkpointed work: caches, batches, dicts and lists that a block reads and writes.
 
-A recompute has to be given them as they were when the work began, and to write into something that nobody else has. So an object
+A recompute has to be given them as they were when the work began, and to write into something that is theirs alone. So an object
 is taken apart when the work begins, into tensors, which are kept like any other argument, and a recipe that puts a copy together
 again. Containers that torch's pytree knows are taken apart by it; here are instances of other classes, by their attributes.
 
@@ -27,7 +27,7 @@ Recipe = Callable[[Sequence[torch.Tensor], dict[int, Any]], Any]
 
 
 class Objects:
-    """The objects among `leaves`. `tensors`: those inside of them, each once, which whoever runs the work again has to keep."""
+    """The objects among `leaves`. `tensors`: those inside of them, each once, which the caller has to keep for the second run."""
 
     __slots__ = ("_recipes", "tensors")
 
@@ -71,7 +71,7 @@ class Objects:
         if not _is_object(value):
             return lambda kept, made: value
         name = id(value)
-        if name in known:  # seen already: the same object once more, also where it refers to itself
+        if name in known:  # seen already: the same object again, also where it refers to itself
             return lambda kept, made: made[name]
         known[name] = True
         try:

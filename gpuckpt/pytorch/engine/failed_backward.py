@@ -2,7 +2,7 @@
 
 When a node's backward raises, autograd's engine keeps other nodes that were ready to run in the calling thread's queue, with
 all that they saved, until a later backward on that thread happens to come across them (torch 2.13). For a budget those are
-bytes that nobody can use or free. The queue hands out nodes by descending sequence number and drops those of a failed
+bytes that cannot be used or freed. The queue hands out nodes by descending sequence number and drops those of a failed
 backward, so running one node with the lowest number there is empties it.
 """
 
@@ -47,7 +47,7 @@ class _Sweeper:
 
 
 def drop_stale_nodes_after(error: BaseException) -> BaseException:
-    """Have the queue emptied as soon as nobody holds `error` any more, which is after the backward that it ends."""
+    """Have the queue emptied as soon as `error` is not referenced any more, which is after the backward that it ends."""
     if graph_task_id() >= 0:
         error.__dict__.setdefault("_gpuckpt_sweeper", _Sweeper())
     return error

@@ -25,7 +25,7 @@ __all__ = ["Fence"]
 class Fence:
     """What a call of `function` that begins now sees. `leaves`: its arguments, flattened.
 
-    `kept`: tensors that whoever runs the work again has to keep for `restored`.
+    `kept`: tensors that the caller has to keep for `restored`.
     """
 
     __slots__ = ("_before", "_generators", "_scope", "_state", "_switches", "kept")
@@ -50,8 +50,8 @@ class Fence:
             if watched_still:
                 self._before = other_states()
 
-    def learn(self) -> None:
-        """The work has run: what did it touch?"""
+    def learn(self, for_good: bool = False) -> None:
+        """The work has run: what did it touch? `for_good`: it has been observed, and touches no other buffers from now on."""
         if self._before is not None:
             draws = not same_states(self._before)
             for known in self._scope.learned:
@@ -59,7 +59,12 @@ class Fence:
                 known.trials = max(0, known.trials - 1)
             self._before = None
         if self._state is not None:
-            self._state.learn()
+            self._state.learn(for_good)
+
+    @property
+    def copies(self) -> list[torch.Tensor]:
+        """Copies that it holds itself, of buffers that the work may write, for as long as it is not known which it does."""
+        return [] if self._state is None else self._state.copies
 
     def restored(self, kept: Sequence[torch.Tensor] = ()) -> Restored:
         """The context of a recompute. Entering raises `RecomputeMismatch` where something cannot be as it was."""

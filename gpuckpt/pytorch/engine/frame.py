@@ -4,11 +4,11 @@
    budget or frame holds them like any other saved tensor.
 2. Under `hooks()` autograd's saved tensors are numbered, and nothing is kept.
 3. The first unpack replays the work under hooks that put tensor number i into the budget, and stops after the last one
-   that somebody still waits for (early stop; fused operations say what they will save before they compute, see early_stop.py).
+   that backward still needs (early stop; fused operations say what they will save before they compute, see early_stop.py).
 4. What was recomputed dies with the autograd node that asked for it; where the node outlives the backward, at the end of that
    backward at the latest.
 
-A budget that is full may drop what was recomputed (the policy "recompute"), oldest first: it is then computed once more when
+A budget that is full may drop what was recomputed (the policy "recompute"), oldest first: it is then computed again when
 it is asked for, so that a frame gets by with less than all its saved tensors, for more work.
 
 torch.utils.checkpoint keeps what it recomputes in a dictionary of its own, where no budget sees it; here nested frames,
@@ -119,7 +119,7 @@ class Frame:
     """One piece of work that is run now and replayed in backward.
 
     `replay(tensors)` does the work again from the tensors that were given to `save`, in that order. It must not refer to
-    the frame. `budget` holds what is recomputed; None: nobody is charged.
+    the frame. `budget` holds what is recomputed; None: nothing is charged.
     """
 
     def __init__(
@@ -153,11 +153,11 @@ class Frame:
         return slot
 
     def recompute(self, wanted: _Slot) -> None:
-        """Replay, and fill the slots that somebody still waits for, `wanted` among them. After a failure no slot holds anything.
+        """Replay, and fill the slots that backward still needs, `wanted` among them. After a failure no slot holds anything.
 
         Raises `BudgetExceeded` where they do not fit, `RecomputeMismatch` where the work is not what it was.
         """
-        replay = _Replay(self, wanted)
+        replay = _FrameReplay(self, wanted)
         tensors = [saved.unpack() for saved in self._inputs]
         for number, carried in self._carried:
             tensors[number] = carried.by(tensors[number])
@@ -193,8 +193,8 @@ class Frame:
                     slot.held = None
 
 
-class _Replay:
-    """One run of a frame's work once more: what autograd saves arrives in the order of forward and fills the slots that wait."""
+class _FrameReplay:
+    """One more run of a frame's work: what autograd saves arrives in the order of forward and fills the slots that wait."""
 
     __slots__ = ("__weakref__", "_budget", "_frame", "_hold", "_last", "_made", "_slots", "_wanted", "count")
 
@@ -249,7 +249,7 @@ class _Replay:
                 made.slot = None
         self._made.clear()
         self._slots.clear()
-        # Autograd keeps the hooks beside what they returned, and with `pack` this object.
+        # Autograd keeps the hooks with what they returned, and with `pack` this object.
         self._frame = self._wanted = self._budget = self._hold = None  # type: ignore[assignment]
 
     def arrive(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -307,7 +307,7 @@ def _unpack(slot: _Slot) -> torch.Tensor:
         held = slot.held
         assert held is not None
         if not in_backward:
-            frame.forget()  # somebody looks at a node's saved tensors: one is given, and none kept
+            frame.forget()  # a node's saved tensors are being inspected: one is given, and none kept
         elif keep_graph():
             # The node outlives this backward (retain_graph), and would keep the bytes with it.
             slot.held = None

@@ -6,8 +6,9 @@ while). A recompute gets all of these as they were, and what it changes itself i
 be brought back: that is a `StateModified`, a `RecomputeMismatch` which names the tensor.
 
 Buffers that a forward writes itself (counters, moving averages, the vectors of a power iteration) are copied before, and the
-recompute writes into copies of the copies: each is updated once. Running statistics of BatchNorm and InstanceNorm need no copy: a
-momentum of zero leaves them bit for bit, and the same kernel runs.
+recompute writes into copies of the copies: each is updated once. Which these are is learned in the first two forwards; from then
+on the copies are kept, and charged, with a frame's inputs. Running statistics of torch's own norms need no copy: a momentum of
+zero leaves them bit for bit, and the same kernel runs.
 
 Not seen: what is inside objects that are neither modules nor plain containers, and attributes that are tensors.
 """
@@ -20,7 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from gpuckpt.errors import StateModified
@@ -30,6 +32,7 @@ __all__ = ["ModuleState", "Watched", "watch"]
 _INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl", "forward"}
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.startswith("_forward_") and "hooks" in name)
 _PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
+_NORMS = tuple(norm.forward for norm in (_BatchNorm, _InstanceNorm, nn.SyncBatchNorm))
 _LARGEST = 64  # entries of a list or dict that is looked into
 _ABSENT: Any = object()
 
@@ -43,7 +46,7 @@ class _Part:
         held = module.__dict__
         self.ref = weakref.ref(module)
         self.owner = type(module).__name__
-        self.is_norm = isinstance(module, _NormBase)
+        self.is_norm = _is_norm(module)
         self.count = len(held)
         self.children = list(map(id, module._modules.values()))
         self.tensors = len(module._parameters), len(module._buffers)
@@ -86,9 +89,7 @@ class Watched:
                 for part, module in enumerate(modules)
                 for held in (module._parameters, module._buffers)
                 for name, tensor in held.items()
-                if tensor is not None
-                and not is_lazy(tensor)
-                and not (held is module._buffers and isinstance(module, _NormBase))
+                if tensor is not None and not is_lazy(tensor) and not (held is module._buffers and _is_norm(module))
             ]
         self.written: set[int] = set()
         self.trials = 2
@@ -116,7 +117,7 @@ def watch(roots: Sequence[nn.Module]) -> Watched | None:
 class ModuleState:
     """What a forward that begins now sees. `kept`: tensors that belong to no model, which a frame has to keep with its inputs."""
 
-    __slots__ = ("_copies", "_modules", "_seen", "_storages", "_tensors", "_versions", "_watched", "kept")
+    __slots__ = ("_again", "_copies", "_modules", "_seen", "_storages", "_tensors", "_versions", "_watched", "kept")
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
@@ -129,10 +130,10 @@ class ModuleState:
         tensors = [dicts[part][is_buffer].get(name) for part, is_buffer, name in watched.places]
         self._versions = [None if tensor is None else tensor._version for tensor in tensors]
         self._storages = [None if tensor is None else _storage(tensor) for tensor in tensors]
-        self._copies: dict[int, torch.Tensor] = {}
+        self._copies: dict[int, torch.Tensor] = {}  # of buffers that may be written; while that is not known, of all
         if watched.trials or watched.written:
             with torch.no_grad():
-                for number in range(len(tensors)) if watched.trials else watched.written:
+                for number in range(len(tensors)) if watched.trials else sorted(watched.written):
                     tensor = tensors[number]
                     if watched.places[number].is_buffer and tensor is not None:
                         self._copies[number] = tensor.detach().clone()
@@ -142,12 +143,22 @@ class ModuleState:
         self._tensors: list[Any] = tensors
         for index, number in enumerate(computed):
             self._tensors[number] = index
+        self._again: dict[int, int] = {}  # of buffers that are known to be written: where among `kept` their copies are
+        if not watched.trials:
+            self._again = {number: len(self.kept) + place for place, number in enumerate(self._copies)}
+            self.kept += self._copies.values()
+            self._copies = {}
+
+    @property
+    def copies(self) -> list[torch.Tensor]:
+        """Copies of buffers beside those in `kept`."""
+        return list(self._copies.values())
 
     def _dicts(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         return [(module._parameters, module._buffers) for module in self._modules]
 
-    def learn(self) -> None:
-        """The forward is over: which buffers has it written?"""
+    def learn(self, for_good: bool = False) -> None:
+        """The forward is over: which buffers has it written? `for_good`: it will be the same ones from now on."""
         watched = self._watched
         if not watched.trials:
             return
@@ -159,7 +170,7 @@ class ModuleState:
                 watched.written.add(number)
             else:
                 del self._copies[number]
-        watched.trials -= 1
+        watched.trials = 0 if for_good else watched.trials - 1
 
     def enter(self, kept: Sequence[torch.Tensor]) -> Callable[[], None]:
         """Let the modules be as they were; returns what lets them be as they are now, with nothing in them of what ran between.
@@ -179,6 +190,8 @@ class ModuleState:
             tensor = self._tensors[number]
             if number in self._copies:
                 held[name] = self._copies[number].clone()
+            elif number in self._again:
+                held[name] = kept[self._again[number]].clone()
             elif isinstance(tensor, int):
                 held[name] = kept[tensor]
             elif tensor is not None:
@@ -206,8 +219,8 @@ class ModuleState:
     def _check(self) -> None:
         watched = self._watched
         for number, tensor in enumerate(self._tensors):
-            if tensor is None or number in self._copies or isinstance(tensor, int):  # autograd watches what is kept
-                continue
+            if tensor is None or isinstance(tensor, int) or number in self._copies or number in self._again:
+                continue  # a copy, or kept, which autograd watches
             if tensor._version != self._versions[number] or _storage(tensor) != self._storages[number]:
                 part, is_buffer, name = watched.places[number]
                 raise StateModified(
@@ -216,6 +229,11 @@ class ModuleState:
                     "where the work runs again and would see new values; change it after backward, or outside of what is "
                     "checkpointed"
                 )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module keeps running statistics the way that torch's norms do: a subclass may write them as it likes."""
+    return isinstance(module, _NormBase) and type(module).forward in _NORMS
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -7,7 +7,7 @@ one batch of copies. The copies on the host go with the nodes.
 
 What stays where it is: storages that the budget holds already (the stage before saved them, or a frame its input), arguments
 that other stages get as well, parameters, and tensors that are not strided. Copies are made on the current stream and waited
-for; they overlap nothing, and the plan counts on nothing else.
+for: transfers are synchronous, and the planner accounts for that.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Spilled:
             held = self.here
             assert held is not None
             if not in_backward:
-                spill.forget()  # somebody looks at a node's saved tensors: one is given, and none kept
+                spill.forget()  # a node's saved tensors are being inspected: one is given, and none kept
             elif keep_graph():
                 self.here = None  # the node outlives this backward, and would keep the bytes with it
         return held.load()

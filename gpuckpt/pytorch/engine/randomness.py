@@ -1,4 +1,4 @@
-"""Random number generators: where they stood in forward, and the same numbers once more in a recompute."""
+"""Random number generators: their state in forward, and the same numbers again in a recompute."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Generators", "is_generator", "other_states", "same_states"]
+__all__ = ["Generators", "capturing", "is_generator", "other_states", "same_states"]
 
 State = tuple[Callable[[], Any], Callable[[Any], object]]  # how to read a generator's state, and how to set it
 
 _PYTHON: State = (random.getstate, random.setstate)
 _NUMPY: State = (lambda: np.random.get_state(legacy=False), np.random.set_state)
 _CPU: State = (torch.get_rng_state, torch.set_rng_state)
+
+
+def capturing() -> bool:
+    """Whether the work of this thread is being captured into a CUDA graph instead of done."""
+    # A build of torch without CUDA has no such function behind the name.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def is_generator(value: object) -> bool:
@@ -40,7 +46,16 @@ def _state_of(generator: Any) -> State:
 
 def _device_state(device: torch.device) -> State:
     module = torch.get_device_module(device)
-    return lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)
+
+    def get() -> Any:
+        if device.type == "cuda" and capturing():
+            raise RuntimeError(
+                "the state of CUDA's random number generator cannot be read while a CUDA graph is being captured; capture with "
+                "preserve_rng_state=False, which is right where nothing that is recomputed draws random numbers"
+            )
+        return module.get_rng_state(device)
+
+    return get, lambda state: module.set_rng_state(state, device)
 
 
 class Generators:

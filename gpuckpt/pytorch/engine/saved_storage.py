@@ -1,12 +1,12 @@
 """What a budget holds of a saved tensor: `SavedStorage`, one charged storage, and `HeldTensor`, a view into it.
 
 Under "account" the bytes stay in torch's storage and a charge counts them; under "pool" they are a copy in a block of the
-budget's pool, and the block carries the charge. Either way they leave the books when the last `HeldTensor` that looks into the
+budget's pool, and the block carries the charge. Either way they leave the ledger when the last `HeldTensor` that looks into the
 storage is gone.
 
 A `MovableStorage` can also give its bytes up when the budget asks (`gpuckpt.memory.eviction`): spilled to the second budget
 and brought back, charged again, when one of its tensors is loaded; or compressed, and expanded into a copy that only the
-node that asked for it holds. It moves only where nobody else looks into the storage: elsewhere nothing would be freed.
+node that asked for it holds. It moves only where nothing else looks into the storage: elsewhere nothing would be freed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gpuckpt.errors import BudgetExceeded, SavedTensorModified
 from gpuckpt.memory import Budget, Charge
 from gpuckpt.memory.adapters.torch import TorchForm
 from gpuckpt.memory.compression import CompressedForm
-from gpuckpt.memory.pools.cupy import current_stream, import_cupy
+from gpuckpt.memory.pools.cupy import torch_stream
 from gpuckpt.pytorch._torch_internals import storage_use_count, tensor_use_count, untraced
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
 
@@ -97,7 +97,7 @@ class HeldTensor:
             raise drop_stale_nodes_after(modified(tensor))
         if tensor.is_cuda and isinstance(self.holding, SavedStorage) and self.holding.block is not None:
             # Backward may run on another stream than forward: reuse of the block has to wait for this one too.
-            self.holding.block.used_on(current_stream(import_cupy().cuda, tensor))
+            self.holding.block.used_on(torch_stream(tensor.device))
         return tensor
 
 
@@ -121,7 +121,7 @@ class SavedStorage:
     def copy_in(self, budget: Budget, flat: torch.Tensor) -> torch.Tensor:
         """Copy the bytes of `flat` into a block of the pool, and look at them there. Raises `BudgetExceeded`."""
         form = TorchForm(flat)
-        block = budget.take(self.nbytes, "saved tensor", flat)
+        block = budget.take(self.nbytes, "saved tensor")
         self.flat, self.block = form.write(flat, block).detach(), block
         return self.flat
 
@@ -167,7 +167,7 @@ class MovableStorage(SavedStorage):
 
     def bring_back(self, held: HeldTensor) -> torch.Tensor:
         """The tensor of `held`, whose bytes are away. Spilled bytes are charged again, for all who look into them; compressed
-        ones are expanded into a copy that nobody holds, as every output is before it is saved."""
+        ones are expanded into a copy that is not held, as every output is before it is saved."""
         budget = self._budget
         with budget.moving:  # type: ignore[union-attr]
             if held.tensor is not None:  # another thread was faster
@@ -200,7 +200,7 @@ class MovableStorage(SavedStorage):
         return 0 if charge is None else charge.nbytes
 
     def _bytes_here(self) -> torch.Tensor | None:
-        """The storage's bytes, where nobody but our own looks into them and they are as they were saved."""
+        """The storage's bytes, where only our own tensors look into them and they are as they were saved."""
         helds = self._lookers()
         if any(map(_looked_at, helds)):
             return None
@@ -208,7 +208,7 @@ class MovableStorage(SavedStorage):
         if not tensors or len(tensors) < len(helds):
             return None
         storage = tensors[0].untyped_storage()
-        # Our tensors, `flat`, and the Python object `storage`. Anybody else would keep the bytes where they are.
+        # Our tensors, `flat`, and the Python object `storage`. Any other reference would keep the bytes where they are.
         if storage_use_count(storage._cdata) > len(tensors) + (self.flat is not None) + 1:
             return None
         return flat_bytes(storage, tensors[0].device)
@@ -270,7 +270,7 @@ class MovableStorage(SavedStorage):
         return True
 
     def _leave(self) -> bool:
-        """Let go of the bytes, remembering who looked at what of them; False where somebody else looks at them now."""
+        """Let go of the bytes, remembering who looked at what of them; False where something else looks at them now."""
         source = self._bytes_here()
         if source is None:
             return False

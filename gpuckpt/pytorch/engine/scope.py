@@ -42,7 +42,7 @@ _MOST = 4096
 def _known(code: types.CodeType) -> _Code:
     found = _codes.get(code)
     if found is None:
-        if len(_codes) >= _MOST:  # code that is made anew all the time
+        if len(_codes) >= _MOST:  # code that is created again and again
             _codes.clear()
         found = _codes[code] = _Code(code)
     return found
@@ -145,7 +145,7 @@ def _names_in(code: types.CodeType) -> dict[str, None]:
     return names
 
 
-class _Holders:
+class _GeneratorSearch:
     """Where a tree of modules keeps generators: attributes, and globals that its forwards name."""
 
     __slots__ = ("count", "found")
@@ -168,11 +168,11 @@ class _Holders:
         self.found = tuple(found.values())
 
 
-_holders: weakref.WeakKeyDictionary[nn.Module, _Holders] = weakref.WeakKeyDictionary()
+_holders: weakref.WeakKeyDictionary[nn.Module, _GeneratorSearch] = weakref.WeakKeyDictionary()
 
 
 def _generators_of(root: nn.Module) -> tuple[Any, ...]:
     held = _holders.get(root)
     if held is None:
-        held = _holders[root] = _Holders(root)
+        held = _holders[root] = _GeneratorSearch(root)
     return held.found

@@ -98,7 +98,7 @@ class StorageIndex:
     def hold_copy(self, tensor: torch.Tensor) -> HeldTensor:
         """Hold a copy of a strided `tensor` of any device in the budget's pool. Raises `BudgetExceeded`."""
         budget = None if self._budget is None else self._budget()
-        assert budget is not None, "whoever asks for a copy has a budget"
+        assert budget is not None, "a copy is made for a budget only"
         return self._hold_copy(budget, tensor)
 
     def bring(
@@ -130,7 +130,7 @@ class StorageIndex:
         self._holdings[key] = weakref.ref(holding)
 
     def forget(self, key: Any) -> None:
-        """Nobody holds the storage that `key` names any more."""
+        """The storage that `key` names is not held any more."""
         self._holdings.pop(key, None)
 
     @staticmethod
@@ -190,20 +190,7 @@ class StorageIndex:
 
     def _hold_parts(self, budget: Budget, tensor: torch.Tensor) -> HeldTensor:
         own = detached(tensor)
-        if own.layout is torch.strided:
-            parts = [part for part in parts_of(own) if not is_resident(part)]
-        elif own.layout is torch.sparse_coo:
-            parts = [own._indices(), own._values()]
-        elif own.layout in (torch.sparse_csr, torch.sparse_bsr):
-            parts = [own.crow_indices(), own.col_indices(), own.values()]
-        elif own.layout in (torch.sparse_csc, torch.sparse_bsc):
-            parts = [own.ccol_indices(), own.row_indices(), own.values()]
-        elif own.layout is torch.jagged:
-            parts = [own.values(), own.offsets()]  # type: ignore[attr-defined]
-        else:
-            raise TypeError(
-                f"a budget cannot hold a saved tensor of layout {tensor.layout}; convert it to a strided one"
-            )
+        parts = [part for part in parts_of(own) if not is_resident(part)]
         holdings = [self._holding(budget, part.untyped_storage()) for part in parts]
         return HeldTensor(own, tensor._version, holdings)
 
@@ -214,7 +201,7 @@ _lock = threading.Lock()
 
 
 def index_of(budget: Budget | None) -> StorageIndex:
-    """The one `StorageIndex` of a budget; of None, one that keeps tensors and charges nobody."""
+    """The one `StorageIndex` of a budget; of None, one that keeps tensors and charges nothing."""
     if budget is None:
         return _uncharged
     index = _indexes.get(budget)

@@ -1,4 +1,4 @@
-"""Instances of tensor subclasses: which plain tensors hold their bytes, and what they carry besides.
+"""Tensors that are more than a storage: which plain tensors hold their bytes, and what subclasses carry besides.
 
 A wrapper (DTensor, a quantised weight) has its bytes in tensors inside of it. Other subclasses are tensors with attributes (a
 scale, the variant of a mask), which neither `detach` nor autograd's saved tensors hand on.
@@ -14,7 +14,19 @@ __all__ = ["Carried", "detached", "parts_of"]
 
 
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that hold the bytes of `tensor`: itself, or those inside of a wrapper, whose own storage has none."""
+    """The plain tensors that hold the bytes of `tensor`: itself, those of a sparse or nested one, or those inside of a wrapper,
+    whose own storage has none. Raises `TypeError` for a layout that has no such parts."""
+    layout = tensor.layout
+    if layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if layout is torch.jagged:
+        return [tensor.values(), tensor.offsets()]  # type: ignore[attr-defined]
+    if layout is not torch.strided:
+        raise TypeError(f"a budget cannot hold a saved tensor of layout {layout}; convert it to a strided one")
     if type(tensor) is torch.Tensor or not is_wrapper(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()

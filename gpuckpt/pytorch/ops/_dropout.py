@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpuckpt.pytorch.engine.randomness import capturing
+
 if TYPE_CHECKING:
     from gpuckpt.kernels.device.dropout import Dropout
 
@@ -34,8 +36,15 @@ class Mask:
 
     @staticmethod
     def of(p: float, seed: Tensor | None) -> Mask | None:
-        """None where nothing is dropped."""
-        return None if seed is None else Mask(p, int(seed))
+        """None where nothing is dropped. Raises `RuntimeError` while a CUDA graph is being captured."""
+        if seed is None:
+            return None
+        if capturing():
+            raise RuntimeError(
+                f"dropout={p}: its seed would become a constant of the CUDA graph, and all replays would drop the same elements; "
+                "capture with dropout=0.0 and a torch.nn.Dropout after it"
+            )
+        return Mask(p, int(seed))
 
     def kernel(self, first_row: int) -> Dropout:
         """The same for a Triton kernel whose first row is row `first_row` of the whole."""

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.pytorch.ops._activations import activate_, differentiate, finish, keep_
-from gpuckpt.pytorch.ops._operands import cast
+from gpuckpt.pytorch.ops._operands import as_if_cast
 from gpuckpt.pytorch.ops._rows import affine_into
 from gpuckpt.pytorch.ops._weight_grads import BiasGrad, WeightGrad, sum_rows
 
-__all__ = ["Form", "Pair", "backward_buffers", "forward_buffers", "gradients_of", "hidden_of"]
+__all__ = ["GatedForm", "Pair", "backward_buffers", "forward_buffers", "gradients_of", "hidden_of"]
 
 
-class Form(NamedTuple):
+class GatedForm(NamedTuple):
     """What is computed besides the GEMMs."""
 
     activation: str
@@ -55,10 +55,10 @@ def partials_bytes(x: Tensor, wg: Tensor, wu: Tensor, wd: Tensor, chunk: int) ->
     load_kernels(x)
     from gpuckpt.kernels import gated as kernel
 
-    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], *(cast(w, x) for w in (wg, wu, wd))))
+    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], *(as_if_cast(w, x) for w in (wg, wu, wd))))
 
 
-def hidden_of(buffers: Sequence[Tensor], x: Tensor, pair: Pair, form: Form) -> Tensor:
+def hidden_of(buffers: Sequence[Tensor], x: Tensor, pair: Pair, form: GatedForm) -> Tensor:
     """h = act(mg (x wg^T + bg)) * (x wu^T + bu), in the first buffer."""
     h = buffers[0]
     if use_triton(x):
@@ -76,7 +76,7 @@ def gradients_of(
     x: Tensor,
     pair: Pair,
     wd: Tensor,
-    form: Form,
+    form: GatedForm,
     dwd: WeightGrad | None,
     db_g: BiasGrad | None,
     db_u: BiasGrad | None,
@@ -108,7 +108,7 @@ def _gradients_by_kernel(
     x: Tensor,
     pair: Pair,
     wd: Tensor,
-    form: Form,
+    form: GatedForm,
     dwd: WeightGrad | None,
     db_g: BiasGrad | None,
     db_u: BiasGrad | None,
@@ -141,6 +141,6 @@ def _gradients_by_kernel(
     return dz_g, dz_u
 
 
-def _gate_into(out: Tensor, x: Tensor, pair: Pair, form: Form) -> Tensor:
+def _gate_into(out: Tensor, x: Tensor, pair: Pair, form: GatedForm) -> Tensor:
     gate = affine_into(out, x, pair.wg, pair.bg)
     return gate if form.gate_multiplier == 1.0 else gate.mul_(form.gate_multiplier)

@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from gpuckpt.backend import use_triton
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch._torch_internals import innermost_transform
 
 __all__ = [
+    "as_if_cast",
     "autocast_input",
     "cast",
     "cast_bytes",
     "check_bias",
+    "check_second_weight",
     "check_weight",
     "no_double_backward",
+    "wants_copy",
     "without_autocast",
 ]
 
@@ -33,6 +37,17 @@ def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None: ...
 def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     """`tensor` in the dtype of `like`."""
     return tensor if tensor is None or tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
+@overload
+def as_if_cast(tensor: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def as_if_cast(tensor: None, like: Tensor) -> None: ...
+def as_if_cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """What `cast` returns, for its shape, strides and alignment alone: where it would copy, a tensor without memory."""
+    if tensor is None or tensor.dtype == like.dtype:
+        return tensor
+    return torch.empty_like(tensor, dtype=like.dtype, device="meta")
 
 
 def cast_bytes(dtype: torch.dtype, *tensors: Tensor | None) -> int:
@@ -58,6 +73,17 @@ def rows_of(x: Tensor) -> Tensor:
     return x[None] if x.dim() == 1 else x.flatten(0, -2)
 
 
+def wants_copy(dy: Tensor) -> bool:
+    """Whether a kernel should be given a copy of the gradient dy (M, N) to multiply: one whose rows are not whole, such as the
+    expanded one with strides (0, 0) that `y.sum()` sends. As it is, no operand of that launch would come through descriptors."""
+    if not use_triton(dy) or dy.is_contiguous():
+        return False
+    width, itemsize = dy.shape[1], dy.element_size()
+    whole = dy.stride(1) == 1 and dy.stride(0) >= width
+    # A copy of rows that end unaligned is no better aligned.
+    return not whole or (dy.stride(0) * itemsize % 16 != 0 and width * itemsize % 16 == 0)
+
+
 def without_autocast(kind: str) -> AbstractContextManager[object]:
     """Inside an operation the dtype is settled; a GEMM there must not be cast a second time."""
     return torch.autocast(kind, enabled=False) if _autocast_on(kind) else contextlib.nullcontext()
@@ -73,6 +99,17 @@ def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "we
         )
     if x.shape[-1] != weight.shape[1]:
         raise DimMismatch(weight.shape[1], x.shape[-1], f"last dimension of the input of {name}")
+    check_bias(bias, weight, name)
+
+
+def check_second_weight(weight: Tensor, bias: Tensor | None, hidden: int, name: str) -> None:
+    """Raise unless weight (N, hidden) and bias (N,) fit together."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: expected a tensor (N, {hidden}), got {weight!r}; weights come first, then biases")
+    if weight.dim() != 2:
+        raise DimMismatch(2, weight.dim(), f"number of dimensions of {name}; weights come first, then biases")
+    if weight.shape[1] != hidden:
+        raise DimMismatch(hidden, weight.shape[1], f"last dimension of {name} (the hidden size)")
     check_bias(bias, weight, name)
 
 

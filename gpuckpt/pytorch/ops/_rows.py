@@ -14,7 +14,7 @@ from torch import Tensor
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.pytorch.ops._activations import activate_, differentiate, keep_
 from gpuckpt.pytorch.ops._dropout import Mask
-from gpuckpt.pytorch.ops._operands import cast
+from gpuckpt.pytorch.ops._operands import as_if_cast
 from gpuckpt.pytorch.ops._weight_grads import sum_rows
 
 __all__ = ["affine_into", "dz_into", "forward_into", "partials_bytes"]
@@ -93,4 +93,4 @@ def partials_bytes(x: Tensor, weight: Tensor, chunk: int, mask: Mask | None) -> 
     load_kernels(x)
     from gpuckpt.kernels import linear as kernel
 
-    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], cast(weight, x), None, **_drop(mask, 0)))
+    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], as_if_cast(weight, x), None, **_drop(mask, 0)))

@@ -18,7 +18,7 @@ from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.ops._activations import gate_activation
 from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
 from gpuckpt.pytorch.ops._gated_rows import (
-    Form,
+    GatedForm,
     Pair,
     backward_buffers,
     forward_buffers,
@@ -29,8 +29,9 @@ from gpuckpt.pytorch.ops._gated_rows import (
 from gpuckpt.pytorch.ops._operands import (
     cast,
     cast_bytes,
-    check_bias,
+    check_second_weight,
     check_weight,
+    wants_copy,
 )
 from gpuckpt.pytorch.ops._register import FusedOp
 from gpuckpt.pytorch.ops._rows import affine_into
@@ -66,10 +67,14 @@ def gated_mlp_scratch_bytes(
     """Bytes that backward holds in addition to the gradients it returns, with `chunk` rows at a time; forward holds less.
 
     By torch three hidden-size buffers of one chunk (two where only dWd is wanted), by Triton dz_g, dz_u and h; dy of one chunk
-    where it is `scaled` by a down_multiplier; weights and biases cast to x's dtype where theirs differs; the sums of dW and
-    db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, wg, bg, wu, bu, wd and bd that are
-    wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients and the float32 sums that they are made
-    from.
+    where it is `scaled` by a down_multiplier, or copied for the kernel as `wants_copy` says; weights and biases cast to x's dtype
+    where theirs differs; the sums of dW and db. Of the tensors only shape, dtype and device matter. needs: the gradients of x,
+    wg, bg, wu, bu, wd and bd that are wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients and the
+    float32 sums that they are made from.
+
+    >>> x, wg, wd = torch.empty(64, 8), torch.empty(32, 8), torch.empty(8, 32)
+    >>> gated_mlp_scratch_bytes(x, wg, None, wg, None, wd, None, 64) == 3 * 64 * 32 * 4
+    True
     """
     several = chunk < x.shape[0]
     total = cast_bytes(x.dtype, wg, bg, wu, bu, wd, bd)
@@ -109,7 +114,7 @@ def forward(
 ) -> Tensor:
     """x (M, K) -> (M, N) in x's dtype."""
     rows, scaled = x.shape[0], down_multiplier != 1.0
-    form = Form(activation, gate_multiplier, down_multiplier)
+    form = GatedForm(activation, gate_multiplier, down_multiplier)
     # Backward holds more than forward does: the chunk that suits it suits both.
     chunk = choose_chunk_rows(
         rows,
@@ -146,12 +151,15 @@ def gradients(
     mains: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """(dx, dwg, dbg, dwu, dbu, dwd, dbd). x may be None where only dbd is wanted."""
-    form = Form(activation, gate_multiplier, down_multiplier)
+    form = GatedForm(activation, gate_multiplier, down_multiplier)
     rows, scaled = dy.shape[0], form.down_multiplier != 1.0
+    copied = any(needs[:5]) and wants_copy(dy)
     like = dy if x is None else x
     chunk = choose_chunk_rows(
         rows,
-        lambda c: gated_mlp_scratch_bytes(like, wg, bg, wu, bu, wd, bd, c, scaled=scaled, needs=needs, mains=mains),
+        lambda c: gated_mlp_scratch_bytes(
+            like, wg, bg, wu, bu, wd, bd, c, scaled=scaled or copied, needs=needs, mains=mains
+        ),
         chunk_rows,
         scratch_bytes,
     )
@@ -168,7 +176,9 @@ def gradients(
     pair, used_wd = Pair(cast(wg, dy), cast(bg, dy), cast(wu, dy), cast(bu, dy)), cast(wd, dy)
     buffers = [dy.new_empty(min(chunk, rows), wg.shape[0]) for _ in range(_buffers(dy, needs))]
     for part in chunks(rows, chunk):
-        g = dy[part] * form.down_multiplier if scaled else dy[part]
+        g = dy[part].clone(memory_format=torch.contiguous_format) if copied else dy[part]
+        if scaled:
+            g = g.mul_(form.down_multiplier) if copied else g * form.down_multiplier
         if dbs[2] is not None:
             dbs[2].add(sum_rows(g))
         if x is None:
@@ -218,9 +228,9 @@ def gated_mlp(
 
     Args:
         x: (..., K), floating point.
-        gate_weight, up_weight: (H, K); gate_bias, up_bias: (H,) or None.
-        down_weight: (N, H); down_bias: (N,) or None. A weight that carries `main_grad` gets its gradient added there in
-            place, and autograd sees none.
+        gate_weight, up_weight, down_weight: (H, K), (H, K) and (N, H). A weight that carries `main_grad` gets its gradient
+            added there in place, and autograd sees none.
+        gate_bias, up_bias, down_bias: (H,), (H,) and (N,), or None.
         activation: of the gate, any that `linear` takes; or the form's name: swiglu (silu), geglu (gelu), geglu_tanh (gelu_tanh),
             reglu (relu), glu (sigmoid), bilinear (identity).
         gate_multiplier, down_multiplier: mg and md, as in Falcon-H1.
@@ -246,11 +256,7 @@ def gated_mlp(
     check_weight(x, up_weight, up_bias, "up_weight")
     if up_weight.shape[0] != gate_weight.shape[0]:
         raise DimMismatch(gate_weight.shape[0], up_weight.shape[0], "hidden size of up_weight")
-    if down_weight.dim() != 2 or down_weight.shape[1] != gate_weight.shape[0]:
-        raise DimMismatch(
-            gate_weight.shape[0], down_weight.shape[-1], "last dimension of down_weight (the hidden size)"
-        )
-    check_bias(down_bias, down_weight, "down_weight")
+    check_second_weight(down_weight, down_bias, gate_weight.shape[0], "down_weight")
     operands = gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
     options = activation, float(gate_multiplier), float(down_multiplier), *limits(chunk_rows, scratch_bytes)
     y = OP(x, *operands, *options, norm=norm)

@@ -60,6 +60,10 @@ def linear_scratch_bytes(
     dtype where theirs differs, and the sums of dW and db. Of x (M, K), weight (N, K), bias and main only shape, dtype and
     device matter. needs: the gradients of x, weight and bias that are wanted. Exact in float32 by torch; else a bound, which
     counts 16-bit gradients as well as the float32 sums that they are made from.
+
+    >>> x, weight = torch.empty(64, 8), torch.empty(16, 8)
+    >>> linear_scratch_bytes(x, weight, None, 64), linear_scratch_bytes(x, weight, None, 64, plain=True)
+    (4096, 0)
     """
     several = chunk < x.shape[0]
     total = cast_bytes(x.dtype, weight, bias)

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
-from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.ops._activations import check_activation, differentiate, finish, keep_
 from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
 from gpuckpt.pytorch.ops._operands import (
+    as_if_cast,
     cast,
     cast_bytes,
     check_bias,
+    check_second_weight,
     check_weight,
+    wants_copy,
 )
 from gpuckpt.pytorch.ops._register import FusedOp
 from gpuckpt.pytorch.ops._rows import affine_into, forward_into
@@ -50,19 +52,26 @@ def mlp_scratch_bytes(
     b2: Tensor | None,
     chunk: int,
     *,
+    copied: bool = False,
     needs: Sequence[bool] = _ALL,
     mains: Sequence[Tensor | None] = (None, None),
 ) -> int:
     """Bytes that backward holds in addition to the gradients it returns, with `chunk` rows at a time; forward holds less.
 
     h and dz of one chunk (one of them suffices where the other is not wanted), weights and b1 cast to x's dtype where theirs
-    differs, and the sums of dW and db. Of the tensors only shape, dtype and device matter. needs: the gradients of x, w1, b1,
+    differs, dy of one chunk where it is `copied` for the kernel as `wants_copy` says, and the sums of dW and db. Of the
+    tensors only shape, dtype and device matter. needs: the gradients of x, w1, b1,
     w2 and b2 that are wanted. Exact in float32 by torch; else a bound, which counts 16-bit gradients as well as the
     float32 sums that they are made from.
+
+    >>> x, w1, w2 = torch.empty(64, 8), torch.empty(32, 8), torch.empty(8, 32)
+    >>> mlp_scratch_bytes(x, w1, None, w2, None, 64) == 2 * 64 * 32 * 4
+    True
     """
     several = chunk < x.shape[0]
     total = cast_bytes(x.dtype, w1, b1, w2, b2)
     total += _hidden_buffers(x, needs) * chunk * w1.shape[0] * x.dtype.itemsize
+    total += chunk * w2.shape[0] * x.dtype.itemsize if copied else 0
     parts = [
         weight_scratch(weight, x.dtype, chunk, several, main)
         for weight, needed, main in ((w1, needs[1], mains[0]), (w2, needs[3], mains[1]))
@@ -89,7 +98,7 @@ def _partials_bytes(x: Tensor, w1: Tensor, w2: Tensor, chunk: int) -> int:
     load_kernels(x)
     from gpuckpt.kernels import mlp as kernel
 
-    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], cast(w1, x), cast(w2, x)))
+    return 4 * math.prod(kernel.db_partials_shape(x[:chunk], as_if_cast(w1, x), as_if_cast(w2, x)))
 
 
 def forward(
@@ -169,10 +178,10 @@ def gradients(
             db2.add(sum_rows(dy))
         return [None, None, None, None, None if db2 is None else db2.result()]
 
-    rows = x.shape[0]
+    rows, copied = x.shape[0], any(needs[:3]) and wants_copy(dy)
     chunk = choose_chunk_rows(
         rows,
-        lambda c: mlp_scratch_bytes(x, w1, b1, w2, b2, c, needs=needs, mains=mains),
+        lambda c: mlp_scratch_bytes(x, w1, b1, w2, b2, c, copied=copied, needs=needs, mains=mains),
         chunk_rows,
         scratch_bytes,
     )
@@ -183,7 +192,7 @@ def gradients(
     used1, bias, used2 = cast(w1, x), cast(b1, x), cast(w2, x)
     buffers = [x.new_empty(min(chunk, rows), w1.shape[0]) for _ in range(_hidden_buffers(x, needs))]
     for part in chunks(rows, chunk):
-        dy_part, x_part = dy[part], x[part]
+        dy_part, x_part = dy[part].contiguous() if copied else dy[part], x[part]
         if db2 is not None:
             db2.add(sum_rows(dy_part))
         held = iter(buffer[: part.stop - part.start] for buffer in buffers)
@@ -221,8 +230,8 @@ OP = FusedOp(
 def mlp(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor | None,
     w2: Tensor,
+    b1: Tensor | None = None,
     b2: Tensor | None = None,
     *,
     activation: str = "gelu",
@@ -234,9 +243,9 @@ def mlp(
 
     Args:
         x: (..., K), floating point.
-        w1, b1: (H, K) and (H,) or None.
-        w2, b2: (N, H) and (N,) or None. A weight that carries `main_grad` gets its gradient added there in place, and
-            autograd sees none.
+        w1, w2: (H, K) and (N, H). A weight that carries `main_grad` gets its gradient added there in place, and autograd
+            sees none.
+        b1, b2: (H,) and (N,), or None.
         activation: identity, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
         norm: a `Norm` of x to compute with instead of x. What is kept for backward is x itself, and backward normalises it again:
             one more transient of x's size.
@@ -255,14 +264,13 @@ def mlp(
         RuntimeError: a `main_grad` under torch.compile.
 
     >>> x, w1, w2 = torch.ones(2, 3, requires_grad=True), torch.ones(5, 3), torch.ones(4, 5)
-    >>> mlp(x, w1, None, w2, activation="relu").sum().backward()
+    >>> mlp(x, w1, w2, activation="relu").sum().backward()
     >>> x.grad[0].tolist()
     [20.0, 20.0, 20.0]
     """
     check_activation(activation)
-    check_weight(x, w1, b1, "w1")
-    if w2.dim() != 2 or w2.shape[1] != w1.shape[0]:
-        raise DimMismatch(w1.shape[0], w2.shape[-1], "last dimension of w2 (the hidden size)")
-    check_bias(b2, w2, "w2")
+    check_weight(x, w1, None, "w1")
+    check_second_weight(w2, b2, w1.shape[0], "w2")
+    check_bias(b1, w1, "w1")
     y = OP(x, w1, b1, w2, b2, activation, *limits(chunk_rows, scratch_bytes), norm=norm)
     return y.reshape(*x.shape[:-1], w2.shape[0])

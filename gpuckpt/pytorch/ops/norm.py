@@ -186,7 +186,7 @@ def normalise(
 
 
 def restored(x: Tensor | None, recipe: tuple[Tensor | None, Tensor | None, Tensor | None, str, float]) -> Tensor | None:
-    """In backward: the saved rows x, or where `recipe` has raw rows the normalised ones once more."""
+    """In backward: the saved rows x, or where `recipe` has raw rows the normalised ones, computed again."""
     raw, weight, bias, kind, eps = recipe
     if raw is None:
         return x

@@ -1,4 +1,4 @@
-"""Bytes that operators bring to life: what a stage needs beside what it is given, returns and saves.
+"""Bytes that operators allocate: what a stage needs on top of what it is given, returns and saves.
 
 A dispatch mode sees every tensor that an operator returns, and a weak reference on its storage tells when it dies. What an
 operator allocates within itself (a library's workspace, the insides of a fused kernel) is not seen: the figures are those of
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpuckpt.pytorch.engine.subclasses import parts_of
 
 __all__ = ["LiveBytes"]
 
@@ -31,19 +33,13 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given: set[int] | None = None
-        for tensor in pytree.tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
-                continue
+        for tensor in _parts(pytree.tree_leaves(out)):
             storage = tensor.untyped_storage()
             if storage._cdata in self._births:
                 continue
             if given is None:
                 leaves = pytree.tree_leaves((args, kwargs))
-                given = {
-                    leaf.untyped_storage()._cdata
-                    for leaf in leaves
-                    if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
-                }
+                given = {part.untyped_storage()._cdata for part in _parts(leaves)}
             if storage._cdata not in given:  # a view of something older is nothing new
                 self._born(storage)
         return out
@@ -67,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
 
     def numbers(self, tensors: Sequence[torch.Tensor]) -> set[int]:
         """Numbers of those storages of `tensors` that were born in here."""
-        found = (self._births.get(tensor.untyped_storage()._cdata) for tensor in tensors)
+        found = (self._births.get(tensor.untyped_storage()._cdata) for tensor in _parts(tensors))
         return {number for number in found if number is not None}
 
     def peak_bytes(self, begin: int, end: int, without: set[int]) -> int:
@@ -78,3 +74,7 @@ class LiveBytes(TorchDispatchMode):
                 live += self._sizes[number] if born else -self._sizes[number]
                 peak = max(peak, live)
         return peak
+
+
+def _parts(leaves: Sequence[Any]) -> list[torch.Tensor]:
+    return [part for leaf in leaves if isinstance(leaf, torch.Tensor) for part in parts_of(leaf)]

@@ -49,7 +49,7 @@ class Interception:
         return self.module._compiled_call_impl is self
 
     def restore(self) -> None:
-        """Put back what was in the slot, unless somebody has put something else there since."""
+        """Put back what was in the slot, unless something else has been put there since."""
         if self.active:
             self.module._compiled_call_impl = self.before
 
@@ -64,7 +64,7 @@ def set_call(module: nn.Module, call: Callable[..., Any]) -> Interception:
 
 
 def run_module(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Call `module` as if nobody intercepted it: hooks included, and compiled where it was compiled."""
+    """Call `module` as if it were not intercepted: hooks included, and compiled where it was compiled."""
     slot = module._compiled_call_impl
     if isinstance(slot, Interception):
         slot = slot.before

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,13 +94,33 @@ class _CountBytes(TorchDispatchMode):
         return out
 
 
-def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Module]:
-    """The modules whose calls are the model's stages, in calling order (one module may occur several times).
+class Found(NamedTuple):
+    """The modules whose calls are a model's stages, in calling order (one module may occur several times), and whether the
+    forward goes backward itself (forces, gradient penalties)."""
+
+    modules: list[nn.Module]
+    differentiates: bool
+
+
+def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any], grad: bool = False) -> Found:
+    """The calls that are the model's stages.
 
     A chain of calls that hand on a tensor, where it covers the model; otherwise any calls that do not overlap: what crosses them
-    (skip connections, an encoder's output) is an argument like others. Runs one forward without autograd, or two. Raises
-    `InvalidChain` where there are fewer than two calls.
+    (skip connections, an encoder's output) is an argument like others. Runs one forward, or two, without autograd if not `grad`.
+    Raises `InvalidChain` where there are fewer than two calls.
     """
+    unpacked: list[bool] = []
+
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        unpacked.append(True)
+        return tensor
+
+    with torch.set_grad_enabled(grad), saved_tensors_hooks(lambda tensor: tensor.detach(), unpack):
+        modules = _find(model, args, kwargs)
+    return Found(modules, bool(unpacked))
+
+
+def _find(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Module]:
     calls, work = _watch(model, candidates(model), args, kwargs)
     chain, cut = heaviest_path(calls), disjoint_calls(calls)
     finer = len(cut) >= 2 * len(chain) and covered(cut) >= _SHARE * covered(chain)
@@ -135,7 +156,7 @@ def _watch(
         alive.append((args, kwargs, out))
         return out
 
-    with torch.no_grad(), intercept(modules, call), counter:
+    with intercept(modules, call), counter:
         run_module(model, args, kwargs)
     return calls, counter.position
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from gpuckpt.pytorch._torch_internals import set_versions
 from gpuckpt.pytorch.engine.arguments import Objects
 
-__all__ = ["cut", "cut_call", "fresh", "have_drawn", "random_states", "unchanged"]
+__all__ = ["connected", "cut", "cut_call", "fresh", "have_drawn", "random_states", "unchanged"]
 
 
 class _Connect(torch.autograd.Function):
@@ -40,9 +40,12 @@ def cut(tree: Any) -> Any:
 
 
 def _cut(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_leaf:
-        return tensor
-    return _Connect.apply(torch.empty((), requires_grad=True), tensor.detach())
+    return tensor if tensor.is_leaf else connected(tensor.detach())
+
+
+def connected(tensor: torch.Tensor) -> torch.Tensor:
+    """A detached tensor as one that requires a gradient and is no leaf, on the same bytes."""
+    return _Connect.apply(torch.empty((), requires_grad=True), tensor)
 
 
 def fresh(tree: Any) -> Any:

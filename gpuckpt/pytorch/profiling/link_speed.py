@@ -39,7 +39,7 @@ def measure_link(device: torch.device, host: Budget, clock: Clock) -> Link:
 
 @contextmanager
 def _like(host: Budget, nbytes: int) -> Iterator[tuple[Budget, Budget]]:
-    """A pair of budgets for trials, so that the books of the real ones stay as they are."""
+    """A pair of budgets for trials, so that the ledgers of the real ones stay as they are."""
     there = Budget(nbytes, device="cpu", hold="pool", allocator=host.allocator)
     yield Budget(nbytes, device="cpu"), there
     there.close()

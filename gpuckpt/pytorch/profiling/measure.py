@@ -1,4 +1,4 @@
-"""`measure(model, *inputs)`: a model's chain, with the bytes that autograd saves in each stage and each stage's seconds.
+"""`measure(model, example_inputs)`: a model's chain, with the bytes that autograd saves in each stage and each stage's seconds.
 
 The model runs forward once, and every stage is cut loose from the graph as it comes: run with autograd under hooks that
 note which storages are saved, timed a few times forward, as far forward as a recompute runs (early stop), and backward, and
@@ -14,6 +14,8 @@ gradients and buffers and the random number generators are afterwards as before.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,13 +25,14 @@ from torch.utils import _pytree as pytree
 from gpuckpt.kernels.audit.roofline import device as device_called
 from gpuckpt.planning import Chain
 from gpuckpt.pytorch.engine.fence import Fence
+from gpuckpt.pytorch.engine.randomness import capturing
 from gpuckpt.pytorch.profiling.clock import Clock, WallClock
 from gpuckpt.pytorch.profiling.fake_run import run_fake
 from gpuckpt.pytorch.profiling.isolation import unchanged
 from gpuckpt.pytorch.profiling.roofline_clock import Roofline
 from gpuckpt.pytorch.profiling.runner import Measured, run_chain
 
-__all__ = ["measure", "run_measured"]
+__all__ = ["call_of", "measure", "run_measured"]
 
 
 def measure(
@@ -45,8 +48,9 @@ def measure(
 
     Args:
         model: an `nn.Sequential`, or any module that runs the blocks of `nn.ModuleList`s or `nn.Sequential`s one after another.
-        inputs, kwargs: what the model is called with. If the model returns its loss, the loss is part of the chain.
-        unit_bytes: granule of the pool that the plan is for (512 on CUDA).
+        inputs, kwargs: as in `fit` one example: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
+            Or the arguments themselves, one by one. If the model returns its loss, the loss is part of the chain.
+        unit_bytes: the granule of the pool that the plan is for (512 on CUDA).
         repeats: timed runs of the first stage of each kind; the others of its kind add one each, up to three times as many.
         fake: measure without memory or device; model and inputs may be on the meta device. See fake.py.
         device: with `fake`, the device whose roofline gives the seconds.
@@ -54,10 +58,38 @@ def measure(
     Raises:
         InvalidChain: there is no chain of stages in the model, or a stage does something else when it runs again.
         ValueError: a device that is not known.
+
+    >>> import torch
+    >>> chain = measure(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), torch.ones(2, 4), fake=True)
+    >>> [chain.charge(stage.saves) for stage in chain.stages]
+    [0, 32, 64, 64, 0]
     """
+    if len(inputs) == 1 and not kwargs:
+        inputs, kwargs = call_of(model, inputs[0])
     if fake:
         return run_fake(model, inputs, kwargs, unit_bytes, device_called(device)).chain
     return run_measured(model, inputs, kwargs, unit_bytes, WallClock(), repeats).chain
+
+
+def call_of(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How to call `model` with an example: spread over its parameters where they take it so, else as the one argument."""
+    if isinstance(example, Mapping):
+        spread: tuple[tuple[Any, ...], dict[str, Any]] = ((), {str(name): value for name, value in example.items()})
+    elif type(example) in (tuple, list):
+        spread = (tuple(example), {})
+    else:
+        return (example,), {}
+    try:
+        parameters = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return spread
+    for args, kwargs in (spread, ((example,), {})):
+        try:
+            parameters.bind(*args, **kwargs)
+        except TypeError:
+            continue
+        return args, kwargs
+    return spread  # the model itself says what is missing
 
 
 def run_measured(
@@ -70,6 +102,8 @@ def run_measured(
     copies: bool = False,
 ) -> Measured:
     """`measure`, and what `fit` needs to know besides."""
+    if capturing():
+        raise RuntimeError("nothing can be measured while a CUDA graph is being captured: run one such step before")
     fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
     counting = clock if isinstance(clock, Roofline) else nullcontext()
     with unchanged(model), fence.restored(fence.kept), counting:

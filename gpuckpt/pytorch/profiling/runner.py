@@ -25,10 +25,10 @@ from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.engine.residency import is_resident
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
-from gpuckpt.pytorch.profiling.chain_finder import Outputs, find_chain, tensors_in
+from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
-from gpuckpt.pytorch.profiling.save_recorder import Saved, Storages, unpack
+from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, unpack
 from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Sample, StageKind, kind_key
 
 __all__ = ["Measured", "run_chain"]
@@ -49,9 +49,11 @@ class _Measurement:
     """What is known so far of the chain, while the model runs."""
 
     def __init__(
-        self, chain: list[nn.Module], names: dict[nn.Module, str], storages: Storages, clock: Clock, repeats: int
+        self, found: Found, names: dict[nn.Module, str], storages: Storages, clock: Clock, repeats: int
     ) -> None:
-        self.expected = chain
+        self.expected = found.modules
+        self.whole = found.differentiates  # stages stay connected: the model's forward goes backward through them
+        self.recorded: list[SaveRecorder] = []  # of each call; loads so far do not count
         self.names = names
         self.storages = storages
         self.clock = clock
@@ -62,7 +64,7 @@ class _Measurement:
         self.owned: list[int] = []
         self.random: list[str] = []
         self.kinds: dict[Any, StageKind] = {}
-        self.outside = Saved()  # since the last stage ended
+        self.outside = SaveRecorder()  # since the last stage ended
         self.held: set[int] = set()  # storages that a stage so far, or a frame around it, may hold
         self.inside = False
         self.outside_began_s = clock.now()
@@ -73,36 +75,43 @@ class _Measurement:
             return run_module(module, args, kwargs)  # a call that is no part of the chain
         self.close_outside("prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}")
         tensors = tensors_in((args, kwargs))
-        tensors += Objects(pytree.tree_leaves((args, kwargs))).tensors
-        tensors = [tensor for tensor in tensors if not is_resident(tensor)]  # a frame holds these for nothing
         linked = set(self.previous.unchanged())
-        inputs = self.storages.of([tensor for tensor in tensors if id(tensor) in linked])
-        extras = self.storages.of([tensor for tensor in tensors if id(tensor) not in linked])
+        # A frame holds what is resident for nothing.
+        held = [
+            tensor
+            for tensor in (*tensors, *Objects(pytree.tree_leaves((args, kwargs))).tensors)
+            if not is_resident(tensor)
+        ]
+        inputs = self.storages.of([tensor for tensor in held if id(tensor) in linked])
+        extras = self.storages.of([tensor for tensor in held if id(tensor) not in linked])
         number, name = len(self.stages), self.names[module]
         fence = Fence(module, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
         again = fresh((args, kwargs))  # before the stage may change them
-        # A recompute casts weights anew, whatever autocast remembers of other stages.
+        # A recompute casts weights again, whatever autocast has cached for other stages.
         torch.clear_autocast_cache()
 
         self.inside = True
-        saved = Saved()
-        cut_args, cut_kwargs, hand_on = cut_call(args, kwargs)
+        saved = SaveRecorder()
+        cut_args, cut_kwargs, hand_on = (args, kwargs, None) if self.whole else cut_call(args, kwargs)
         given = tensors_in((cut_args, cut_kwargs))
-        before, states = (_versions(given), _buffer_versions(module)), random_states()
+        before, states = _versions(given), random_states()
         with saved.hooks():
             out = run_module(module, cut_args, cut_kwargs)
-        fence.learn()
-        hand_on()
+        fence.learn(for_good=True)
+        if hand_on is not None:
+            hand_on()
+        saved.loads = 0  # its own derivatives are its own affair
+        self.recorded.append(saved)
         changed = [
-            tensor for tensor, now, version in zip(tensors, given, before[0], strict=False) if now._version != version
+            tensor for tensor, now, version in zip(tensors, given, before, strict=True) if now._version != version
         ]
-        same_buffers = before[1] == _buffer_versions(module)
+        extras += self.storages.of([tensor for tensor in (*fence.kept, *fence.copies) if not is_resident(tensor)])
         if have_drawn(states):
             self.random.append(name)
         self.held.update(inputs, extras)
         saves = saved.storages(self.storages, self.held)
         self.held.update(saves)
-        out = cut(out)
+        out = out if self.whole else cut(out)
         self.owned.append(number)
         outputs = tensors_in(out)
         self.stages.append(
@@ -113,11 +122,10 @@ class _Measurement:
                 extras=extras,
                 output=self.storages.of(outputs),
                 output_bytes=sum(tensor.numel() * tensor.element_size() for tensor in outputs),
-                # An input or a buffer that is changed in place cannot be read again as it was.
-                recomputable=same_buffers and not changed,
+                recomputable=not changed,  # an input that is changed in place cannot be read again as it was
             )
         )
-        if changed and same_buffers and linked.issuperset(map(id, changed)):
+        if changed and linked.issuperset(map(id, changed)):
             self.join(set(self.storages.of(changed)))
         key = kind_key(module, again, [self.storages.sizes[i] for i in saves])
         kind = self.kinds.get(key)
@@ -153,10 +161,16 @@ class _Measurement:
             if remade:
                 return
 
+    def keep_what_was_loaded(self) -> None:
+        """The forward has gone backward through these stages: a plan knows of one backward, in which they would run again."""
+        for number, saved in zip(self.owned, self.recorded, strict=True):
+            if saved.loads:
+                self.stages[number] = replace(self.stages[number], recomputable=False)
+
     def close_outside(self, name: str) -> None:
         """Turn what was saved outside stages since the last one into a stage of its own that is always kept."""
         seconds = self.clock.now() - self.outside_began_s
-        saves, self.outside = self.outside.storages(self.storages, self.held), Saved()
+        saves, self.outside = self.outside.storages(self.storages, self.held), SaveRecorder()
         self.held.update(saves)
         if saves or name in ("prefix", "suffix"):
             self.stages.append(Stage(name, seconds, 2 * seconds, saves, recomputable=False))
@@ -166,7 +180,7 @@ class _Measurement:
         self.close_outside("suffix")
         self.inside = True
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
-        # A model that returns its loss often returns logits and states beside it, through which nobody goes backward.
+        # A model that returns its loss often returns logits and states as well, which have no backward.
         roots = [tensor for tensor in outputs if tensor.numel() == 1] or outputs
         leaves = [tensor for tensor in (*self.previous.tensors, *parameters) if tensor.requires_grad]
         if not roots or not leaves:
@@ -183,7 +197,7 @@ class _Measurement:
 
     @untraced
     def note_outside(self, tensor: torch.Tensor) -> Any:
-        return (Saved() if self.inside else self.outside).pack(tensor)
+        return (SaveRecorder() if self.inside else self.outside).pack(tensor)
 
     def finished(self) -> tuple[Stage, ...]:
         """The stages, with what is known of their kinds."""
@@ -208,15 +222,6 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors]
 
 
-def _buffer_versions(module: nn.Module) -> list[tuple[int, int]]:
-    """Which buffers there are and how often each was changed. The count of batches of a norm is taken care of."""
-    return [
-        (id(buffer), buffer._version)
-        for name, buffer in module.named_buffers()
-        if not name.endswith("num_batches_tracked")
-    ]
-
-
 def run_chain(
     model: nn.Module,
     args: tuple,
@@ -231,14 +236,22 @@ def run_chain(
     residents = [*model.parameters(), *model.buffers()]
     residents += [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_leaf and tensor.requires_grad]
     fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
-    with fence.restored(fence.kept):
-        modules = find_chain(model, args, kwargs)
+    try:
+        with fence.restored(fence.kept):
+            found = find_chain(model, args, kwargs)
+    except InvalidChain:
+        raise
+    except Exception:  # a forward that needs autograd; any other reason is raised again
+        with fence.restored(fence.kept):
+            found = find_chain(model, args, kwargs, grad=True)
+    modules = found.modules
     # What autocast remembers of a run without autograd is none of the chain's.
     torch.clear_autocast_cache()
-    run = _Measurement(modules, names, Storages(residents, copies, unit_bytes), clock, repeats)
+    run = _Measurement(found, names, Storages(residents, copies, unit_bytes), clock, repeats)
     hooks = saved_tensors_hooks(run.note_outside, unpack)
     with torch.enable_grad(), intercept(dict.fromkeys(modules), run.stage), hooks:
         out = run_module(model, args, kwargs)
+        run.keep_what_was_loaded()
         run.close(out, list(model.parameters()))
     del out
     with (

@@ -10,12 +10,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.residency import is_resident
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
-__all__ = ["Saved", "Storages", "identity"]
+__all__ = ["SaveRecorder", "Storages", "identity"]
 
 
 class Storages:
@@ -47,12 +46,9 @@ class Storages:
         """The same for tensors as they were in a version."""
         ids: dict[int, None] = {}
         for tensor, version in tensors:
-            if tensor.layout is not torch.strided:
-                raise InvalidChain(
-                    f"measuring saved tensors of layout {tensor.layout} is not supported; keep such layers out of the chain"
-                )
             parts = parts_of(tensor)
-            copied = self._copies and type(tensor) is torch.Tensor  # a pool leaves subclasses where they are
+            # A pool leaves subclasses and sparse tensors where they are.
+            copied = self._copies and type(tensor) is torch.Tensor and tensor.layout is torch.strided
             for part in parts:
                 storage = part.untyped_storage()
                 if storage._cdata in self._resident:
@@ -76,7 +72,7 @@ class _Token:
         self.tensor = tensor
 
 
-class Saved:
+class SaveRecorder:
     """What a piece of code saves: the tensors that are nobody's parameters, and the shapes of all."""
 
     def __init__(self) -> None:
@@ -84,9 +80,15 @@ class Saved:
         self.shapes: list[tuple[int, ...]] = []
         self._events: list[tuple[int, bool]] = []  # (number in `tensors`, saved or let go), in order
         self._refs: list[weakref.ref[_Token]] = []
+        self.loads = 0  # how often a backward has asked for one of them
 
     def hooks(self) -> saved_tensors_hooks:
-        return saved_tensors_hooks(self.pack, unpack)
+        return saved_tensors_hooks(self.pack, self.unpack)
+
+    @untraced
+    def unpack(self, token: _Token) -> torch.Tensor:
+        self.loads += 1
+        return token.tensor
 
     @untraced
     def pack(self, tensor: torch.Tensor) -> _Token:

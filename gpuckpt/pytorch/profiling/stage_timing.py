@@ -26,7 +26,7 @@ from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.isolation import fresh
-from gpuckpt.pytorch.profiling.save_recorder import Saved, identity
+from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, identity
 
 __all__ = ["MOST_SAMPLES", "Sample", "StageKind", "kind_key", "run_again"]
 
@@ -92,16 +92,17 @@ class _Stop(BaseException):
 
 
 class _StopWatch:
-    """Stops a run of a stage where a recompute would: at the last of `saved` tensors. Keeps none; nobody goes backward."""
+    """Stops a run of a stage where a recompute would: at the last of `saved` tensors. Only the stage itself goes backward."""
 
     def __init__(self, saved: int) -> None:
         self.left = saved
 
     @untraced
-    def pack(self, tensor: torch.Tensor) -> None:
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         self.left -= 1
         if self.left <= 0:
             raise _Stop
+        return tensor.detach()
 
     def arrive(self, tensors: Sequence[torch.Tensor]) -> None:
         if self.left <= len(tensors):
@@ -123,7 +124,7 @@ def _stopped_s(module: nn.Module, inputs: Any, clock: Clock, saved: int) -> floa
 def run_again(module: nn.Module, inputs: Any, fence: Fence, shapes: list[tuple[int, ...]], name: str) -> int:
     """Run a stage a second time; it must save the same again. Returns the bytes of its workspace."""
     args, kwargs = fresh(inputs)
-    saved, live = Saved(), LiveBytes()
+    saved, live = SaveRecorder(), LiveBytes()
     torch.clear_autocast_cache()
     with fence.restored(fence.kept), live, saved.hooks():
         out = run_module(module, args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from types import MappingProxyType
 
@@ -210,6 +211,41 @@ def test_without_a_gpu_it_says_so():
         tuner.tune("linear", 64, 64, 64)
     with pytest.raises(RuntimeError, match="got device='cpu'"):
         tuner.tune("linear", 64, 64, 64, device="cpu")
+
+
+def test_what_is_timed_is_the_replay_of_a_graph_behind_work_that_hides_the_queue(monkeypatch):
+    """A launch from Python takes longer than many a kernel, and between two events it would be counted."""
+    order = []
+
+    class Noted:
+        def __init__(self, *args, **options): ...
+        def wait_stream(self, other): ...
+        def synchronize(self): ...
+        def replay(self):
+            order.append("replay")
+
+        def record(self):
+            order.append("event")
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    for name in ("Event", "Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Noted)
+    monkeypatch.setattr(torch.cuda, "current_stream", Noted)
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda t: order.append(t.nbytes) or t)
+    timer = tuner._EventTimer(torch.device("cpu"), 1 << 20)
+
+    def launch():
+        order.append("launch")
+
+    assert [timer(launch), timer(launch)] == [2e-3, 2e-3]
+    assert order[:2] == ["launch", "launch"], "compiled, then captured"
+    flushes = order.count(1 << 20) // 2
+    assert flushes * (1 << 20) >= 1 << 29
+    assert order[2:] == [*[1 << 20] * flushes, "event", "replay", "event"] * 2
 
 
 @pytest.mark.gpu

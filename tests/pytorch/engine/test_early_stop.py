@@ -136,10 +136,10 @@ def test_of_two_fused_operations_the_first_runs_again(forwards):
 def test_what_arrives_early_is_verified_too():
     x, *weights = OPS["mlp"].draw()
     factors = iter((1.0, 1.5))
-    y = gpuckpt.checkpoint(lambda x: functional.mlp(x * next(factors), *weights), x, verify="bitwise")
+    y = gpuckpt.checkpoint(lambda x: OPS["mlp"].run(x * next(factors), *weights), x, verify="bitwise")
     with pytest.raises(gpuckpt.RecomputeMismatch, match="contents differ"):
         y.sum().backward()
-    y = gpuckpt.checkpoint(lambda x: functional.mlp(x.sin(), *weights), x)
+    y = gpuckpt.checkpoint(lambda x: OPS["mlp"].run(x.sin(), *weights), x)
     with torch.no_grad():
         weights[0].mul_(2)
     with pytest.raises(gpuckpt.SavedTensorModified):
@@ -152,7 +152,7 @@ def test_the_same_bytes_are_held(monkeypatch):
     def peak() -> int:
         budget = CheckpointBudget("1MiB", device="cpu")
         with budget:
-            y = gpuckpt.checkpoint(lambda x: functional.mlp(x.sin().exp(), *weights), x * 2)
+            y = gpuckpt.checkpoint(lambda x: OPS["mlp"].run(x.sin().exp(), *weights), x * 2)
             held = budget.used_bytes
             y.sum().backward()
         assert held == x.nbytes
@@ -170,9 +170,9 @@ def test_hooks_inside_the_checkpointed_work_still_see_what_is_saved(forwards):
 
     def run(x: Tensor) -> Tensor:
         with saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
-            return functional.mlp(x, *weights)
+            return OPS["mlp"].run(x, *weights)
 
-    expected = torch.autograd.grad(functional.mlp(x * 2, *weights).sum(), x)
+    expected = torch.autograd.grad(OPS["mlp"].run(x * 2, *weights).sum(), x)
     forwards.clear()
     y = gpuckpt.checkpoint(lambda x: run(x * 2).exp().log(), x)
     got = torch.autograd.grad(y.sum(), x)
@@ -185,7 +185,7 @@ def test_a_checkpoint_within_a_checkpoint(forwards):
     x, *weights = OPS["mlp"].draw()
 
     def inner(x: Tensor) -> Tensor:
-        return functional.mlp(x.sin(), *weights)
+        return OPS["mlp"].run(x.sin(), *weights)
 
     def outer(x: Tensor) -> Tensor:
         return gpuckpt.checkpoint(inner, x.cos())
@@ -211,14 +211,14 @@ def test_no_replay_no_effect():
             raise AssertionError("nobody waits")
 
     never = Never()
-    functional.mlp(x, *weights)
+    OPS["mlp"].run(x, *weights)
     with early_stop.replaying(never):
-        functional.mlp(x, *weights)  # its hook is not the active one
+        OPS["mlp"].run(x, *weights)  # its hook is not the active one
         with saved_tensors_hooks(never.pack, lambda t: t):
             with torch.no_grad():
-                functional.mlp(x, *weights)
+                OPS["mlp"].run(x, *weights)
             with pytest.raises(AssertionError, match="nobody waits"):
-                functional.mlp(x, *weights)
+                OPS["mlp"].run(x, *weights)
 
 
 def test_a_replay_whose_end_was_lost_is_not_kept(monkeypatch):
@@ -235,4 +235,4 @@ def test_a_replay_whose_end_was_lost_is_not_kept(monkeypatch):
     gone = weakref.ref(replay)
     del replay
     assert gone() is None
-    functional.mlp(x, *weights)
+    OPS["mlp"].run(x, *weights)

@@ -285,8 +285,9 @@ def test_forwards_without_backwards_overlapping_steps_and_unfit() -> None:
     model(X)
     assert (fitted.budget.used_bytes, fitted.host_budget.used_bytes) == (0, 0)
     (model(X).sum() + model(X + 1).sum()).backward()
-    assert fitted.promised_host_peak_bytes == 2 * fitted.plan.certificate.host_peak_bytes
-    assert fitted.measured_host_peak_bytes <= fitted.promised_host_peak_bytes
+    # What waits of the first forward, and what the second was promised: less than both promises together.
+    one = fitted.plan.certificate.host_peak_bytes
+    assert one < fitted.measured_host_peak_bytes <= fitted.promised_host_peak_bytes <= 2 * one
     model(X).sum().backward()
     assert fitted.measured_host_peak_bytes == fitted.promised_host_peak_bytes == fitted.plan.certificate.host_peak_bytes
     fitted.host_budget.reset_peak()

@@ -53,6 +53,10 @@ class Op:
         return operands
 
 
+def _mlp(x, w1, b1, w2, b2, **options):
+    return functional.mlp(x, w1, w2, b1, b2, **options)
+
+
 def _gated(x, wg, bg, wu, bu, wd, bd, **options):
     return functional.gated_mlp(x, wg, wu, wd, bg, bu, bd, **options)
 
@@ -73,7 +77,7 @@ OPS = {
     "mlp": Op(
         "mlp",
         ("x", "w1", "b1", "w2", "b2"),
-        functional.mlp,
+        _mlp,
         lambda x, w1, b1, w2, b2, activation: F.linear(ACTS[activation](F.linear(x, w1, b1)), w2, b2),
         lambda M, K, H, N: ((M, K), (H, K), (H,), (N, H), (N,)),
     ),
@@ -173,7 +177,7 @@ class LiveBytes(Inside):
         for t in tensors_in(out):
             storage = t.untyped_storage()
             key = storage._cdata
-            if key not in old and key not in self._known:
+            if key not in old and key not in self._known and not t.is_meta:
                 self._known[key] = storage.nbytes()
                 self.live_bytes += storage.nbytes()
                 weakref.finalize(storage, self._dead, key)

@@ -98,7 +98,7 @@ def test_a_budget_sets_the_chunk(op):
     cap_bytes = FORMULAS[op.name](*operands, 300)
     assert FORMULAS[op.name](*operands, LEAST_ROWS) < cap_bytes < FORMULAS[op.name](*operands, M)
     by_hand = gradients(op.run, operands, dy, activation="gelu", chunk_rows=256)
-    budget = CheckpointBudget(max(cap_bytes, operands[0].nbytes))
+    budget = CheckpointBudget(max(cap_bytes, operands[0].nbytes), device="cpu")
     found = []
     for taken in (0, budget.max_bytes):
         budget.allocate(taken)
@@ -121,7 +121,7 @@ def test_a_tiny_budget_still_gets_whole_tiles(op):
     dy = torch.randn(M, N)
     y = op.run(*operands, activation="gelu", chunk_rows=LEAST_ROWS)
     expected = torch.autograd.grad(y, operands, dy)
-    with CheckpointBudget(0):
+    with CheckpointBudget(0, device="cpu"):
         y = op.run(*operands, activation="gelu")  # all operands are leaves: nothing is charged
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(y, operands, dy), expected, strict=True))
 

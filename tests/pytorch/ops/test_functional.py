@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import re
 
 import pytest
 import torch
@@ -196,3 +198,26 @@ def test_wrong_arguments_are_refused():
         functional.linear(x, w, b, residual=torch.zeros(4, 5))
     with pytest.raises(ValueError, match=r"dropout=1.5: expected a probability"):
         functional.linear(x, w, b, dropout=1.5)
+
+
+def test_one_order_of_arguments():
+    """x, weights, what else is required, biases; then options by name, and those that all have come last, in one order."""
+    kinds = []
+    for name in ("linear", "mlp", "gated_mlp", "linear_cross_entropy"):
+        parameters = inspect.signature(getattr(functional, name)).parameters.values()
+        tensors = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        kinds.append(
+            "".join(re.sub(r"^(w|b)\d$|^\w*_?(weight|bias)$", lambda m: (m[1] or m[2])[0], t) for t in tensors)
+        )
+        assert options[-3:] == ["norm", "chunk_rows", "scratch_bytes"], name
+        assert all(p.default is None for p in parameters if p.name in tensors and p.name.startswith("b")), name
+    assert kinds == ["xwb", "xwwbb", "xwwwbbb", "xwtargetb"]
+
+
+def test_a_bias_in_the_place_of_a_weight_is_refused():
+    x, w1, b1, w2, b2 = OPS["mlp"].draw()
+    with pytest.raises(DimMismatch, match="number of dimensions of w2; weights come first, then biases"):
+        functional.mlp(x, w1, b1, w2, b2)
+    with pytest.raises(TypeError, match=r"w2: expected a tensor \(N, 6\), got None; weights come first, then biases"):
+        functional.mlp(x, w1, None, w2)

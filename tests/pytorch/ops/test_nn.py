@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,7 +207,7 @@ def test_a_norm_costs_no_saved_tensor():
         FusedMLP(6, 8, norm="layer"),
         GatedMLP(6, 8, norm="rms"),
     ):
-        budget = gpuckpt.CheckpointBudget(x.nbytes)
+        budget = gpuckpt.CheckpointBudget(x.nbytes, device="cpu")
         with budget:
             y = module(x)
         assert budget.used_bytes == x.nbytes
@@ -222,3 +224,16 @@ def test_public_names():
     assert set(gpuckpt.functional.__all__) >= {"linear", "mlp", "gated_mlp", "linear_cross_entropy"}
     for name in gpuckpt.functional.__all__:
         assert callable(getattr(gpuckpt.functional, name))
+
+
+def test_one_order_of_arguments():
+    """Widths, bias, activation; then options by name, and those that all have come last, in one order."""
+    for module in (FusedLinear, FusedMLP, GatedMLP):
+        parameters = inspect.signature(module).parameters.values()
+        sizes = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        assert sizes[-2:] == ["bias", "activation"]
+        assert options[-5:] == ["norm", "norm_eps", "chunk_rows", "device", "dtype"]
+        operation = {FusedLinear: "linear", FusedMLP: "mlp", GatedMLP: "gated_mlp"}[module]
+        own = inspect.signature(getattr(gpuckpt.functional, operation)).parameters
+        assert {"dropout", "norm", "chunk_rows"} & {*own} == {"dropout", "norm", "chunk_rows"} & {*options}

@@ -85,7 +85,7 @@ def test_the_raw_input_is_all_that_is_kept(op, kind):
     kept = [t for t in saved if not isinstance(t, nn.Parameter) and t.is_floating_point()]
     assert {t.untyped_storage().data_ptr() for t in kept} == {x.data_ptr()}
     targets_bytes = sum(t.nbytes for t in saved if not t.is_floating_point())
-    budget = CheckpointBudget(x.nbytes + targets_bytes)
+    budget = CheckpointBudget(x.nbytes + targets_bytes, device="cpu")
     with budget:
         y = op.run(x.detach() * 2, *others, activation="gelu", norm=norm)
     assert budget.used_bytes == x.nbytes + targets_bytes

@@ -8,12 +8,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gpuckpt import functional
 from gpuckpt.cli.transformer import Config, Transformer
+from gpuckpt.kernels import gated as gated_kernels
 from gpuckpt.kernels import linear as linear_kernels
 from gpuckpt.kernels import mlp as mlp_kernels
 from gpuckpt.kernels.device.casts import INTERPRETED
 from gpuckpt.pytorch.ops import _activations as activations
 from gpuckpt.pytorch.ops._activations import ACTIVATIONS
-from tests.pytorch.ops.fused import OPS, assert_as_good_as_torch, gradients
+from gpuckpt.pytorch.ops._operands import wants_copy
+from tests.pytorch.ops.fused import OPS, LiveBytes, assert_as_good_as_torch, gradients
+from tests.pytorch.ops.test_chunking import FORMULAS
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these tests run on CPU tensors, in Triton's interpreter")
 OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
@@ -67,6 +70,49 @@ def test_gradient_of_zero_strides(op, triton):
     check(op, 37, 21, 40, 18, layout=lambda dy: dy[:1].expand_as(dy))
     check(op, 37, 21, 40, 18, layout=lambda dy: dy[:, :1].expand_as(dy))
     check(op, 37, 21, 40, 18, layout=lambda dy: dy.t().contiguous().t(), chunk_rows=7)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 16])
+@pytest.mark.parametrize("op", ["mlp", "gated_mlp"])
+def test_kernels_multiply_a_copy_of_an_expanded_gradient(op, chunk_rows, triton, monkeypatch):
+    """`y.sum()` sends strides (0, 0): with them no operand of the launch could come through a descriptor."""
+    module, name = (mlp_kernels, "mlp_recompute_bwd") if op == "mlp" else (gated_kernels, "gated_recompute_bwd")
+    real, strides = getattr(module, name), []
+
+    def launch(*args, **options):
+        strides.append(args[3 if op == "mlp" else 5].stride())
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, launch)
+    check(OPS[op], 37, 21, 40, 24, layout=lambda dy: dy[:1, :1].expand_as(dy), chunk_rows=chunk_rows)
+    assert set(strides) == {(24, 1)}
+
+
+@pytest.mark.parametrize("width", [24, 19])
+def test_gradients_with_whole_rows_are_not_copied(width, triton):
+    assert not wants_copy(torch.empty(4, width))
+    assert not wants_copy(torch.empty(8, width)[::2, :])
+    assert wants_copy(torch.empty(width, 4).t())
+    assert wants_copy(torch.empty(4, 1).expand(4, width))
+    assert wants_copy(torch.empty(4, 27)[:, 1:25])
+    assert not wants_copy(torch.empty(4, 27)[:, 1:20]), "rows of 19 end unaligned in a copy too"
+
+
+def test_a_scaled_gradient_of_one_expanded_row_is_left_as_it_is(triton):
+    x, *others = OPS["gated_mlp"].draw(6, 21, 40, 18, dtype=torch.float32)
+    y = OPS["gated_mlp"].run(x, *others, activation="silu", down_multiplier=3.0, chunk_rows=1)
+    dy = torch.ones(1, 18).expand(6, 18)
+    torch.autograd.grad(y, x, dy)
+    assert torch.equal(dy, torch.ones(6, 18))
+
+
+@OP
+def test_a_shape_is_learned_without_casting_a_weight(op, triton):
+    operands = op.draw(64, 32, 48, 32, dtype=torch.float32)
+    operands[0] = operands[0].detach().bfloat16()
+    with LiveBytes() as live:
+        FORMULAS[op.name](*operands, 64)
+    assert live.peak_bytes == 0
 
 
 @pytest.mark.parametrize("form", ["dual", "plain"])

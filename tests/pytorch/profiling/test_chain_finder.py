@@ -61,7 +61,7 @@ def test_calls_that_hand_on_what_they_were_given_follow_neither_themselves_nor_w
     model = nn.Sequential(
         idle, nn.Identity(), layer(), nn.Sequential(nn.Identity()), layer(), layer(), nn.Identity()
     ).eval()
-    chain = find_chain(model, (torch.randn(2, 4),), {})
+    chain = find_chain(model, (torch.randn(2, 4),), {}).modules
     linear = [module for module in chain if isinstance(module, nn.Linear)]
     assert linear == [model[2], model[4], model[5]]
     assert not any(inner in chain for outer in chain for inner in outer.modules() if inner is not outer)
@@ -94,7 +94,7 @@ def test_vision_levels_are_opened_and_side_branches_left_closed() -> None:
             return x
 
     model = Model()
-    chain = find_chain(model, (torch.randn(3, 8),), {})
+    chain = find_chain(model, (torch.randn(3, 8),), {}).modules
     assert chain == [layer for level in model.levels for layer in level.layers]
 
 

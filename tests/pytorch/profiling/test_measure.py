@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -39,6 +40,16 @@ def test_bytes_of_a_chain_by_hand() -> None:
     assert prefix.saves == suffix.saves == ()
     assert not prefix.recomputable
     assert not suffix.recomputable
+
+
+def test_inputs_are_given_as_to_fit() -> None:
+    model = Transformer(Config(layers=2, width=32, heads=2, context=16))
+    tokens = torch.randint(0, 256, (2, 16))
+    wanted = measure(model, tokens, tokens).storages
+    names = [*inspect.signature(model.forward).parameters]
+    assert measure(model, (tokens, tokens)).storages == wanted
+    assert measure(model, dict.fromkeys(names, tokens)).storages == wanted
+    assert measure(model, **dict.fromkeys(names, tokens)).storages == wanted
 
 
 def test_all_kept_is_what_a_plain_run_holds() -> None:
