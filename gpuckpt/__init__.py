@@ -24,7 +24,7 @@ _CORE = {
     "gpuckpt.kernels.tuning": ("tune",),
     "gpuckpt.planning": ("Certificate", "Chain", "Keep", "Plan", "Recompute", "Stage", "plan_chain", "simulate"),
     "gpuckpt.pytorch.checkpoint": ("checkpoint",),
-    "gpuckpt.pytorch.fit": ("Fitted", "fit"),
+    "gpuckpt.pytorch.fit": ("Fitted", "fit", "fitted", "unfit"),
     "gpuckpt.pytorch.graph": ("checkpoint_graph",),
     "gpuckpt.pytorch.profiling.measure": ("measure",),
     "gpuckpt.units": ("format_bytes", "parse_bytes"),
@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from gpuckpt.memory import *
     from gpuckpt.planning import Certificate, Chain, Keep, Plan, Recompute, Stage, plan_chain, simulate
     from gpuckpt.pytorch.checkpoint import checkpoint
-    from gpuckpt.pytorch.fit import Fitted, fit
+    from gpuckpt.pytorch.fit import Fitted, fit, fitted, unfit
     from gpuckpt.pytorch.graph import checkpoint_graph
     from gpuckpt.pytorch.profiling.measure import measure
     from gpuckpt.segments import *

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint as torch_checkpoint
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 __all__ = [
     "function_modes",
     "graph_task_id",
     "innermost_transform",
+    "intercept_checkpoints",
     "is_wrapper",
     "keep_graph",
     "library_switches",
@@ -102,3 +106,24 @@ def untraced(function: F) -> F:
     function._torchdynamo_disable_recursive = True  # type: ignore[attr-defined]
     _frames.set_code_exec_strategy(function.__code__, _SKIP)
     return function
+
+
+@contextmanager
+def intercept_checkpoints(called: Callable[[Any], None]) -> Iterator[None]:
+    """Tell `called` of every function that `torch.utils.checkpoint.checkpoint` is given within the context, before it runs."""
+    module: Any = torch_checkpoint
+    lazy, reentrant = module._checkpoint_without_reentrant_generator, module.CheckpointFunction
+
+    def generator(function: Any, *args: Any, **kwargs: Any) -> Any:
+        called(function)
+        return lazy(function, *args, **kwargs)
+
+    def apply(function: Any, *args: Any) -> Any:
+        called(function)
+        return reentrant.apply(function, *args)
+
+    module._checkpoint_without_reentrant_generator, module.CheckpointFunction = generator, SimpleNamespace(apply=apply)
+    try:
+        yield
+    finally:
+        module._checkpoint_without_reentrant_generator, module.CheckpointFunction = lazy, reentrant

@@ -38,6 +38,7 @@ def checkpoint(
     budget: Budget | None = None,
     preserve_rng_state: bool = True,
     verify: Verify | None = None,
+    use_reentrant: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Call `fn(*args, **kwargs)`, keeping only its tensor arguments; what backward needs is recomputed there.
@@ -50,6 +51,7 @@ def checkpoint(
         preserve_rng_state: run again with the same random numbers (CPU and the devices of the arguments).
         verify: compare what is recomputed with the first forward: always the number, shapes, dtypes and devices of the
             saved tensors; "metadata" adds strides; "bitwise" adds their contents, by checksum.
+        use_reentrant: taken, so that this can stand where `torch.utils.checkpoint.checkpoint` stood, and without meaning.
 
     Raises:
         BudgetExceeded: the arguments, or in backward what is recomputed, do not fit.
@@ -120,7 +122,6 @@ def checkpoint(
 
 
 _OF_TORCH = {
-    "use_reentrant": (False, None),
     "early_stop": (True, False),
     "determinism_check": ("default",),
     "debug": (False,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from gpuckpt.pytorch.engine.verify import Verify, check_verify
 from gpuckpt.pytorch.fitted import Fitted, Planned
 from gpuckpt.pytorch.profiling.measure import call_of
 
-__all__ = ["Fitted", "Planned", "fit"]
+__all__ = ["Fitted", "Planned", "fit", "fitted", "unfit"]
 
 
 def fit(
@@ -29,7 +30,7 @@ def fit(
     live: int = 1,
     strict: bool = False,
 ) -> Fitted:
-    """Make `model` run under a plan that keeps what autograd saves within `budget`.
+    """Make `model` run under a plan that keeps what autograd saves within `budget`. A fitted model is fitted anew.
 
     Args:
         model: an `nn.Sequential`, or a module that runs the blocks of `nn.ModuleList`s or `nn.Sequential`s in a row.
@@ -53,7 +54,7 @@ def fit(
 
     Raises:
         BudgetExceeded: no plan fits; the error names the smallest budget that would do. The model is untouched.
-        InvalidChain: the model has no chain of stages.
+        InvalidChain: the model has no chain of stages, or calls torch.utils.checkpoint itself.
         ValueError: a host budget that is not on the host, or is `budget` itself; an unknown `verify`.
 
     >>> import torch
@@ -73,9 +74,45 @@ def fit(
         budget = CheckpointBudget(budget, device=device, hold=hold, over_cap="raise" if strict else "recompute")
     host = None if host_budget is None else _host_budget_of(host_budget, budget)
     args, kwargs = call_of(model, example_inputs)
-    fitted = Fitted(model, budget, strategy, preserve_rng_state, verify, repeats, host, live=live, strict=strict)
-    fitted.plan_for(*args, **kwargs)
-    return fitted
+    before = fitted(model)
+    resume = None if before is None else before.suspend()
+    try:
+        now = Fitted(model, budget, strategy, preserve_rng_state, verify, repeats, host, live=live, strict=strict)
+        now.plan_for(*args, **kwargs)
+    except BaseException:
+        if resume is not None:
+            resume()
+        raise
+    _fitted[model] = weakref.ref(now)
+    return now
+
+
+_fitted: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Fitted]] = weakref.WeakKeyDictionary()
+
+
+def fitted(model: nn.Module) -> Fitted | None:
+    """What `fit` made of `model`; None where it runs plainly.
+
+    >>> import torch
+    >>> model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    >>> fit(model, torch.ones(2, 8), "1MiB") is fitted(model)
+    True
+    """
+    ref = _fitted.get(model)
+    found = None if ref is None else ref()
+    return found if found is not None and found.active else None
+
+
+def unfit(model: nn.Module) -> nn.Module:
+    """Give a fitted model back as it was: it runs plainly. One that is not fitted is returned as it is.
+
+    >>> import torch
+    >>> model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    >>> fit(model, torch.ones(2, 8), "1MiB").active, unfit(model) is model, fitted(model)
+    (True, True, None)
+    """
+    found = fitted(model)
+    return model if found is None else found.unfit()
 
 
 def _host_budget_of(host: Budget | int | str, budget: Budget) -> Budget:

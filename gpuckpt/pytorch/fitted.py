@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +21,10 @@ from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain
 from gpuckpt.memory import Budget
 from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
 from gpuckpt.planning.report import PlanReport, explain
-from gpuckpt.pytorch._torch_internals import innermost_transform, keep_graph, queue_callback, untraced
+from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
 from gpuckpt.pytorch.engine.hooks import enter, plain_call
 from gpuckpt.pytorch.engine.offload import SPILL
-from gpuckpt.pytorch.engine.residency import mark_resident
-from gpuckpt.pytorch.engine.switches import settings
+from gpuckpt.pytorch.engine.residency import mark_computed, mark_given, mark_resident
 from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.parallel.agree import clock_for_plans
 from gpuckpt.pytorch.peak_check import Deviation, StepPeaks
@@ -35,7 +35,7 @@ from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
 from gpuckpt.pytorch.profiling.measure import run_measured
 from gpuckpt.pytorch.profiling.runner import Measured
-from gpuckpt.pytorch.profiling.signature import Fingerprint, describe_call
+from gpuckpt.pytorch.profiling.signature import Fingerprint, describe_call, describe_model
 
 __all__ = ["Fitted", "Planned"]
 
@@ -58,11 +58,12 @@ class Planned:
 class _StepProgress:
     """One forward of a fitted model: the walk along the plan, how far along it is, and how many calls of stages have come."""
 
-    __slots__ = ("count", "planned", "position", "walk")
+    __slots__ = ("count", "given", "planned", "position", "walk")
 
-    def __init__(self, planned: Planned, walk: Walk) -> None:
+    def __init__(self, planned: Planned, walk: Walk, given: frozenset[int]) -> None:
         self.planned = planned
         self.walk = walk
+        self.given = given  # ids of the model's own arguments
         self.position = self.count = 0
 
 
@@ -173,6 +174,7 @@ class Fitted:
             self._look()
         if self._peaks.deviated:
             self._deviated()
+        mark_given(tensors_in((args, kwargs)))
         key = self._signature(args, kwargs, numbers=False)
         key = self._signature(args, kwargs, numbers=True) if key in self._numbers_matter else key
         planned = self._planned.get(key)
@@ -265,6 +267,16 @@ class Fitted:
     def _is_intercepted(self) -> bool:
         return not torch.is_grad_enabled() or bool(innermost_transform() or getattr(self._local, "step", None))
 
+    @property
+    def active(self) -> bool:
+        """Whether the model runs under the plan: not after `unfit()`, nor once it was fitted anew."""
+        return bool(self._intercepted)
+
+    def suspend(self) -> Callable[[], None]:
+        """Let the model run plainly, until what is returned is called."""
+        modules = self._unwrap()
+        return lambda: self._wrap(modules)
+
     def unfit(self) -> nn.Module:
         """Give the model back as it was; it runs plainly again."""
         self._unwrap()
@@ -281,17 +293,6 @@ class Fitted:
         """
         self._peaks.check()
 
-    def _watch(self, out: Any) -> None:
-        """See to it that the promise is checked when the backward from `out` ends."""
-
-        def backward_begins(_: torch.Tensor) -> None:
-            self._peaks.retained = self._peaks.retained or keep_graph()
-            queue_callback(self.check_promise)
-
-        for tensor in tensors_in(out):
-            if tensor.grad_fn is not None:
-                tensor.register_hook(backward_begins)
-
     @untraced
     def _model_call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None:
@@ -300,11 +301,12 @@ class Fitted:
             with plain_call(f"a fitted {type(model).__name__}", self.budget):
                 return run_module(model, args, kwargs)
         self._peaks.check()
+        given = tensors_in((args, kwargs))
         planned = self._beside_others(self.plan_for(*args, **kwargs))
         certificate = planned.plan.certificate
         self._peaks.begin(certificate.peak_bytes, certificate.host_peak_bytes)
         walk = Walk(planned.plan.tree, self.budget, self._verify, self._preserve_rng_state, host=self.host_budget)
-        step = _StepProgress(planned, walk)
+        step = _StepProgress(planned, walk, frozenset(map(id, given)))
         self._local.step = step
         try:
             self.budget.ledger.check_open()
@@ -320,7 +322,7 @@ class Fitted:
             self._local.step = None
         self._fingerprint.learn()
         self.budget.step("backward")
-        self._watch(out)
+        self._peaks.watch(tensors_in(out))
         return out
 
     @untraced
@@ -335,16 +337,11 @@ class Fitted:
             return run_module(module, args, kwargs)
         step.position = number + 1
         step.count += 1
+        mark_computed((*args, *kwargs.values()), step.given)
         stage = measured.owned[number]
         self.budget.step(measured.chain.stages[stage].name)
         return step.walk.step(stage, module, args, kwargs)
 
     def _signature(self, args: tuple, kwargs: dict[str, Any], *, numbers: bool) -> Any:
         """What a plan depends on: sizes and kinds of the inputs, the mode of every module, autocast, what is trained."""
-        autocast = tuple(
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            for kind in ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))
-        )
-        training = tuple([module.training for module in self._parts])
-        trained = tuple([parameter.requires_grad for parameter in self._parameters])
-        return describe_call(args, kwargs, numbers=numbers), autocast, settings(), training, trained
+        return describe_call(args, kwargs, numbers=numbers), describe_model(self._parts, self._parameters)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
 
 from gpuckpt.errors import PromiseBroken
 from gpuckpt.memory import Budget
+from gpuckpt.pytorch._torch_internals import keep_graph, queue_callback, untraced
 
 __all__ = ["Deviation", "Promise", "StepPeaks"]
 
@@ -104,6 +108,7 @@ class StepPeaks:
         self.held.add(peak_bytes)
         self.offloaded.add(host_peak_bytes)
 
+    @untraced
     def check(self) -> None:
         """Measure the latest step. Raises `PromiseBroken` for a deviation where the promise is strict."""
         if not self.began:
@@ -118,3 +123,15 @@ class StepPeaks:
                 if noted not in self.deviations[-1:]:
                     self.deviations.append(noted)
                 self.deviated = True
+
+    def watch(self, outputs: Sequence[torch.Tensor]) -> None:
+        """See to it that the promise is checked when the backward from `outputs` ends."""
+
+        @untraced
+        def backward_begins(_: torch.Tensor) -> None:
+            self.retained = self.retained or keep_graph()
+            queue_callback(self.check)
+
+        for tensor in outputs:
+            if tensor.grad_fn is not None:
+                tensor.register_hook(backward_begins)

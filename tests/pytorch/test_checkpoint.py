@@ -526,3 +526,10 @@ def test_an_exception_in_a_gradient_hook(budget, kind):
 
     step()
     assert budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_it_stands_where_torchs_checkpoint_stood(budget, use_reentrant: bool | None) -> None:
+    x = torch.randn(3, requires_grad=True)
+    gpuckpt.checkpoint(torch.sin, x, budget=budget, use_reentrant=use_reentrant).sum().backward()
+    assert torch.equal(x.grad, x.cos())

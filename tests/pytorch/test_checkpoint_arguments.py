@@ -112,6 +112,7 @@ def test_functions_that_reach_nothing_are_refused(fn: Any) -> None:
     [
         {},
         {"use_reentrant": False},
+        {"use_reentrant": True},
         {"preserve_rng_state": False},
         {"preserve_rng_state": True, "determinism_check": "default", "early_stop": False, "debug": False},
         {"early_stop": True, "context_fn": noop_context_fn},
@@ -128,7 +129,7 @@ def test_torchs_wrapper_with_our_checkpoint(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("use_reentrant", True), ("context_fn", lambda: None), ("determinism_check", "none"), ("debug", True)],
+    [("early_stop", 3), ("context_fn", lambda: None), ("determinism_check", "none"), ("debug", True)],
 )
 def test_options_that_ask_for_something_else_are_named(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{name}=.*option of torch.utils.checkpoint"):
@@ -144,4 +145,4 @@ def test_a_function_that_takes_such_a_name_gets_it() -> None:
         (got,) = torch.autograd.grad(checkpoint(scaled, given, **options).sum(), given)
         assert torch.equal(got, torch.autograd.grad(scaled(given, **options).sum(), given)[0])
     with pytest.raises(TypeError, match="missing"):
-        checkpoint(scaled, given, use_reentrant=False)
+        checkpoint(scaled, given, determinism_check="default")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import gpuckpt
 from gpuckpt import CheckpointBudget, checkpoint, fit
 from gpuckpt.errors import BudgetExceeded, InvalidChain, PromiseBroken, RecomputeMismatch
 from tests.pytorch.beside_plain import assert_same, plain_peak_bytes, train_step
@@ -88,11 +89,41 @@ def test_hooks_that_change_the_output_take_part() -> None:
     assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
 
 
+def test_a_fitted_model_is_fitted_anew() -> None:
+    model, plain = blocks(), blocks()
+    first = fit(model, X, 4096)
+    out = model(X)  # its backward is still to come
+    second = fit(model, X, "1MiB")
+    assert gpuckpt.fitted(model) is second
+    assert (first.active, second.active) == (False, True)
+    out.sum().backward()
+    plain(X).sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    assert first.budget.used_bytes == 0
+    with pytest.raises(BudgetExceeded):
+        fit(model, X, 10)
+    assert gpuckpt.fitted(model) is second, "a fit that fails leaves the model as it was"
+    model(X).sum().backward()
+    assert second.measured_peak_bytes == second.promised_peak_bytes == PLAIN
+    assert gpuckpt.unfit(model) is model
+    assert gpuckpt.fitted(model) is None
+    assert gpuckpt.unfit(model) is model
+
+
+def test_a_part_of_a_fitted_model_is_not_fitted_by_itself() -> None:
+    model = blocks()
+    outer = nn.Sequential(model, nn.Linear(16, 16))
+    fit(outer, X, "1MiB")
+    with pytest.raises(ValueError, match="is fitted already"):
+        fit(model, X, "1MiB")
+    assert gpuckpt.fitted(model) is None
+    outer(X).sum().backward()
+
+
 def test_unfit_gives_the_plain_model_back_and_it_can_be_fitted_again() -> None:
     model = blocks()
     fitted = fit(model, X, 4096)
-    with pytest.raises(ValueError, match=r"is fitted already; call unfit\(\) first"):
-        fit(model, X, "1MiB")
     fitted.unfit()
     budget = CheckpointBudget(1 << 20, device="cpu")
     with budget:

@@ -26,7 +26,7 @@ from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import Budget
 from gpuckpt.memory.fork import renew_after_fork
 from gpuckpt.pytorch._torch_internals import innermost_transform, is_wrapper, untraced
-from gpuckpt.pytorch.engine.residency import is_resident
+from gpuckpt.pytorch.engine.residency import charged_bytes, is_given, is_resident
 from gpuckpt.pytorch.engine.saved_storage import Geometry, HeldTensor, MovableStorage, SavedStorage, flat_bytes
 from gpuckpt.pytorch.engine.subclasses import detached, parts_of
 
@@ -65,7 +65,8 @@ class StorageIndex:
             if tensor.is_leaf and tensor._is_zerotensor():  # a tangent of zeros, which has no bytes
                 return HeldTensor(tensor, tensor._version, None)
             # A transform of torch.func may be tracing: a copy by bytes would be no part of what it sees.
-            if plain and tensor.device == self._copies_on and innermost_transform() is None:
+            copied = plain and tensor.device == self._copies_on
+            if copied and not is_given(tensor) and innermost_transform() is None:
                 return self._hold_copy(budget, tensor)
             own = tensor.detach() if plain else detached(tensor)
             return self._held(own, self._holding(budget, tensor.untyped_storage()))
@@ -83,7 +84,7 @@ class StorageIndex:
         with self._lock:
             if self._find(storage._cdata) is not None:
                 return True
-            copied = tensor.device == self._copies_on and type(tensor) is torch.Tensor
+            copied = tensor.device == self._copies_on and type(tensor) is torch.Tensor and not is_given(tensor)
             if not copied:
                 return False
             if budget.owns(storage.data_ptr()):
@@ -158,8 +159,8 @@ class StorageIndex:
         with self._lock:
             holding = self._find(key)
             if holding is None:
-                nbytes = storage.nbytes()
-                holding = self._new(budget, nbytes)
+                nbytes = charged_bytes(storage)
+                holding = SavedStorage(nbytes) if nbytes < storage.nbytes() else self._new(budget, nbytes)
                 holding.charge = budget.charge(budget.footprint(nbytes), "saved tensor")
                 self.remember(key, holding)
         return holding

@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.planning import Chain, Stage
-from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch._torch_internals import intercept_checkpoints, untraced
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
-from gpuckpt.pytorch.engine.residency import is_resident
+from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, tensors_in
@@ -49,8 +49,9 @@ class _Measurement:
     """What is known so far of the chain, while the model runs."""
 
     def __init__(
-        self, found: Found, names: dict[nn.Module, str], storages: Storages, clock: Clock, repeats: int
+        self, given: set[int], found: Found, names: dict[nn.Module, str], storages: Storages, clock: Clock, repeats: int
     ) -> None:
+        self.given = given  # ids of the model's own arguments
         self.expected = found.modules
         self.whole = found.differentiates  # stages stay connected: the model's forward goes backward through them
         self.recorded: list[SaveRecorder] = []  # of each call; loads so far do not count
@@ -75,6 +76,7 @@ class _Measurement:
             return run_module(module, args, kwargs)  # a call that is no part of the chain
         self.close_outside("prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}")
         tensors = tensors_in((args, kwargs))
+        mark_computed(tensors, self.given)
         linked = set(self.previous.unchanged())
         # A frame holds what is resident for nothing.
         held = [
@@ -232,6 +234,26 @@ def run_chain(
     copies: bool = False,
 ) -> Measured:
     """The measuring itself; it leaves buffers and random number generators as the model left them."""
+
+    def refuse(_: Any) -> None:
+        raise InvalidChain(
+            f"{type(model).__name__} calls torch.utils.checkpoint in its forward; what that recomputes lies where no budget sees "
+            "it. Turn it off (Hugging Face: model.gradient_checkpointing_disable()): fit chooses what to recompute"
+        )
+
+    with intercept_checkpoints(refuse):
+        return _run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies)
+
+
+def _run_chain(
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    unit_bytes: int,
+    clock: Clock,
+    repeats: int,
+    copies: bool,
+) -> Measured:
     names = {module: name for name, module in model.named_modules()}
     residents = [*model.parameters(), *model.buffers()]
     residents += [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_leaf and tensor.requires_grad]
@@ -247,7 +269,8 @@ def run_chain(
     modules = found.modules
     # What autocast remembers of a run without autograd is none of the chain's.
     torch.clear_autocast_cache()
-    run = _Measurement(found, names, Storages(residents, copies, unit_bytes), clock, repeats)
+    given = {id(tensor) for tensor in tensors_in((args, kwargs))}
+    run = _Measurement(given, found, names, Storages(residents, copies, unit_bytes), clock, repeats)
     hooks = saved_tensors_hooks(run.note_outside, unpack)
     with torch.enable_grad(), intercept(dict.fromkeys(modules), run.stage), hooks:
         out = run_module(model, args, kwargs)

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpuckpt.pytorch._torch_internals import untraced
-from gpuckpt.pytorch.engine.residency import is_resident
+from gpuckpt.pytorch.engine.residency import charged_bytes, is_given, is_resident
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
 __all__ = ["SaveRecorder", "Storages", "identity"]
@@ -47,8 +47,13 @@ class Storages:
         ids: dict[int, None] = {}
         for tensor, version in tensors:
             parts = parts_of(tensor)
-            # A pool leaves subclasses and sparse tensors where they are.
-            copied = self._copies and type(tensor) is torch.Tensor and tensor.layout is torch.strided
+            # A pool leaves subclasses, sparse tensors and the caller's own where they are.
+            copied = (
+                self._copies
+                and type(tensor) is torch.Tensor
+                and tensor.layout is torch.strided
+                and not is_given(tensor)
+            )
             for part in parts:
                 storage = part.untyped_storage()
                 if storage._cdata in self._resident:
@@ -58,7 +63,7 @@ class Storages:
                 if number is None:
                     number = self._number[key] = len(self.sizes)
                     self._refs.append(StorageWeakRef(storage))
-                    self.sizes.append(storage.nbytes())
+                    self.sizes.append(charged_bytes(storage))
                 ids[number] = None
         return tuple(ids)
 

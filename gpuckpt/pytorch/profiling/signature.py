@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Fingerprint", "describe_call"]
+from gpuckpt.pytorch.engine.switches import settings
+
+__all__ = ["Fingerprint", "describe_call", "describe_model"]
 
 _DEPTH = 4  # of objects within objects
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device})
@@ -94,3 +96,14 @@ class Fingerprint:
             self._own |= {key for key in both if now[key] != self._latest[key] and isinstance(key, tuple)}
             self._own |= {key for key in now.keys() ^ self._latest.keys() if isinstance(key, tuple)}
             self._latest = {key: value for key, value in now.items() if key not in self._own}
+
+
+def describe_model(parts: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> tuple[Any, ...]:
+    """What a plan depends on besides its inputs: the mode of every module, what is trained, autocast and torch's settings."""
+    autocast = tuple(
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        for kind in ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))
+    )
+    # Hugging Face's own checkpointing, which may be turned on between two steps, is refused where it is measured.
+    modes = tuple([(part.training, part.__dict__.get("gradient_checkpointing", False)) for part in parts])
+    return autocast, settings(), modes, tuple([parameter.requires_grad for parameter in parameters])
