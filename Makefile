@@ -41,6 +41,7 @@ docs: setup
 
 nightly: setup
 	$(BIN)/python -m pytest -m slow -q -s
+	$(BIN)/python -m benchmarks.zoo --page docs/zoo.md
 
 # The tests with the oldest torch that is supported and with the newest there is; constraints.txt pins the one between.
 torches:

@@ -19,6 +19,7 @@ __all__ = [
     "is_wrapper",
     "keep_graph",
     "library_switches",
+    "make_saved_tensor",
     "pop_function_mode",
     "pop_saved_tensors_hooks",
     "push_function_mode",
@@ -48,6 +49,9 @@ pop_saved_tensors_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 top_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 """`torch.autograd.graph.saved_tensors_hooks` without the context, so that entering and leaving need not nest; and a look at the
 innermost pair."""
+
+make_saved_tensor = getattr(torch._C._autograd, "_make_saved_tensor", None)
+"""Save a tensor as a node would, by the active hooks, without a node. From torch 2.13 on; None before."""
 
 run_backward = torch.autograd.Variable._execution_engine.run_backward
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback

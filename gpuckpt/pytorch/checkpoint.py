@@ -4,23 +4,26 @@ Recomputing from kept inputs: Chen et al., "Training deep nets with sublinear me
 
 What `fn` sees besides its arguments is as it was when it runs again, see engine/fence.py. Not tracked: tensors that `fn` reaches
 through closures or inside opaque objects (they are used as they are at the time of the recompute), and in-place changes of such
-tensors.
+tensors. Inside of a transform of torch.func (vmap, jvp, jacfwd) it is a plain call, and warns.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import noop_context_fn
 
 from gpuckpt.memory import Budget
-from gpuckpt.pytorch._torch_internals import untraced
+from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame
-from gpuckpt.pytorch.engine.hooks import current_budget, enter
+from gpuckpt.pytorch.engine.hooks import current_budget, enter, plain_call
+from gpuckpt.pytorch.engine.scope import reaches_anything
 from gpuckpt.pytorch.engine.storage_index import index_of
 from gpuckpt.pytorch.engine.verify import Verify, check_verify
 
@@ -30,6 +33,7 @@ __all__ = ["checkpoint"]
 @untraced
 def checkpoint(
     fn: Callable[..., Any],
+    /,
     *args: Any,
     budget: Budget | None = None,
     preserve_rng_state: bool = True,
@@ -41,7 +45,7 @@ def checkpoint(
 
     Args:
         fn: any function of tensors, nested containers of tensors and other values, with any outputs. It must do the same
-            work when it is called again.
+            work when it is called again. Without arguments, what it closes over is used as it is then, and held by no budget.
         budget: holds the arguments, and during backward what is recomputed. Default: the budget whose `with` block this
             call runs in, if any.
         preserve_rng_state: run again with the same random numbers (CPU and the devices of the arguments).
@@ -53,7 +57,8 @@ def checkpoint(
         BudgetExceeded: the arguments, or in backward what is recomputed, do not fit.
         RecomputeMismatch: the second run of `fn` differs from the first.
         SavedTensorModified: an argument or a parameter was changed in place in between.
-        TypeError: no arguments at all.
+        TypeError: no arguments, and nothing that `fn` reaches by itself; a `budget` that is none; options of
+            torch.utils.checkpoint that ask for something else than what is done here.
 
     >>> x = torch.linspace(0, 1, 3, requires_grad=True)
     >>> y = checkpoint(lambda x: x.sin().exp(), x)
@@ -62,10 +67,19 @@ def checkpoint(
     True
     """
     check_verify(verify)
-    if not args and not kwargs:
+    if budget is not None and not isinstance(budget, Budget):
+        raise TypeError(f"budget={budget!r}: expected a CheckpointBudget, such as CheckpointBudget('2GiB'), or None")
+    if not callable(fn):
+        raise TypeError(f"checkpoint({fn!r}, ...): expected something to call first, and then what to call it with")
+    if kwargs and not _OF_TORCH.keys().isdisjoint(kwargs):
+        kwargs = _without_torchs_options(fn, args, kwargs)
+    if not args and not kwargs and not reaches_anything(fn):
         raise TypeError("checkpoint(fn, *args): expected at least one input to recompute from, got none")
     if not torch.is_grad_enabled():
         return fn(*args, **kwargs)
+    if innermost_transform() is not None:
+        with plain_call("gpuckpt.checkpoint", budget):
+            return fn(*args, **kwargs)
 
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -105,6 +119,36 @@ def checkpoint(
         out = fn(*args, **kwargs)
     fence.learn()
     return out
+
+
+_OF_TORCH = {
+    "early_stop": (True, False),
+    "determinism_check": ("default",),
+    "debug": (False,),
+    "context_fn": (noop_context_fn,),
+}
+"""Options of torch.utils.checkpoint, with the values that ask for nothing else than what is done here."""
+
+
+def _without_torchs_options(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` without options of torch.utils.checkpoint, where `fn` does not take them itself. Raises `TypeError` for one that
+    asks for something else."""
+    try:
+        parameters = inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn)
+        parameters.bind(*args, **kwargs)
+    except TypeError:
+        pass
+    except ValueError:  # written in C, without a signature
+        return kwargs
+    else:
+        return kwargs
+    for name, meant in _OF_TORCH.items():
+        if name in kwargs and not any(kwargs[name] is value or kwargs[name] == value for value in meant):
+            raise TypeError(
+                f"{name}={kwargs[name]!r} is an option of torch.utils.checkpoint that gpuckpt.checkpoint does not have; see "
+                "the page on coming from torch.utils.checkpoint"
+            )
+    return {name: value for name, value in kwargs.items() if name not in _OF_TORCH or name in parameters.parameters}
 
 
 _HERE = object()  # where a tensor stood among the arguments

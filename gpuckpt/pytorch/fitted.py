@@ -2,7 +2,7 @@
 
 The model stays the same object: its class, parameter names, `state_dict`, hooks and optimizers are untouched, and calling it
 runs under the plan. Inputs of a new shape are measured and planned when they first appear, and so is a model that was changed.
-Calls without gradients run plainly.
+Calls without gradients, and inside of torch.func's transforms, run plainly.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain
 from gpuckpt.memory import Budget
 from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
 from gpuckpt.planning.report import PlanReport, explain
-from gpuckpt.pytorch._torch_internals import untraced
-from gpuckpt.pytorch.engine.hooks import enter
+from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
+from gpuckpt.pytorch.engine.hooks import enter, plain_call
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_computed, mark_given, mark_resident
 from gpuckpt.pytorch.engine.verify import Verify
@@ -176,8 +176,7 @@ class Fitted:
             self._deviated()
         mark_given(tensors_in((args, kwargs)))
         key = self._signature(args, kwargs, numbers=False)
-        if key in self._numbers_matter:
-            key = self._signature(args, kwargs, numbers=True)
+        key = self._signature(args, kwargs, numbers=True) if key in self._numbers_matter else key
         planned = self._planned.get(key)
         if planned is None:
             before = self._unwrap()  # measured as it runs without us
@@ -266,7 +265,7 @@ class Fitted:
         return modules
 
     def _is_intercepted(self) -> bool:
-        return not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None
+        return not torch.is_grad_enabled() or bool(innermost_transform() or getattr(self._local, "step", None))
 
     @property
     def active(self) -> bool:
@@ -286,8 +285,7 @@ class Fitted:
 
     @untraced
     def check_promise(self) -> None:
-        """Note a deviation if the budget has held more for the latest step than its plan promised, or had to make room for it;
-        with `strict`, raise `PromiseBroken`.
+        """Note a step that held more than promised, or for which the budget had to make room (`strict`: `PromiseBroken`).
 
         Called at the end of every backward and before the next forward. Steps whose forwards overlap (two forwards, then two
         backwards) may hold what waits, and what the latest promised. A backward with `retain_graph=True` holds longer, so then
@@ -299,6 +297,9 @@ class Fitted:
     def _model_call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None:
             return run_module(model, args, kwargs)
+        if innermost_transform():
+            with plain_call(f"a fitted {type(model).__name__}", self.budget):
+                return run_module(model, args, kwargs)
         self._peaks.check()
         given = tensors_in((args, kwargs))
         planned = self._beside_others(self.plan_for(*args, **kwargs))

@@ -529,7 +529,7 @@ def test_an_exception_in_a_gradient_hook(budget, kind):
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
-def test_it_stands_where_torchs_checkpoint_stood(use_reentrant: bool | None) -> None:
+def test_it_stands_where_torchs_checkpoint_stood(budget, use_reentrant: bool | None) -> None:
     x = torch.randn(3, requires_grad=True)
-    gpuckpt.checkpoint(torch.sin, x, use_reentrant=use_reentrant).sum().backward()
+    gpuckpt.checkpoint(torch.sin, x, budget=budget, use_reentrant=use_reentrant).sum().backward()
     assert torch.equal(x.grad, x.cos())

@@ -6,7 +6,6 @@ from typing import Any
 
 from tests.zoo.registry import SKIPPED, VOCABULARY, architecture, padded_text, text
 
-CACHED = "frames of several layers keep the keys and values in the cache, which nobody promises"
 ROUTED = "experts get as many tokens as are routed to them"
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -91,7 +90,7 @@ def gpt_neox():
     return GPTNeoXForCausalLM(GPTNeoXConfig(**config, hidden_dropout=0.1)), padded_text()
 
 
-@architecture(0.36, varies=SKIPPED, gap=CACHED)
+@architecture(0.36, varies=SKIPPED)
 def opt_layerdrop():
     from transformers import OPTConfig, OPTForCausalLM
 

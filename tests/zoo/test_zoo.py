@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,13 @@ def test_under_the_smallest_budget_and_sixty_percent(name: str) -> None:
 @pytest.mark.parametrize("name", ZOO)
 def test_under_three_budgets(name: str) -> None:
     check(name, [None, 0.4, 0.6])
+
+
+def test_the_page_has_a_row_for_each() -> None:
+    """Written by `make nightly`; an architecture that is added gets its row there."""
+    page = (Path(__file__).parents[2] / "docs" / "zoo.md").read_text(encoding="utf-8")
+    for name in ZOO:
+        assert f"\n| {name.replace('_', ' ')} | " in page
 
 
 def test_there_are_thirty_architectures() -> None:

@@ -1,7 +1,7 @@
 """The frame: what a checkpoint is made of, on `torch.autograd.graph.saved_tensors_hooks`.
 
-1. `save` puts the tensors to start from through `save_for_backward` of a small Function outside the frame's own hooks, so
-   that an enclosing budget or frame holds them like any other saved tensor.
+1. `save` saves the tensors to start from as a node of autograd would, outside the frame's own hooks, so that an enclosing
+   budget or frame holds them like any other saved tensor.
 2. Under `hooks()` autograd's saved tensors are numbered, and nothing is kept.
 3. The first unpack replays the work under hooks that put tensor number i into the budget, and stops after the last one
    that backward still needs (early stop; fused operations say what they will save before they compute, see early_stop.py).
@@ -26,7 +26,7 @@ import torch
 
 from gpuckpt.errors import BudgetExceeded, RecomputeMismatch
 from gpuckpt.memory import Budget
-from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, queue_callback, untraced
+from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, make_saved_tensor, queue_callback, untraced
 from gpuckpt.pytorch.engine.early_stop import replaying
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
 from gpuckpt.pytorch.engine.hooks import enter, redirect_saves, redirected_hold
@@ -43,17 +43,41 @@ class _EarlyStop(BaseException):
     """All that was waited for has been recomputed. A BaseException, so that user code does not catch it by mistake."""
 
 
-class _SaveInputs(torch.autograd.Function):
-    """Saves tensors through autograd, so that whatever hooks are active hold them; its node is never run."""
+class _SaveInput(torch.autograd.Function):
+    """Saves a tensor through autograd, so that the active hooks hold it; its node is never run. For torch before 2.13."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.detach()
+    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.clone()  # no view, whose tangent would have to be one
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         raise AssertionError("the node that keeps a checkpoint's inputs is no part of the graph")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        """Of the output, which nobody uses; the tensor that is saved keeps its own."""
+        return torch.zeros((), device="cpu")
+
+
+class _Input:
+    """A tensor that `_SaveInput` saved."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        # The anchor makes autograd record a node, which holds the tensor while its output lives (torch 2.11) or itself.
+        anchor = torch.empty((), device="cpu", requires_grad=True)
+        self._output: torch.Tensor = _SaveInput.apply(anchor, tensor)
+
+    def unpack(self) -> torch.Tensor:
+        node: Any = self._output.grad_fn
+        (tensor,) = node.saved_tensors
+        return tensor
+
+
+def _saved(tensor: torch.Tensor) -> Any:
+    """`tensor`, in what the active hooks make of it; `unpack()` gives it back."""
+    return _Input(tensor) if make_saved_tensor is None else make_saved_tensor(tensor, False)
 
 
 class Recoverable(Protocol):
@@ -111,7 +135,6 @@ class Frame:
         self._budget = budget
         self._verify = verify
         self._inputs: list[Any] = []
-        self._count = 0
         self._carried: list[tuple[int, Carried]] = []  # of inputs that are instances of subclasses, by their number
         self._slots: list[weakref.ref[_Slot]] = []
         self._wanted: _Slot | None = None
@@ -119,14 +142,10 @@ class Frame:
 
     def save(self, tensors: Sequence[torch.Tensor]) -> None:
         """Keep `tensors` to start from, in whatever the active hooks save into. Raises `BudgetExceeded`."""
-        if tensors:
-            for number, tensor in enumerate(tensors, self._count):
-                if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
-                    self._carried.append((number, Carried(tensor)))
-            self._count += len(tensors)
-            # The anchor makes autograd record a node, which holds the inputs while its output lives (torch 2.11) or itself.
-            anchor = torch.empty((), device="cpu", requires_grad=True)
-            self._inputs.append(_SaveInputs.apply(anchor, *tensors))
+        for tensor in tensors:
+            if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+                self._carried.append((len(self._inputs), Carried(tensor)))
+            self._inputs.append(_saved(tensor))
 
     def hooks(self) -> enter:
         """The context to do the work in; the frame's budget is the current one in it."""
@@ -145,7 +164,7 @@ class Frame:
         Raises `BudgetExceeded` where they do not fit, `RecomputeMismatch` where the work is not what it was.
         """
         replay = _FrameReplay(self, wanted)
-        tensors = [tensor for saver in self._inputs for tensor in saver.grad_fn.saved_tensors]
+        tensors = [saved.unpack() for saved in self._inputs]
         for number, carried in self._carried:
             tensors[number] = carried.by(tensors[number])
         outer, self._wanted = self._wanted, wanted

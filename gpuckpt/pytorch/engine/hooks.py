@@ -7,19 +7,26 @@ charged is told in storage_index.py.
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from gpuckpt.memory import Budget
-from gpuckpt.pytorch._torch_internals import pop_saved_tensors_hooks, push_saved_tensors_hooks, top_saved_tensors_hooks
+from gpuckpt.pytorch._torch_internals import (
+    innermost_transform,
+    pop_saved_tensors_hooks,
+    push_saved_tensors_hooks,
+    top_saved_tensors_hooks,
+)
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes
 from gpuckpt.pytorch.engine.saved_storage import HeldTensor
 from gpuckpt.pytorch.engine.storage_index import index_of
 
-__all__ = ["current_budget", "enter", "redirect_saves", "redirected_hold"]
+__all__ = ["current_budget", "enter", "plain_call", "redirect_saves", "redirected_hold"]
 
 _current = threading.local()
 
@@ -97,3 +104,21 @@ class enter:
     def __del__(self) -> None:
         if self._open:
             self.__exit__()
+
+
+@contextmanager
+def plain_call(name: str, budget: Budget | None) -> Iterator[None]:
+    """For work of `name` inside a transform of torch.func: it is not checkpointed, since backward would run it again outside of
+    the transform, where its tensors are no more. `budget` holds what autograd saves."""
+    transform = str(innermost_transform()).lower()
+    if transform == "grad" and (budget is not None or current_budget() is not None):
+        raise NotImplementedError(
+            "torch.func.grad, vjp, jacrev and hessian take no hooks on saved tensors, and so no budget; use torch.autograd.grad"
+        )
+    warnings.warn(
+        f"{name} inside torch.func ({transform}) is a plain call: what autograd saves is kept. Checkpoint the call of the "
+        "transform instead",
+        stacklevel=4,
+    )
+    with nullcontext() if budget is None else enter(budget):
+        yield

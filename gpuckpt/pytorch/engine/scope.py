@@ -18,7 +18,7 @@ from torch import nn
 
 from gpuckpt.pytorch.engine.randomness import is_generator
 
-__all__ = ["Scope"]
+__all__ = ["Scope", "reaches_anything"]
 
 _DEPTH = 4  # of functions within functions
 
@@ -74,6 +74,17 @@ class Scope:
         self.generators = tuple(generators.values())
         # One piece of code may serve many modules (a loop with a lambda in it): then they are what is learned of.
         self.learned = [_learned_of(root) for root in roots] if roots else [_learned_of(function)]
+
+
+def reaches_anything(function: Any) -> bool:
+    """Whether a call without arguments has anything to work on: a module, a method's object, what a function closes over."""
+    if isinstance(function, nn.Module | functools.partial) or not hasattr(function, "__code__"):
+        return True
+    code, names = function.__code__, function.__globals__
+    bound = getattr(function, "__self__", None) is not None
+    given = function.__closure__ or function.__defaults__ or function.__kwdefaults__
+    held = (names.get(name) for name in _known(code).names)
+    return bool(bound or given) or any(isinstance(value, nn.Module | torch.Tensor) for value in held)
 
 
 def _learned_of(function: Any) -> _Code:

@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import Budget
 from gpuckpt.memory.fork import renew_after_fork
-from gpuckpt.pytorch._torch_internals import is_wrapper, untraced
+from gpuckpt.pytorch._torch_internals import innermost_transform, is_wrapper, untraced
 from gpuckpt.pytorch.engine.residency import charged_bytes, is_given, is_resident
 from gpuckpt.pytorch.engine.saved_storage import Geometry, HeldTensor, MovableStorage, SavedStorage, flat_bytes
 from gpuckpt.pytorch.engine.subclasses import detached, parts_of
@@ -62,7 +62,11 @@ class StorageIndex:
             plain = type(tensor) is torch.Tensor
             if tensor.layout is not torch.strided or (not plain and is_wrapper(tensor)):
                 return self._hold_parts(budget, tensor)
-            if plain and tensor.device == self._copies_on and not is_given(tensor):
+            if tensor.is_leaf and tensor._is_zerotensor():  # a tangent of zeros, which has no bytes
+                return HeldTensor(tensor, tensor._version, None)
+            # A transform of torch.func may be tracing: a copy by bytes would be no part of what it sees.
+            copied = plain and tensor.device == self._copies_on
+            if copied and not is_given(tensor) and innermost_transform() is None:
                 return self._hold_copy(budget, tensor)
             own = tensor.detach() if plain else detached(tensor)
             return self._held(own, self._holding(budget, tensor.untyped_storage()))
