@@ -7,7 +7,7 @@ be brought back: that is a `StateModified`, a `RecomputeMismatch` which names th
 
 Buffers that a forward writes itself (counters, moving averages, the vectors of a power iteration) are copied before, and the
 recompute writes into copies of the copies: each is updated once. Which these are is learned in the first two forwards; from then
-on the copies are kept, and charged, with a frame's inputs. Running statistics of torch's own norms need no copy: a momentum of
+on the copies are kept, and charged, with a frame's inputs. Running statistics of torch's BatchNorm need no copy: a momentum of
 zero leaves them bit for bit, and the same kernel runs.
 
 Not seen: what is inside objects that are neither modules nor plain containers, and attributes that are tensors.
@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from gpuckpt.errors import StateModified
@@ -32,7 +31,8 @@ __all__ = ["ModuleState", "Watched", "watch"]
 _INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl", "forward"}
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.startswith("_forward_") and "hooks" in name)
 _PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
-_NORMS = tuple(norm.forward for norm in (_BatchNorm, _InstanceNorm, nn.SyncBatchNorm))
+# Not those of InstanceNorm, whose kernel saves what the running statistics are.
+_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _LARGEST = 64  # entries of a list or dict that is looked into
 _ABSENT: Any = object()
 
