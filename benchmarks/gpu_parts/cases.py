@@ -44,7 +44,7 @@ def make(
     if op == "mlp":
         return (
             (x, w, b, context.leaf(k, h, dtype=dtype), context.leaf(k, dtype=dtype)),
-            lambda x, w, b, v, c: G.mlp(x, w, b, v, c, activation=activation, **options),
+            lambda x, w, b, v, c: G.mlp(x, w, v, b, c, activation=activation, **options),
             lambda x, w, b, v, c: F.linear(act(F.linear(x, w, b)), v, c),
         )
     if op == "gated_mlp":

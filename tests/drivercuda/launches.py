@@ -101,7 +101,7 @@ def operations(M: int = 128, K: int = 128, H: int = 256) -> dict[str, tuple[Call
         ),
         "mlp": (
             (x, w, b, v, c),
-            lambda x, w, b, v, c: G.mlp(x, w, b, v, c, activation="gelu"),
+            lambda x, w, b, v, c: G.mlp(x, w, v, b, c, activation="gelu"),
             lambda x, w, b, v, c: F.linear(F.gelu(F.linear(x, w, b)), v, c),
             torch.ones(M, K).bfloat16(),
         ),
@@ -138,7 +138,7 @@ def summed() -> Iterator[Case]:
 
     x, w, v = leaf(256, 256), leaf(512, 256), leaf(256, 512)
     yield "linear summed", lambda: G.linear(x, w, activation="gelu").sum().backward()
-    yield "mlp summed", lambda: G.mlp(x, w, None, v).sum().backward()
+    yield "mlp summed", lambda: G.mlp(x, w, v).sum().backward()
     yield "gated_mlp summed", lambda: G.gated_mlp(x, w, w, v).sum().backward()
 
 
