@@ -63,11 +63,6 @@ class _Arrival:
     objects: Objects
     fence: Fence
 
-    @property
-    def surroundings(self) -> tuple[Fence, Sequence[Any]]:
-        """The fence, and what it wants kept."""
-        return self.fence, self.leaves[self.spec.num_leaves + len(self.objects.tensors) :]
-
     def rewritten(self, kind: type, rewrite: Callable[[Any], Any]) -> _Arrival:
         """The same call with `rewrite` applied to leaves of a kind. Most calls of a deep plan have none: they stay."""
         if not any(isinstance(leaf, kind) for leaf in self.leaves):
@@ -100,8 +95,8 @@ class _Open:
                 inside = count + len(call.objects.tensors)
                 flat = call.objects.rebuilt(leaves[:count], leaves[count:inside]) if call.objects else leaves[:count]
                 args, kwargs = pytree.tree_unflatten(flat, call.spec)
-                with call.fence.restored(call.surroundings[1]):
-                    inner.step(call.stage, call.module, args, kwargs)
+                with call.fence.restored(leaves[inside:]):
+                    inner.step(call.stage, call.module, args, kwargs, call.fence, leaves[inside:])
 
         self.frame = Frame(replay, budget, verify)
 
@@ -176,23 +171,29 @@ class Walk:
                 self._opens.setdefault(_first(node), []).append(node)
                 waiting.extend(reversed(node.children))
 
-    def step(self, stage: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def step(
+        self,
+        stage: int,
+        module: torch.nn.Module,
+        args: tuple,
+        kwargs: dict[str, Any],
+        fence: Fence | None = None,
+        kept: Sequence[torch.Tensor] = (),
+    ) -> Any:
         """Run the next call, which is part of stage number `stage`: `module` with these arguments. A stage may be several
-        calls in a row."""
+        calls in a row. In a replay everything is as forward saw it: `fence` is forward's, and `kept` what that wanted kept."""
         while self._open and self._open[-1].last < stage:
             self._open.pop()
         opening = [_Open(node, self) for node in self._opens.pop(stage, ())]
-        fence = None
+        learning = None
         with ExitStack() as hooks:
             if opening or self._open:
                 leaves, spec = pytree.tree_flatten((args, kwargs))
                 objects = Objects(leaves)
-                if self._ahead is None:
-                    fence = seen = Fence(module, leaves, self.preserve_rng_state)
-                    kept = seen.kept
-                else:  # everything is as the forward saw it
-                    seen, kept = self._ahead[self._calls].surroundings
-                call = _Arrival(module, stage, [*leaves, *objects.tensors, *kept], spec, objects, seen)
+                if fence is None:
+                    fence = learning = Fence(module, leaves, self.preserve_rng_state)
+                    kept = fence.kept
+                call = _Arrival(module, stage, [*leaves, *objects.tensors, *kept], spec, objects, fence)
                 self._announce(call, opening, hooks)
                 del leaves, call
             if stage in self._spilled:
@@ -200,8 +201,8 @@ class Walk:
                 shared = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) not in linked]
                 hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
             out = run_module(module, args, kwargs)
-        if fence is not None:
-            fence.learn()
+        if learning is not None:
+            learning.learn()
         self.previous = Outputs(tensors_in(out))
         self._calls += 1
         return out

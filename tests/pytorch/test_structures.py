@@ -184,7 +184,30 @@ class SavedSkips(nn.Module):
         return x.square().mean()
 
 
+class Weights(nn.Module):
+    """What a block returns is a weight of the next one."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.second(torch.tanh(self.first(x))))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(self.Part() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, x.sin()])
+        for number, part in enumerate(self.parts):
+            x = torch.func.functional_call(part, {"first.weight": x} if number else {}, (x,))
+        return x.square().mean()
+
+
 MODELS = {
+    "weights": (Weights, 1),
     "saved skips": (SavedSkips, 1),
     "residual outside": (ResidualOutside, 1),
     "ModuleDict": (InADict, 1),
@@ -233,3 +256,12 @@ def test_the_smallest_budget_is_a_small_share_of_the_plain_peak(name: str) -> No
     assert certificate.smallest_budget_bytes <= LEAST[name] * certificate.peak_bytes, (
         certificate.smallest_budget_bytes / certificate.peak_bytes
     )
+
+
+@pytest.mark.parametrize("strategy", ["sqrt", "every", "greedy"])
+@pytest.mark.parametrize("name", MODELS)
+def test_frames_over_several_stages(name: str, strategy: str) -> None:
+    torch.manual_seed(0)
+    build, inputs = MODELS[name]
+    x = [torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in range(inputs)]
+    beside_plain(build(), *x, budget=1 << 24, fit_options={"strategy": strategy})

@@ -75,19 +75,16 @@ class _Measurement:
         if self.position >= len(self.expected) or self.expected[self.position] is not module:
             return run_module(module, args, kwargs)  # a call that is no part of the chain
         self.close_outside("prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}")
-        tensors = tensors_in((args, kwargs))
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         mark_computed(tensors, self.given)
         linked = set(self.previous.unchanged())
         # A frame holds what is resident for nothing.
-        held = [
-            tensor
-            for tensor in (*tensors, *Objects(pytree.tree_leaves((args, kwargs))).tensors)
-            if not is_resident(tensor)
-        ]
+        fence = Fence(module, leaves, preserve_rng_state=True)
+        held = [tensor for tensor in (*tensors, *Objects(leaves).tensors, *fence.kept) if not is_resident(tensor)]
         inputs = self.storages.of([tensor for tensor in held if id(tensor) in linked])
         extras = self.storages.of([tensor for tensor in held if id(tensor) not in linked])
         number, name = len(self.stages), self.names[module]
-        fence = Fence(module, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
         again = fresh((args, kwargs))  # before the stage may change them
         # A recompute casts weights again, whatever autocast has cached for other stages.
         torch.clear_autocast_cache()
@@ -107,7 +104,7 @@ class _Measurement:
         changed = [
             tensor for tensor, now, version in zip(tensors, given, before, strict=True) if now._version != version
         ]
-        extras += self.storages.of([tensor for tensor in (*fence.kept, *fence.copies) if not is_resident(tensor)])
+        extras += self.storages.of(fence.copies)
         if have_drawn(states):
             self.random.append(name)
         self.held.update(inputs, extras)
@@ -234,6 +231,11 @@ def run_chain(
     copies: bool = False,
 ) -> Measured:
     """The measuring itself; it leaves buffers and random number generators as the model left them."""
+    names = {module: name for name, module in model.named_modules()}
+    tensors = tensors_in((args, kwargs))
+    residents = [*model.parameters(), *model.buffers()]
+    residents += [tensor for tensor in tensors if tensor.is_leaf and tensor.requires_grad]
+    fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
 
     def refuse(_: Any) -> None:
         raise InvalidChain(
@@ -242,50 +244,32 @@ def run_chain(
         )
 
     with intercept_checkpoints(refuse):
-        return _run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies)
-
-
-def _run_chain(
-    model: nn.Module,
-    args: tuple,
-    kwargs: dict[str, Any],
-    unit_bytes: int,
-    clock: Clock,
-    repeats: int,
-    copies: bool,
-) -> Measured:
-    names = {module: name for name, module in model.named_modules()}
-    residents = [*model.parameters(), *model.buffers()]
-    residents += [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_leaf and tensor.requires_grad]
-    fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
-    try:
-        with fence.restored(fence.kept):
-            found = find_chain(model, args, kwargs)
-    except InvalidChain:
-        raise
-    except Exception:  # a forward that needs autograd; any other reason is raised again
-        with fence.restored(fence.kept):
-            found = find_chain(model, args, kwargs, grad=True)
-    modules = found.modules
-    # What autocast remembers of a run without autograd is none of the chain's.
-    torch.clear_autocast_cache()
-    given = {id(tensor) for tensor in tensors_in((args, kwargs))}
-    run = _Measurement(given, found, names, Storages(residents, copies, unit_bytes), clock, repeats)
-    hooks = saved_tensors_hooks(run.note_outside, unpack)
-    with torch.enable_grad(), intercept(dict.fromkeys(modules), run.stage), hooks:
-        out = run_module(model, args, kwargs)
-        run.keep_what_was_loaded()
-        run.close(out, list(model.parameters()))
-    del out
-    with (
-        torch.enable_grad()
-    ):  # not in the middle of the model's forward, whose hooks would see every stage several times
-        for kind in run.kinds.values():
-            kind.measure(clock, repeats)
-    if run.position != len(modules):
+        try:
+            with fence.restored(fence.kept):
+                found = find_chain(model, args, kwargs)
+        except InvalidChain:
+            raise
+        except Exception:  # a forward that needs autograd; any other reason is raised again
+            with fence.restored(fence.kept):
+                found = find_chain(model, args, kwargs, grad=True)
+        # What autocast remembers of a run without autograd is none of the chain's.
+        torch.clear_autocast_cache()
+        given = set(map(id, tensors))
+        run = _Measurement(given, found, names, Storages(residents, copies, unit_bytes), clock, repeats)
+        hooks = saved_tensors_hooks(run.note_outside, unpack)
+        with torch.enable_grad(), intercept(dict.fromkeys(found.modules), run.stage), hooks:
+            out = run_module(model, args, kwargs)
+            run.keep_what_was_loaded()
+            run.close(out, list(model.parameters()))
+        del out
+        # Not in the middle of the model's forward, whose hooks would see every stage several times.
+        with torch.enable_grad():
+            for kind in run.kinds.values():
+                kind.measure(clock, repeats)
+    if run.position != len(found.modules):
         raise InvalidChain(
-            f"{type(model).__name__} called {run.position} of {len(modules)} stages with autograd on; a chain runs the same "
-            "stages whether or not gradients are wanted"
+            f"{type(model).__name__} called {run.position} of {len(found.modules)} stages with autograd on; a chain runs the "
+            "same stages whether or not gradients are wanted"
         )
     chain = Chain(run.finished(), tuple(run.storages.sizes), unit_bytes, type(model).__name__)
-    return Measured(chain, tuple(modules), tuple(run.owned), tuple(run.random))
+    return Measured(chain, tuple(found.modules), tuple(run.owned), tuple(run.random))
