@@ -174,7 +174,6 @@ class Fitted:
             self._look()
         if self._peaks.deviated:
             self._deviated()
-        mark_given(tensors_in((args, kwargs)))
         key = self._signature(args, kwargs, numbers=False)
         key = self._signature(args, kwargs, numbers=True) if key in self._numbers_matter else key
         planned = self._planned.get(key)
@@ -210,6 +209,7 @@ class Fitted:
 
     def _make_plan(self, args: tuple, kwargs: dict[str, Any]) -> Planned:
         unit_bytes = self.budget.unit_bytes
+        mark_given(tensors_in((args, kwargs)))
         mark_resident([*self._parameters, *self.model.buffers()])
         copies = self.budget.hold == "pool"
         measured = run_measured(self.model, args, kwargs, unit_bytes, clock_for_plans(), self._repeats, copies)
@@ -301,7 +301,7 @@ class Fitted:
             with plain_call(f"a fitted {type(model).__name__}", self.budget):
                 return run_module(model, args, kwargs)
         self._peaks.check()
-        given = tensors_in((args, kwargs))
+        mark_given(given := tensors_in((args, kwargs)))
         planned = self._beside_others(self.plan_for(*args, **kwargs))
         certificate = planned.plan.certificate
         self._peaks.begin(certificate.peak_bytes, certificate.host_peak_bytes)

@@ -66,13 +66,11 @@ def cut_call(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]
     def walk(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return _cut(value)
-        if type(value) is dict:
-            copied: Any = {key: walk(item) for key, item in value.items()}
-            written.append((value, copied, dict(copied)))
-            return copied
-        if type(value) is list:
-            copied = [walk(item) for item in value]
-            written.append((value, copied, list(copied)))
+        if type(value) is dict or type(value) is list:
+            copied: Any = (
+                {key: walk(value[key]) for key in value} if type(value) is dict else [walk(item) for item in value]
+            )
+            written.append((value, copied, copied.copy()))
             return copied
         if type(value) is tuple:
             return tuple(walk(item) for item in value)
@@ -100,7 +98,7 @@ def _fresh(tensor: torch.Tensor) -> torch.Tensor:
     copy = tensor.detach().clone()
     if not tensor.requires_grad:
         return copy
-    return _Connect.apply(torch.empty((), requires_grad=True), copy)
+    return connected(copy)
 
 
 def random_states() -> list[torch.Tensor]:
