@@ -157,16 +157,21 @@ def test_backward_in_another_thread(device):
     assert budget.used_bytes == 0
 
 
-@pytest.mark.parametrize("hold", ["account", "pool"])
-@pytest.mark.parametrize("share", [0.7, 0.4])
-def test_fit_keeps_its_promise(device, hold, share):
+def to_fit(device, rows):
+    """A model, a batch, the gradients of a plain step, and the bytes that keeping everything takes."""
     model = torch.nn.Sequential(*blocks(8)).to(device)
-    x = batch(32).to(device)
+    x = batch(rows).to(device)
     plain = copy.deepcopy(model)
     expected = steps(plain, lambda: plain(x).square().sum())
     whole = gpuckpt.fit(model, x, CheckpointBudget("64MiB", device=device), strategy="none")
-    whole_bytes = whole.plan.certificate.peak_bytes
     whole.unfit()
+    return model, x, expected, whole.plan.certificate.peak_bytes
+
+
+@pytest.mark.parametrize("hold", ["account", "pool"])
+@pytest.mark.parametrize("share", [0.7, 0.4])
+def test_fit_keeps_its_promise(device, hold, share):
+    model, x, expected, whole_bytes = to_fit(device, 32)
     fitted = gpuckpt.fit(model, x, CheckpointBudget(int(share * whole_bytes), device=device, hold=hold))
     for _ in range(2):
         assert same(steps(model, lambda: model(x).square().sum()), expected)
@@ -175,14 +180,8 @@ def test_fit_keeps_its_promise(device, hold, share):
 
 
 def test_offload_under_fit(device):
-    model = torch.nn.Sequential(*blocks(8)).to(device)
-    x = batch(256).to(device)
-    plain = copy.deepcopy(model)
-    expected = steps(plain, lambda: plain(x).square().sum())
-    whole = gpuckpt.fit(model, x, CheckpointBudget("64MiB", device=device), strategy="none")
-    peak_bytes = whole.plan.certificate.peak_bytes
-    whole.unfit()
-    fitted = gpuckpt.fit(model, x, int(0.4 * peak_bytes), hold="pool", host_budget="64MiB")
+    model, x, expected, whole_bytes = to_fit(device, 256)
+    fitted = gpuckpt.fit(model, x, int(0.4 * whole_bytes), hold="pool", host_budget="64MiB")
     assert same(steps(model, lambda: model(x).square().sum()), expected)
     assert fitted.measured_peak_bytes <= fitted.promised_peak_bytes
     assert fitted.measured_host_peak_bytes <= fitted.promised_host_peak_bytes

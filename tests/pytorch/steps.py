@@ -34,6 +34,17 @@ class Block(nn.Module):
         return x + self.dropout(self.down(torch.nn.functional.gelu(self.up(self.norm(x)))))
 
 
+class Layer(nn.Module):
+    """x + w2 tanh(w1 x): (B, D) -> (B, D)."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
 def blocks(count: int, width: int = 16, dropout: float = 0.0) -> nn.ModuleList:
     """The same `count` blocks every time."""
     torch.manual_seed(count)

@@ -9,16 +9,16 @@ from torch.nn.utils import parametrizations
 
 import gpuckpt
 from tests.pytorch.beside_plain import beside_plain
+from tests.pytorch.steps import Layer
 
 WIDTH = 16
 
 
-class Counter(nn.Module):
+class Counter(Layer):
     """Counts tokens, as blocks with experts do."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
         self.register_buffer("tokens", torch.zeros(4))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpuckpt import BudgetExceeded, PromiseBroken, fit
+from gpuckpt import BudgetExceeded, Certificate, PromiseBroken, fit
 from tests.pytorch.steps import Block, Tally, bits
 
 
@@ -24,6 +24,13 @@ def model(count: int = 8) -> nn.Sequential:
 
 def rows(count: int = 8) -> Tensor:
     return torch.randn(count, 16, generator=torch.Generator().manual_seed(count))
+
+
+def certificate_of(m: nn.Module) -> Certificate:
+    """Of the plan that keeps everything; its smallest budget is every plan's."""
+    fitted = fit(m, rows(), "1MiB")
+    fitted.unfit()
+    return fitted.plan.certificate
 
 
 def gradients(m: nn.Module, *args: Any, **kwargs: Any) -> list[bytes | None]:
@@ -70,9 +77,7 @@ def test_room_is_made_for_a_step_that_holds_more_than_the_cap_has() -> None:
     torch.manual_seed(0)
     ours = nn.Sequential(*[Sparse(16) for _ in range(6)])
     plain = copy.deepcopy(ours)
-    probe = fit(ours, rows(), "1MiB")
-    least = probe.plan.certificate.smallest_budget_bytes
-    probe.unfit()
+    least = certificate_of(ours).smallest_budget_bytes
     fitted = fit(ours, rows(), least)
     large = rows() * 10
     assert gradients(ours, large) == gradients(plain, large)
@@ -95,9 +100,7 @@ def test_a_step_that_does_not_fit_is_refused_whole_and_measured_again() -> None:
     torch.manual_seed(0)
     ours = nn.Sequential(*[Gated(16) for _ in range(6)])
     plain = copy.deepcopy(ours)
-    probe = fit(ours, rows(), "1MiB")
-    everything = probe.plan.certificate.peak_bytes
-    probe.unfit()
+    everything = certificate_of(ours).peak_bytes
     fitted = fit(ours, rows(), everything)
     large = rows() * 10
     with pytest.raises(BudgetExceeded):
@@ -192,9 +195,7 @@ class LayerDrop(nn.Module):
 def test_layer_drop(draw: Callable[[], float]) -> None:
     ours = LayerDrop(draw)
     plain = copy.deepcopy(ours)
-    probe = fit(ours.eval(), rows(), "1MiB")
-    budget = probe.plan.certificate.peak_bytes
-    probe.unfit()
+    budget = certificate_of(ours.eval()).peak_bytes
     fitted = fit(ours.train(), rows(), budget)
     plain.train()
     for seed in range(12):
@@ -337,9 +338,7 @@ def two_towers(m: nn.Module) -> list[bytes | None]:
 def test_two_forwards_are_planned_as_asked() -> None:
     ours = model()
     plain = copy.deepcopy(ours)
-    probe = fit(ours, rows(), "1MiB")
-    budget = probe.plan.certificate.peak_bytes + 1000
-    probe.unfit()
+    budget = certificate_of(ours).peak_bytes + 1000
     fitted = fit(ours, rows(), budget, live=2)
     for _ in range(3):
         assert two_towers(ours) == two_towers(plain)
@@ -351,9 +350,7 @@ def test_two_forwards_are_planned_as_asked() -> None:
 def test_a_second_forward_is_planned_for_what_remains() -> None:
     ours = model()
     plain = copy.deepcopy(ours)
-    probe = fit(ours, rows(), "1MiB")
-    certificate = probe.plan.certificate
-    probe.unfit()
+    certificate = certificate_of(ours)
     fitted = fit(ours, rows(), certificate.peak_bytes + certificate.smallest_budget_bytes)
     for _ in range(2):
         assert two_towers(ours) == two_towers(plain)
@@ -369,9 +366,7 @@ def test_backwards_of_two_forwards_in_any_order(order: list[int]) -> None:
     """The one that was planned for half may recompute while the other still waits."""
     ours = model()
     plain = copy.deepcopy(ours)
-    probe = fit(ours, rows(), "1MiB")
-    least = probe.plan.certificate.smallest_budget_bytes
-    probe.unfit()
+    least = certificate_of(ours).smallest_budget_bytes
     fitted = fit(ours, rows(), 3 * least, live=2)
     for m in (ours, plain):
         torch.manual_seed(1)
@@ -385,9 +380,7 @@ def test_backwards_of_two_forwards_in_any_order(order: list[int]) -> None:
 
 def test_a_second_forward_without_room_says_what_to_do() -> None:
     ours = model()
-    probe = fit(ours, rows(), "1MiB")
-    certificate = probe.plan.certificate
-    probe.unfit()
+    certificate = certificate_of(ours)
     fitted = fit(ours, rows(), certificate.peak_bytes)
     with pytest.raises(BudgetExceeded, match=r"fit\(live=2\)"):
         two_towers(ours)

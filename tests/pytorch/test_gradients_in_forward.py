@@ -10,17 +10,9 @@ from torch import Tensor, nn
 
 import gpuckpt
 from tests.pytorch.beside_plain import beside_plain
+from tests.pytorch.steps import Layer
 
 WIDTH = 16
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
 
 
 def layers(count: int = 5) -> nn.Sequential:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import gpuckpt
 from gpuckpt.pytorch.engine.arguments import Objects
 from tests.pytorch.beside_plain import beside_plain
-from tests.pytorch.steps import gradients
+from tests.pytorch.steps import Layer, gradients
 
 WIDTH = 16
 
@@ -36,15 +36,6 @@ class Batch:
     x: Tensor
     scale: Tensor
     names: list[str] = field(default_factory=lambda: ["a"])
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
 
 
 class WithObject(Layer):

@@ -13,18 +13,9 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from gpuckpt import InvalidChain, fit
 from tests.pytorch.beside_plain import beside_plain
-from tests.pytorch.steps import bits
+from tests.pytorch.steps import Layer, bits
 
 WIDTH = 16
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
 
 
 class Tokens(nn.Module):
