@@ -27,9 +27,10 @@ check: setup
 	$(BIN)/mypy
 	$(MAKE) test
 
-# Lines and branches that the tests reach; pages in out/coverage.
+# Lines and branches that the tests reach; pages in out/coverage. Tests of seconds run by themselves: tracing makes code slower.
 coverage: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" -q --cov --cov-report=term --cov-report=html:out/coverage
+	$(BIN)/python -m pytest -m "timed and not slow" -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not timed" -q --cov --cov-report=term --cov-report=html:out/coverage
 
 # The site in out/site: guides, and the reference out of the docstrings. A warning is an error.
 docs: setup

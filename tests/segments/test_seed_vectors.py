@@ -95,6 +95,7 @@ def test_uniform_ranges_and_their_plans(vectors: dict[str, Any]) -> None:
         assert [config.should_checkpoint(k) for k in range(case["n"])] == case["plan"]
 
 
+@pytest.mark.timed
 def test_a_large_layer_initialises_well_under_a_second() -> None:
     seconds = []
     for _ in range(2):  # the other core may be busy: the better of two
@@ -104,6 +105,7 @@ def test_a_large_layer_initialises_well_under_a_second() -> None:
     assert min(seconds) < 0.7, f"4096 x 4096 took {min(seconds):.2f} s of CPU time"
 
 
+@pytest.mark.timed
 def test_a_million_nodes_plan_well_under_a_second() -> None:
     seconds = []
     for _ in range(2):
