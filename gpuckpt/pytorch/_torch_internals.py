@@ -12,6 +12,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 __all__ = [
+    "current_node",
     "function_modes",
     "graph_task_id",
     "innermost_transform",
@@ -40,6 +41,9 @@ _SKIP = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameActi
 
 graph_task_id = torch._C._current_graph_task_id
 """The number of the backward that this thread is in, -1 outside of any."""
+
+current_node = torch._C._current_autograd_node
+"""The node that this thread's backward is running, None outside of any."""
 
 keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
 """Whether the backward that this thread is in leaves the graph to be used again."""

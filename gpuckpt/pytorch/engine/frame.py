@@ -31,12 +31,15 @@ from gpuckpt.pytorch.engine.early_stop import replaying
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
 from gpuckpt.pytorch.engine.hooks import enter, redirect_saves, redirected_hold
 from gpuckpt.pytorch.engine.residency import is_resident
-from gpuckpt.pytorch.engine.saved_storage import SavedStorage, modified
+from gpuckpt.pytorch.engine.saved_storage import SavedStorage, modified, writes_late
 from gpuckpt.pytorch.engine.storage_index import index_of
 from gpuckpt.pytorch.engine.subclasses import Carried
 from gpuckpt.pytorch.engine.verify import Verify, compare, seen, version_of
 
 __all__ = ["Frame"]
+
+
+_MOST_LATE = 2  # tensors that an operation saves before its kernel runs, of those whose kernels write into them
 
 
 class _EarlyStop(BaseException):
@@ -138,6 +141,7 @@ class Frame:
         self._carried: list[tuple[int, Carried]] = []  # of inputs that are instances of subclasses, by their number
         self._slots: list[weakref.ref[_Slot]] = []
         self._wanted: _Slot | None = None
+        self._reached = 0  # how many tensors the latest replay saw saved
         self._lock = threading.RLock()
 
     def save(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -158,12 +162,20 @@ class Frame:
         self._slots.append(weakref.ref(slot))
         return slot
 
-    def recompute(self, wanted: _Slot) -> None:
+    def bring(self, wanted: _Slot) -> None:
+        """Recompute `wanted`; to the end of the work where its kernel writes into it, and has not run where a replay stops."""
+        if wanted.held is None:
+            self.recompute(wanted)
+        if wanted.index >= self._reached - _MOST_LATE and writes_late():
+            wanted.held = None
+            self.recompute(wanted, to_the_end=True)
+
+    def recompute(self, wanted: _Slot, to_the_end: bool = False) -> None:
         """Replay, and fill the slots that backward still needs, `wanted` among them. After a failure no slot holds anything.
 
         Raises `BudgetExceeded` where they do not fit, `RecomputeMismatch` where the work is not what it was.
         """
-        replay = _FrameReplay(self, wanted)
+        replay = _FrameReplay(self, wanted, to_the_end)
         tensors = [saved.unpack() for saved in self._inputs]
         for number, carried in self._carried:
             tensors[number] = carried.by(tensors[number])
@@ -176,11 +188,15 @@ class Frame:
                 replaying(replay),
             ):
                 self._replay(tensors)
+            if to_the_end and replay.count == len(self._slots):
+                self._reached = replay.count + _MOST_LATE
+                return
             raise RecomputeMismatch(
                 f"checkpointed work saved {len(self._slots)} tensors in forward and {replay.count} when it was run again; it "
                 "must do the same both times (global state, data-dependent branches and caches are the usual reasons)"
             )
         except _EarlyStop:
+            self._reached = replay.count
             return
         except BaseException as error:
             drop_stale_nodes_after(error)
@@ -204,12 +220,13 @@ class _FrameReplay:
 
     __slots__ = ("__weakref__", "_budget", "_frame", "_hold", "_last", "_made", "_slots", "_wanted", "count")
 
-    def __init__(self, frame: Frame, wanted: _Slot) -> None:
+    def __init__(self, frame: Frame, wanted: _Slot, to_the_end: bool) -> None:
         budget = frame._budget
         self._frame = frame
         self._wanted = wanted
         self._slots = {index: slot for index, ref in enumerate(frame._slots) if (slot := ref()) is not None}
-        self._last = max(index for index, slot in self._slots.items() if slot.held is None)
+        last = max(index for index, slot in self._slots.items() if slot.held is None)
+        self._last = len(frame._slots) if to_the_end else last  # one that does not come
         self._made: list[weakref.ref[_Recomputed]] = []
         self._hold = index_of(budget).hold
         self._budget = budget if budget is not None and "recompute" in budget.over_cap else None  # to offer slots to
@@ -236,7 +253,7 @@ class _FrameReplay:
             try:
                 slot.held = (redirected_hold() or self._hold)(tensor)
             except BudgetExceeded:
-                if self._budget is None or self._wanted.held is None:
+                if self._budget is None or self._wanted.held is None or self._last == len(self._frame._slots):
                     raise
                 raise _EarlyStop from None  # the rest when it is wanted
             if self._budget is not None and waited_for:
@@ -305,11 +322,10 @@ def _unpack(slot: _Slot) -> torch.Tensor:
     frame = slot.frame
     with frame._lock:
         in_backward = graph_task_id() >= 0
-        if slot.held is None:
-            if in_backward:
-                # What this backward turns out not to need would stay until the graph is gone.
-                _forget_after_backward(frame)
-            frame.recompute(slot)
+        if slot.held is None and in_backward:
+            # What this backward turns out not to need would stay until the graph is gone.
+            _forget_after_backward(frame)
+        frame.bring(slot)
         held = slot.held
         assert held is not None
         if not in_backward:

@@ -23,10 +23,10 @@ from gpuckpt.memory import Budget, Charge
 from gpuckpt.memory.adapters.torch import TorchForm
 from gpuckpt.memory.compression import CompressedForm
 from gpuckpt.memory.pools.cupy import torch_stream
-from gpuckpt.pytorch._torch_internals import storage_use_count, tensor_use_count, untraced
+from gpuckpt.pytorch._torch_internals import current_node, storage_use_count, tensor_use_count, untraced
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
 
-__all__ = ["Geometry", "HeldTensor", "MovableStorage", "SavedStorage", "flat_bytes", "modified"]
+__all__ = ["Geometry", "HeldTensor", "MovableStorage", "SavedStorage", "flat_bytes", "modified", "writes_late"]
 
 
 class Index(Protocol):
@@ -84,8 +84,15 @@ class HeldTensor:
     @untraced
     def load(self) -> torch.Tensor:
         """The tensor as it was saved. Raises `SavedTensorModified` where it is not any more, `BudgetExceeded` where it was
-        spilled and there is no room for it."""
+        spilled and there is no room for it, `NotImplementedError` where a copy could not be what its node needs."""
         tensor = self.tensor
+        if isinstance(self.holding, SavedStorage) and self.holding.source is not None and writes_late():
+            raise drop_stale_nodes_after(
+                NotImplementedError(
+                    "rrelu in training saves its noise before it fills it in, so that the copy of a budget with hold='pool' "
+                    "holds none of it; use a budget with hold='account', or another activation (leaky_relu)"
+                )
+            )
         if tensor is None:
             assert isinstance(self.holding, MovableStorage), "only these move"
             try:
@@ -281,6 +288,14 @@ class MovableStorage(SavedStorage):
             held.tensor = None
         self.flat = None
         return True
+
+
+def writes_late() -> bool:
+    """Whether the node that backward is at has a kernel that wrote into what it had saved: in training, rrelu's kernel fills the
+    noise in once that is saved, and nothing in a tensor tells. (So does batch_norm with running statistics, but its backward
+    reads none of them in training.)"""
+    node: Any = current_node()
+    return node is not None and node.name().startswith("RreluWithNoise") and node._saved_training
 
 
 def _looked_at(held: HeldTensor) -> bool:

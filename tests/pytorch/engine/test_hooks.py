@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import gpuckpt
 from gpuckpt import BudgetClosed, BudgetExceeded, CheckpointBudget, SavedTensorModified
 from gpuckpt.pytorch.engine.residency import mark_resident
 from gpuckpt.pytorch.engine.storage_index import index_of
@@ -517,3 +519,43 @@ def test_the_index_of_storages_does_not_grow_without_end(hold):
         with budget:
             (x * 2).sin().sum().backward()
     assert len(index_of(budget)._holdings) <= 512
+
+
+_IN_PLACE = nn.Sequential(nn.Linear(8, 8), nn.RReLU(inplace=True))
+NOISY = {
+    "module": nn.RReLU(),
+    "in place": lambda x: torch.rrelu_(x, training=True),
+    "recomputed": lambda x: gpuckpt.checkpoint(nn.RReLU(), x),
+    "recomputed twice": lambda x: gpuckpt.checkpoint(lambda x: gpuckpt.checkpoint(nn.RReLU(), x).sin(), x),
+    "recomputed in place": lambda x: gpuckpt.checkpoint(_IN_PLACE, x),
+    "in a block": nn.Sequential(nn.Linear(8, 8), nn.RReLU(inplace=True), nn.Linear(8, 8)),
+}
+
+
+@pytest.mark.parametrize("noisy", NOISY.values(), ids=NOISY)
+def test_noise_that_is_filled_in_after_saving_is_recomputed_whole_and_never_copied(noisy):
+    x = batch(4, 8)
+    expected = _noisy_gradient(noisy, x, None)
+    account = CheckpointBudget("1MiB", device="cpu")
+    assert torch.equal(_noisy_gradient(noisy, x, account), expected)  # a replay may not stop before the noise is there
+    pool = CheckpointBudget("1MiB", device="cpu", hold="pool")
+    with pytest.raises(NotImplementedError, match=r"rrelu in training .*hold='account'"):
+        _noisy_gradient(noisy, x, pool)
+    assert account.used_bytes == pool.used_bytes == 0
+
+
+def test_rrelu_that_draws_no_noise_is_held_by_a_pool():
+    x = batch(4, 8)
+    still = nn.RReLU().eval()
+    pool = CheckpointBudget("1MiB", device="cpu", hold="pool")
+    assert torch.equal(_noisy_gradient(still, x, pool), _noisy_gradient(still, x, None))
+
+
+def _noisy_gradient(noisy, x: Tensor, budget: CheckpointBudget | None) -> Tensor:
+    x = x.detach().requires_grad_()
+    torch.manual_seed(3)
+    with nullcontext() if budget is None else budget:
+        y = noisy(x * 1.0)
+    y.sum().backward()
+    assert x.grad is not None
+    return x.grad
