@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,11 +118,47 @@ def test_under_checkpoint_copies_of_written_buffers_are_charged() -> None:
     assert block.tokens.tolist() == [24.0] * 4
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in BLOCKS if name != "BatchNorm"]
-)  # whose kernel notes what it has updated
+@pytest.mark.parametrize("name", BLOCKS)
 def test_what_is_recomputed_is_bitwise_the_same(name: str) -> None:
     torch.manual_seed(0)
     block, x = BLOCKS[name](), torch.randn(8, WIDTH, requires_grad=True)
     for _ in range(3):
         gpuckpt.checkpoint(block, x, verify="bitwise").sum().backward()
+
+
+NORMED = {
+    "1d": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)),
+    "averaged": lambda: nn.Sequential(nn.BatchNorm1d(WIDTH, momentum=None), nn.Linear(WIDTH, WIDTH)),
+    "nested": lambda: nn.Sequential(nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Tanh()), nn.BatchNorm1d(WIDTH)),
+    "without weights": lambda: nn.Sequential(nn.BatchNorm1d(WIDTH, affine=False), nn.Linear(WIDTH, WIDTH)),
+    "evaluated": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH).eval()),
+}
+
+
+@pytest.mark.parametrize("make", NORMED.values(), ids=NORMED)
+@pytest.mark.parametrize("strategy", ["optimal", "sqrt"])
+def test_statistics_that_no_backward_reads_are_not_compared(make, strategy: str) -> None:
+    """batch_norm saves its running statistics and updates them in the same kernel: a recompute saves the updated ones."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*[make() for _ in range(4)]), torch.randn(8, WIDTH)
+    plain = copy.deepcopy(model)
+    gpuckpt.fit(model, x, "1MiB" if strategy == "sqrt" else _smallest(plain, x), strategy=strategy, verify="bitwise")
+    for _ in range(2):
+        model(x).square().sum().backward()
+        plain(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _smallest(model: nn.Module, x: torch.Tensor) -> int:
+    return gpuckpt.fit(copy.deepcopy(model), x, "16MiB").plan.certificate.smallest_budget_bytes
+
+
+def test_beside_statistics_contents_are_compared_as_ever() -> None:
+    steps = iter([1.0, 1.5])
+    norm = nn.BatchNorm1d(WIDTH)
+    out = gpuckpt.checkpoint(lambda x: norm(x * next(steps)).sin(), torch.randn(8, WIDTH), verify="bitwise")
+    with pytest.raises(gpuckpt.RecomputeMismatch, match="contents differ"):
+        out.sum().backward()

@@ -243,7 +243,7 @@ class _FrameReplay:
                 self._frame, index
             )  # no longer needed by backward, but perhaps by a derivative inside the work
         else:
-            compare(slot.index, slot.seen, seen(tensor, self._frame._verify))
+            compare(slot.index, slot.seen, seen(tensor, self._frame._verify), tensor)
             if slot.resident is not None:
                 version = version_of(tensor)
                 # A leaf that the work makes itself is another storage each time, and its version says nothing.

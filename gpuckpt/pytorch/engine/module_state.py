@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
 from gpuckpt.errors import StateModified
+from gpuckpt.pytorch.engine.verify import unread
 
 __all__ = ["ModuleState", "Watched", "watch"]
 
@@ -198,8 +199,10 @@ class ModuleState:
                 held[name] = tensor
         norms = [module for part, module in zip(watched.parts, self._modules, strict=True) if part.is_norm]
         frozen = _freeze(norms)
+        compared = unread(buffer for norm, _, _ in frozen for buffer in norm._buffers.values() if buffer is not None)
 
         def leave() -> None:
+            compared()
             for norm, momentum, count in frozen:
                 norm.momentum, norm.num_batches_tracked = momentum, count
             for (held, name), tensor in zip(stood, before, strict=True):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 
 from gpuckpt.errors import RecomputeMismatch
 
-__all__ = ["Verify", "check_verify", "compare", "seen", "version_of"]
+__all__ = ["Verify", "check_verify", "compare", "seen", "unread", "version_of"]
 
 Verify = Literal["metadata", "bitwise"]
 
@@ -30,9 +32,29 @@ def seen(tensor: torch.Tensor, verify: Verify | None) -> tuple[Any, ...]:
     return (*details, _checksum(tensor)) if verify == "bitwise" else details
 
 
-def compare(number: int, before: tuple[Any, ...], now: tuple[Any, ...]) -> None:
-    """Raise `RecomputeMismatch` where saved tensor `number` is not what it was."""
+_unread = (
+    threading.local()
+)  # `storages`: of what is saved and read by no backward, in the replays that this thread is in
+
+
+def unread(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
+    """Until what is returned is called, the contents of `tensors` are not compared in this thread: batch_norm saves running
+    statistics, updates them in the same kernel, and reads none of them in a backward of training."""
+    before: frozenset[int] = getattr(_unread, "storages", frozenset())
+    _unread.storages = before.union(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def end() -> None:
+        _unread.storages = before
+
+    return end
+
+
+def compare(number: int, before: tuple[Any, ...], now: tuple[Any, ...], tensor: torch.Tensor) -> None:
+    """Raise `RecomputeMismatch` where saved tensor `number` is not what it was. `tensor`: what it is now."""
     if now == before:
+        return
+    storages = getattr(_unread, "storages", ())
+    if storages and now[:4] == before[:4] and tensor.untyped_storage()._cdata in storages:
         return
     changes = [
         f"{name} (contents differ)" if name == "contents" else f"{name} ({old} before, {new} now)"
