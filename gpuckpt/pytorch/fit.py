@@ -10,7 +10,8 @@ from torch import nn
 from gpuckpt.budget import CheckpointBudget
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch.engine.verify import Verify, check_verify
-from gpuckpt.pytorch.fitted import Fitted, Planned
+from gpuckpt.pytorch.fitted import Fitted
+from gpuckpt.pytorch.plan_maker import Planned
 from gpuckpt.pytorch.profiling.measure import call_of
 
 __all__ = ["Fitted", "Planned", "fit", "fitted", "unfit"]

@@ -8,10 +8,7 @@ Calls without gradients, and inside of torch.func's transforms, run plainly.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,40 +16,20 @@ from torch import nn
 
 from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain
 from gpuckpt.memory import Budget
-from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
+from gpuckpt.planning import Chain, Plan
 from gpuckpt.planning.report import PlanReport, explain
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
 from gpuckpt.pytorch.engine.hooks import enter, plain_call
-from gpuckpt.pytorch.engine.offload import SPILL
-from gpuckpt.pytorch.engine.residency import mark_computed, mark_given, mark_resident
+from gpuckpt.pytorch.engine.residency import mark_computed, mark_given
 from gpuckpt.pytorch.engine.verify import Verify
-from gpuckpt.pytorch.parallel.agree import clock_for_plans
 from gpuckpt.pytorch.peak_check import Deviation, StepPeaks
+from gpuckpt.pytorch.plan_maker import PlanMaker, Planned
 from gpuckpt.pytorch.plan_runner import Walk
 from gpuckpt.pytorch.profiling.call_hooks import Bypass, Interception, run_module, set_call
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
-from gpuckpt.pytorch.profiling.clock import WallClock
-from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
-from gpuckpt.pytorch.profiling.measure import run_measured
-from gpuckpt.pytorch.profiling.runner import Measured
-from gpuckpt.pytorch.profiling.signature import Fingerprint, describe_call, describe_model
+from gpuckpt.pytorch.profiling.signature import Fingerprint
 
-__all__ = ["Fitted", "Planned"]
-
-_MOST_PLANS = 64
-_MOST_REPLANS = 2  # of one signature
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan for inputs of one shape, and the measured model that it was made for."""
-
-    measured: Measured
-    plan: Plan
-
-    @property
-    def chain(self) -> Chain:
-        return self.measured.chain
+__all__ = ["Fitted"]
 
 
 class _StepProgress:
@@ -92,27 +69,23 @@ class Fitted:
         self.budget = budget
         self.host_budget = host_budget
         self._peaks = StepPeaks(budget, host_budget, strict)
-        self._link: Link | None = None
-        self._strategy = strategy
         self._preserve_rng_state = preserve_rng_state
         self._verify = verify
-        self._repeats = repeats
-        self._live = live
         self._strict = strict
-        self._planned: OrderedDict[Any, Planned] = OrderedDict()
-        self._numbers_matter: set[Any] = set()  # signatures under which another int was seen to take other bytes
-        self._replanned: dict[Any, int] = {}
-        self._key: Any = None  # of the latest plan
+        self._maker = PlanMaker(
+            model,
+            budget,
+            host_budget,
+            strategy=strategy,
+            preserve_rng_state=preserve_rng_state,
+            repeats=repeats,
+            live=live,
+        )
         self._latest: Planned | None = None
         self._local = threading.local()
         self._intercepted: dict[nn.Module, Interception] = {}
         self._bypass: Any = None  # the handle of the hook that notices calls that were not intercepted
-        self._look()
-
-    def _look(self) -> None:
-        self._parts = list(self.model.modules())
-        self._parameters = list(self.model.parameters())
-        self._fingerprint = Fingerprint(self.model)
+        self._fingerprint = Fingerprint(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -170,68 +143,29 @@ class Fitted:
         """
         if not all(interception.active for interception in self._intercepted.values()) or self._fingerprint.changed():
             self._unwrap()  # a block was compiled, wrapped or added since: what was measured is not what runs
-            self._planned.clear()
-            self._look()
+            self._maker.start_anew()
+            self._fingerprint = Fingerprint(self.model)
         if self._peaks.deviated:
-            self._deviated()
-        key = self._signature(args, kwargs, numbers=False)
-        key = self._signature(args, kwargs, numbers=True) if key in self._numbers_matter else key
-        planned = self._planned.get(key)
+            self._peaks.deviated = False
+            self._maker.deviated()
+        kind = self._maker.kind_of(args, kwargs)
+        planned = self._maker.known(kind)
         if planned is None:
             before = self._unwrap()  # measured as it runs without us
             try:
-                planned = self._make_plan(args, kwargs)
+                planned = self._maker.make(kind, args, kwargs)
                 before += [self.model, *planned.measured.modules]
             finally:
                 self._wrap(before)
                 self._fingerprint.refresh()  # our own hook is no change
-            self._planned[key] = planned
-            if len(self._planned) > _MOST_PLANS:
-                self._planned.popitem(last=False)
-        self._planned.move_to_end(key)
-        self._key, self._latest = key, planned
+        self._latest = planned
         return planned
-
-    def _deviated(self) -> None:
-        """The latest step held other bytes than measured: other contents, or another int. Measure again, but not for ever."""
-        self._peaks.deviated = False
-        key = self._key
-        self._numbers_matter.add(key)
-        self._replanned[key] = self._replanned.get(key, 0) + 1
-        if self._replanned[key] <= _MOST_REPLANS:
-            self._planned.pop(key, None)
 
     def report(self) -> PlanReport:
         """What the latest plan does with each stage, and why; promised against measured. Print it, or take `to_json()`."""
         if not self._peaks.began:
             return explain(self.chain, self.plan)
         return explain(self.chain, self.plan, self.measured_peak_bytes, self.measured_host_peak_bytes)
-
-    def _make_plan(self, args: tuple, kwargs: dict[str, Any]) -> Planned:
-        unit_bytes = self.budget.unit_bytes
-        mark_given(tensors_in((args, kwargs)))
-        mark_resident([*self._parameters, *self.model.buffers()])
-        copies = self.budget.hold == "pool"
-        measured = run_measured(self.model, args, kwargs, unit_bytes, clock_for_plans(), self._repeats, copies)
-        if measured.random and not self._preserve_rng_state:
-            raise InvalidChain(
-                f"stage {measured.random[0]!r} of {type(self.model).__name__} draws random numbers and would draw others when it "
-                "is recomputed; fit with preserve_rng_state=True"
-            )
-        if self.host_budget is not None:
-            if self._link is None:
-                device = next((tensor.device for tensor in self._parameters), torch.device(self.budget.device))
-                self._link = measure_link(device, self.host_budget, WallClock())
-            spilling = with_spill(measured.chain, self._link.bytes_per_s, latency_s=self._link.latency_s, name=SPILL)
-            measured = replace(measured, chain=spilling)
-        plan = self._plan(measured.chain, self.budget.max_bytes // self._live)
-        with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
-            self.budget.prefetch(plan.certificate.layout_bytes)
-        return Planned(measured, plan)
-
-    def _plan(self, chain: Chain, max_bytes: int) -> Plan:
-        host_bytes = None if self.host_budget is None else self.host_budget.max_bytes // self._live
-        return plan_chain(chain, max_bytes, strategy=self._strategy, host_bytes=host_bytes)
 
     def _beside_others(self, planned: Planned) -> Planned:
         """The same for a forward that begins while earlier ones wait for their backward: within what they do not hold. Autograd
@@ -240,7 +174,7 @@ class Fitted:
         if self._peaks.idle or planned.plan.certificate.peak_bytes <= room_bytes:
             return planned
         try:
-            return Planned(planned.measured, self._plan(planned.chain, room_bytes))
+            return self._maker.within(planned, room_bytes)
         except BudgetExceeded as error:
             error.hint = (
                 f"earlier forwards that wait for their backward hold {held_bytes} of {self.budget.max_bytes} bytes; fit(live=2) "
@@ -280,7 +214,7 @@ class Fitted:
     def unfit(self) -> nn.Module:
         """Give the model back as it was; it runs plainly again."""
         self._unwrap()
-        self._planned.clear()
+        self._maker.plans.clear()
         return self.model
 
     @untraced
@@ -341,7 +275,3 @@ class Fitted:
         stage = measured.owned[number]
         self.budget.step(measured.chain.stages[stage].name)
         return step.walk.step(stage, module, args, kwargs)
-
-    def _signature(self, args: tuple, kwargs: dict[str, Any], *, numbers: bool) -> Any:
-        """What a plan depends on: sizes and kinds of the inputs, the mode of every module, autocast, what is trained."""
-        return describe_call(args, kwargs, numbers=numbers), describe_model(self._parts, self._parameters)

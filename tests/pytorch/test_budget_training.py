@@ -187,7 +187,7 @@ def test_every_request_of_a_planned_step_fails_once(hold):
 
 @both
 def test_every_request_of_a_step_that_spills_as_planned_fails_once(hold, monkeypatch):
-    monkeypatch.setattr("gpuckpt.pytorch.fitted.measure_link", lambda *_: Link(1e12, 0.0))
+    monkeypatch.setattr("gpuckpt.pytorch.plan_maker.measure_link", lambda *_: Link(1e12, 0.0))
     model, faults = transformer(), Faults()
     host = faulty("1GiB", faults, hold="pool")
     budget = faulty(int(0.5 * plain_peak(model)), faults, hold=hold)

@@ -98,7 +98,7 @@ def test_a_full_pool_gives_bytes_up_on_the_stream_of_the_step(cuda_tensors, poli
 
 
 def test_a_plan_that_spills_brings_back_on_the_stream_of_the_step(cuda_tensors, generator, monkeypatch):
-    monkeypatch.setattr("gpuckpt.pytorch.fitted.measure_link", lambda *_: Link(1e12, 0.0))
+    monkeypatch.setattr("gpuckpt.pytorch.plan_maker.measure_link", lambda *_: Link(1e12, 0.0))
     model, x = torch.nn.Sequential(*blocks(8)), batch(32)
     expected = gradients(model, lambda: model(x).square().sum())
     roomy = gpuckpt.fit(model, x, cuda_tensors.budget("4MiB"), strategy="none")

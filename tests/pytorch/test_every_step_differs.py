@@ -150,7 +150,7 @@ def test_a_step_number_is_no_reason_to_plan_again() -> None:
         if step == 1:
             before = ours.runs.count  # `rate` was new
     assert ours.runs.count == before + 9, "one forward a step"
-    assert len(fitted._planned) <= 2
+    assert len(fitted._maker.plans) <= 2
     assert not fitted.deviations
 
 
@@ -170,7 +170,7 @@ def test_plans_are_not_kept_for_ever() -> None:
     fitted = fit(ours, rows(1), "1MiB", repeats=1)
     for count in range(1, 80):
         fitted.plan_for(rows(count))
-    assert len(fitted._planned) == 64
+    assert len(fitted._maker.plans) == 64
 
 
 # ---- blocks that are skipped
@@ -259,7 +259,7 @@ def test_a_batch_as_the_one_argument(kind: str) -> None:
     for count in (8, 4, 16, 8):
         assert gradients(ours, make(count)) == gradients(plain, make(count))
         assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
-    assert len(fitted._planned) == 3, "a plan for each size"
+    assert len(fitted._maker.plans) == 3, "a plan for each size"
 
 
 @pytest.mark.parametrize("kind", [dict, collections.UserDict])

@@ -154,7 +154,7 @@ def test_calls_without_gradients_run_plainly() -> None:
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             assert torch.equal(model(X[:1]), plain(X[:1]))
-    assert len(fitted._planned) == 1
+    assert len(fitted._maker.plans) == 1
     assert fitted.budget.used_bytes == 0
 
 
@@ -170,7 +170,7 @@ def test_new_shapes_are_planned_when_they_first_appear() -> None:
         peaks.setdefault(rows, fitted.latest)
         assert peaks[rows] is fitted.latest
     assert peaks[4] is first
-    assert len(fitted._planned) == 3
+    assert len(fitted._maker.plans) == 3
     with pytest.raises(BudgetExceeded) as refused:
         model(torch.randn(1000, 16))
     assert refused.value.available == 8 * 1024
@@ -412,9 +412,9 @@ def test_keyword_inputs_and_several_positional_ones() -> None:
     fitted = fit(model, {"x": X, "gain": 2.0}, 4096)
     model(X, gain=2.0).sum().backward()
     model(x=X, gain=2.0).sum().backward()
-    assert len(fitted._planned) == 2  # called another way is another signature, planned anew
+    assert len(fitted._maker.plans) == 2  # called another way is another signature, planned anew
     model(x=X, gain=3.0).sum().backward()
-    assert len(fitted._planned) == 2  # and another rate is not
+    assert len(fitted._maker.plans) == 2  # and another rate is not
     model(x=X, gain=2.0, shift=X).sum().backward()
     assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
 

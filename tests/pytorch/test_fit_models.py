@@ -186,7 +186,7 @@ def test_autocast() -> None:
     assert recomputed(fitted)
     # Planned again without autocast: other bytes.
     model(tokens, tokens)
-    assert len(fitted._planned) == 2
+    assert len(fitted._maker.plans) == 2
 
 
 def test_autocast_of_layers_before_the_first_block() -> None:
@@ -353,7 +353,7 @@ def test_eval_mode_is_planned_by_itself() -> None:
     model.eval()
     expected = [p.clone() for p in model.state_dict().values()]
     loss = model(x).square().sum()
-    assert len(fitted._planned) == 2
+    assert len(fitted._maker.plans) == 2
     loss.backward()
     fitted.check_promise()
     assert fitted.measured_peak_bytes == fitted.promised_peak_bytes

@@ -10,7 +10,8 @@ import torch
 
 from gpuckpt import Keep, Recompute, fit, simulate
 from gpuckpt.planning import Node, tree_text
-from gpuckpt.pytorch.fitted import Fitted, Planned
+from gpuckpt.pytorch.fitted import Fitted
+from gpuckpt.pytorch.plan_maker import Planned
 from tests.pytorch.mixed_blocks import COUNT, Model
 
 
@@ -39,9 +40,9 @@ def expected() -> tuple[Model, torch.Tensor, list[torch.Tensor]]:
 
 
 def put_plan(fitted: Fitted, tree: tuple[Node, ...], peak_bytes: int) -> None:
-    (key,) = fitted._planned
+    (key,) = fitted._maker.plans
     certificate = dataclasses.replace(fitted.plan.certificate, peak_bytes=peak_bytes)
-    fitted._planned[key] = Planned(
+    fitted._maker.plans[key] = Planned(
         fitted.latest.measured, dataclasses.replace(fitted.plan, tree=tree, certificate=certificate)
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuckpt.pytorch import fitted
+from gpuckpt.pytorch import plan_maker
 from tests.zoo.checks import Ticks, prepared
 from tests.zoo.models import ZOO
 
@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="Hugging Face models come with the de
 
 @pytest.fixture(autouse=True)
 def _same_plans_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitted, "clock_for_plans", Ticks)
+    monkeypatch.setattr(plan_maker, "clock_for_plans", Ticks)
 
 
 def check(name: str, shares: Sequence[float | None]) -> None:

@@ -147,7 +147,7 @@ def test_spilled_to_the_host_and_back(new_budget):
 
 
 def test_a_plan_that_spills_from_cupys_pool_to_the_host(new_budget, monkeypatch):
-    monkeypatch.setattr("gpuckpt.pytorch.fitted.measure_link", lambda *_: Link(1e12, 0.0))
+    monkeypatch.setattr("gpuckpt.pytorch.plan_maker.measure_link", lambda *_: Link(1e12, 0.0))
     model, x = torch.nn.Sequential(*blocks(8)), batch(32)
     plain = gradients(model, lambda: model(x).square().sum())
     budget = new_budget("4MiB")

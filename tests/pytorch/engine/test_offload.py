@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-import gpuckpt.pytorch.fitted as fitting
+import gpuckpt.pytorch.plan_maker as plan_maker
 from gpuckpt import BudgetExceeded, CheckpointBudget, Keep, Recompute, fit, plan_chain, simulate
 from gpuckpt.errors import InvalidPlan, PromiseBroken
 from gpuckpt.planning import Node, tree_text, with_spill
 from gpuckpt.pytorch.engine.offload import Spill
-from gpuckpt.pytorch.fitted import Fitted, Planned
+from gpuckpt.pytorch.fitted import Fitted
+from gpuckpt.pytorch.plan_maker import Planned
 from gpuckpt.pytorch.plan_runner import Walk
 from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
 from tests.pytorch.beside_plain import assert_same, beside_plain, plain_peak_bytes, train_step
@@ -54,7 +55,7 @@ QUICK = Link(1e12, 0.0)
 @pytest.fixture
 def quick_link(monkeypatch) -> None:
     """Transfers that cost next to nothing, whatever the machine is doing: plans are then the same everywhere."""
-    monkeypatch.setattr(fitting, "measure_link", lambda *_: QUICK)
+    monkeypatch.setattr(plan_maker, "measure_link", lambda *_: QUICK)
 
 
 def random_nodes(generator: random.Random, first: int, last: int, depth: int = 0) -> tuple[Node, ...]:
@@ -74,12 +75,12 @@ def random_nodes(generator: random.Random, first: int, last: int, depth: int = 0
 def put_plan(fitted: Fitted, tree: tuple[Node, ...]) -> None:
     """Run `tree` from now on, under what the simulator says of it."""
     said = simulate(fitted.chain, tree)
-    (key,) = fitted._planned
+    (key,) = fitted._maker.plans
     certificate = dataclasses.replace(
         fitted.plan.certificate, peak_bytes=said.peak_bytes, host_peak_bytes=said.host_peak_bytes
     )
     plan = dataclasses.replace(fitted.plan, tree=tree, certificate=certificate)
-    fitted._latest = fitted._planned[key] = Planned(fitted.latest.measured, plan)
+    fitted._latest = fitted._maker.plans[key] = Planned(fitted.latest.measured, plan)
 
 
 @both
@@ -168,7 +169,7 @@ def test_statistics_dropout_and_autocast(hold: str, precision: torch.dtype | Non
 
 
 def test_over_a_slow_link_nothing_is_spilled(monkeypatch) -> None:
-    monkeypatch.setattr(fitting, "measure_link", lambda *_: Link(1.0, 1.0))
+    monkeypatch.setattr(plan_maker, "measure_link", lambda *_: Link(1.0, 1.0))
     model = dear()
     fitted = fit(model, X, int(0.4 * PEAK), host_budget="1GiB")
     assert fitted.plan.certificate.host_peak_bytes == 0
@@ -179,7 +180,7 @@ def test_over_a_slow_link_nothing_is_spilled(monkeypatch) -> None:
 
 def test_the_link_is_timed_on_the_device_and_leaves_the_host_budget_alone() -> None:
     host = CheckpointBudget(0, device="cpu", hold="pool")
-    link = measure_link(torch.device("cpu"), host, fitting.WallClock())
+    link = measure_link(torch.device("cpu"), host, plan_maker.WallClock())
     assert 1e6 < link.bytes_per_s < 1e13
     assert 0 < link.latency_s < 0.1
     assert host.events() == []

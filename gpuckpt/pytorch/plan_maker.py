@@ -1,0 +1,147 @@
+"""`PlanMaker`: the plans of one model, a plan for each kind of call.
+
+A kind of call is known again by the sizes of what the model is called with, the mode of every module, autocast and what is
+trained. Calls of a new kind are measured and planned when they first appear.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpuckpt.errors import BudgetExceeded, InvalidChain
+from gpuckpt.memory import Budget
+from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
+from gpuckpt.pytorch.engine.offload import SPILL
+from gpuckpt.pytorch.engine.residency import mark_given, mark_resident
+from gpuckpt.pytorch.parallel.agree import clock_for_plans
+from gpuckpt.pytorch.profiling.chain_finder import tensors_in
+from gpuckpt.pytorch.profiling.clock import WallClock
+from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
+from gpuckpt.pytorch.profiling.measure import run_measured
+from gpuckpt.pytorch.profiling.runner import Measured
+from gpuckpt.pytorch.profiling.signature import describe_call, describe_model
+
+__all__ = ["PlanMaker", "Planned"]
+
+_MOST_PLANS = 64
+_MOST_REPLANS = 2  # of one kind of call
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan for inputs of one shape, and the measured model that it was made for."""
+
+    measured: Measured
+    plan: Plan
+
+    @property
+    def chain(self) -> Chain:
+        return self.measured.chain
+
+
+class PlanMaker:
+    """Measures and plans a model within `budget` and, where there is one, `host_budget`, each shared by `live` forwards.
+
+    `plans`: by kind of call, the one used last at the end.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        host_budget: Budget | None,
+        *,
+        strategy: str,
+        preserve_rng_state: bool,
+        repeats: int,
+        live: int,
+    ) -> None:
+        self.plans: OrderedDict[Any, Planned] = OrderedDict()
+        self._model = model
+        self._budget = budget
+        self._host_budget = host_budget
+        self._strategy = strategy
+        self._preserve_rng_state = preserve_rng_state
+        self._repeats = repeats
+        self._live = live
+        self._link: Link | None = None
+        self._numbers_matter: set[Any] = set()  # kinds in which another int was seen to take other bytes
+        self._replanned: dict[Any, int] = {}
+        self._latest: Any = None  # the kind of the latest call
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """The model was changed: what was measured holds no longer."""
+        self.plans.clear()
+        self._parts = list(self._model.modules())
+        self._parameters = list(self._model.parameters())
+
+    def kind_of(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What of a call its plan depends on."""
+        kind = self._describe(args, kwargs, numbers=False)
+        return self._describe(args, kwargs, numbers=True) if kind in self._numbers_matter else kind
+
+    def known(self, kind: Any) -> Planned | None:
+        """The plan for a kind of call, if it was made already; that call is the latest from now on."""
+        planned = self.plans.get(kind)
+        if planned is not None:
+            self.plans.move_to_end(kind)
+            self._latest = kind
+        return planned
+
+    def make(self, kind: Any, args: tuple, kwargs: dict[str, Any]) -> Planned:
+        """Measure and plan. Raises `BudgetExceeded`, with the smallest budget that would do, where no plan fits."""
+        mark_given(tensors_in((args, kwargs)))
+        mark_resident([*self._parameters, *self._model.buffers()])
+        measured = self._measure(args, kwargs)
+        plan = self._plan(measured.chain, self._budget.max_bytes // self._live)
+        with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
+            self._budget.prefetch(plan.certificate.layout_bytes)
+        planned = self.plans[kind] = Planned(measured, plan)
+        self._latest = kind
+        if len(self.plans) > _MOST_PLANS:
+            self.plans.popitem(last=False)
+        return planned
+
+    def within(self, planned: Planned, max_bytes: int) -> Planned:
+        """The same kind of call, planned for other bytes. Raises `BudgetExceeded`."""
+        return Planned(planned.measured, self._plan(planned.chain, max_bytes))
+
+    def deviated(self) -> None:
+        """The latest step held other bytes than measured: other contents, or another int. Measure again, but not for ever."""
+        kind = self._latest
+        self._numbers_matter.add(kind)
+        self._replanned[kind] = self._replanned.get(kind, 0) + 1
+        if self._replanned[kind] <= _MOST_REPLANS:
+            self.plans.pop(kind, None)
+
+    def _measure(self, args: tuple, kwargs: dict[str, Any]) -> Measured:
+        unit_bytes, copies = self._budget.unit_bytes, self._budget.hold == "pool"
+        measured = run_measured(self._model, args, kwargs, unit_bytes, clock_for_plans(), self._repeats, copies)
+        if measured.random and not self._preserve_rng_state:
+            raise InvalidChain(
+                f"stage {measured.random[0]!r} of {type(self._model).__name__} draws random numbers and would draw others when "
+                "it is recomputed; fit with preserve_rng_state=True"
+            )
+        if self._host_budget is None:
+            return measured
+        if self._link is None:
+            device = next((tensor.device for tensor in self._parameters), torch.device(self._budget.device))
+            self._link = measure_link(device, self._host_budget, WallClock())
+        link = self._link
+        return replace(
+            measured, chain=with_spill(measured.chain, link.bytes_per_s, latency_s=link.latency_s, name=SPILL)
+        )
+
+    def _plan(self, chain: Chain, max_bytes: int) -> Plan:
+        host_bytes = None if self._host_budget is None else self._host_budget.max_bytes // self._live
+        return plan_chain(chain, max_bytes, strategy=self._strategy, host_bytes=host_bytes)
+
+    def _describe(self, args: tuple, kwargs: dict[str, Any], *, numbers: bool) -> Any:
+        return describe_call(args, kwargs, numbers=numbers), describe_model(self._parts, self._parameters)
