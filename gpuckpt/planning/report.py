@@ -45,7 +45,8 @@ class StageReport:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """All stages under a plan, and the plan's figures. Measured peaks are those of the latest step, None before the first."""
+    """All stages under a plan, and the plan's figures. Measured peaks are those of the latest step, None before the first.
+    `predicted`: bytes and seconds follow from those of inputs of other sizes."""
 
     model: str
     stages: tuple[StageReport, ...]
@@ -61,6 +62,7 @@ class PlanReport:
     spill_ms: float = 0.0
     promised_host_peak_bytes: int = 0
     measured_host_peak_bytes: int | None = None
+    predicted: bool = False
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -101,6 +103,7 @@ class PlanReport:
             f"keeping all holds {format_bytes(self.keep_all_bytes)}; the smallest budget is {self.smallest_budget_bytes} B",
             *(host if self.promised_host_peak_bytes else []),
             f"a step takes {_ms(self.step_ms)}, of which recompute {_ms(self.recompute_ms)}{transfers}; {gap}",
+            *(["not measured: bytes and seconds follow from those of other sizes"] if self.predicted else []),
         ]
 
 

@@ -1,7 +1,7 @@
 """`Fitted`: a model that runs under a plan.
 
 The model stays the same object: its class, parameter names, `state_dict`, hooks and optimizers are untouched, and calling it
-runs under the plan. Inputs of a new shape are measured and planned when they first appear, and so is a model that was changed.
+runs under the plan. Inputs of a new shape are planned when they first appear, and so is a model that was changed.
 Calls without gradients, and inside of torch.func's transforms, run plainly.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class Fitted:
             preserve_rng_state=preserve_rng_state,
             repeats=repeats,
             live=live,
+            predict=not strict,
         )
         self._latest: Planned | None = None
         self._local = threading.local()
@@ -149,7 +151,7 @@ class Fitted:
             self._peaks.deviated = False
             self._maker.deviated()
         kind = self._maker.kind_of(args, kwargs)
-        planned = self._maker.known(kind)
+        planned = self._maker.known(kind) or self._maker.predicted(kind)
         if planned is None:
             before = self._unwrap()  # measured as it runs without us
             try:
@@ -163,9 +165,9 @@ class Fitted:
 
     def report(self) -> PlanReport:
         """What the latest plan does with each stage, and why; promised against measured. Print it, or take `to_json()`."""
-        if not self._peaks.began:
-            return explain(self.chain, self.plan)
-        return explain(self.chain, self.plan, self.measured_peak_bytes, self.measured_host_peak_bytes)
+        began = self._peaks.began
+        peaks = (self.measured_peak_bytes, self.measured_host_peak_bytes) if began else (None, None)
+        return replace(explain(self.chain, self.plan, *peaks), predicted=self.latest.predicted)
 
     def _beside_others(self, planned: Planned) -> Planned:
         """The same for a forward that begins while earlier ones wait for their backward: within what they do not hold. Autograd

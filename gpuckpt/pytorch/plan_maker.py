@@ -1,7 +1,8 @@
 """`PlanMaker`: the plans of one model, a plan for each kind of call.
 
 A kind of call is known again by the sizes of what the model is called with, the mode of every module, autocast and what is
-trained. Calls of a new kind are measured and planned when they first appear.
+trained. Calls of a new kind are measured and planned when they first appear. Once two or three sizes were measured, what others
+save follows from them (see profiling/other_sizes.py), and a step of a new length costs a plan and no measurement.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
 from gpuckpt.pytorch.profiling.measure import run_measured
+from gpuckpt.pytorch.profiling.other_sizes import Observed, predict, without_sizes
 from gpuckpt.pytorch.profiling.runner import Measured
 from gpuckpt.pytorch.profiling.signature import describe_call, describe_model
 
@@ -31,14 +33,17 @@ __all__ = ["PlanMaker", "Planned"]
 
 _MOST_PLANS = 64
 _MOST_REPLANS = 2  # of one kind of call
+_MOST_OBSERVED = 8  # sizes that others are predicted from
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan for inputs of one shape, and the measured model that it was made for."""
+    """A plan for inputs of one shape, and the measured model that it was made for. `predicted`: the bytes were not measured with
+    inputs of this shape but follow from those of others."""
 
     measured: Measured
     plan: Plan
+    predicted: bool = False
 
     @property
     def chain(self) -> Chain:
@@ -48,7 +53,7 @@ class Planned:
 class PlanMaker:
     """Measures and plans a model within `budget` and, where there is one, `host_budget`, each shared by `live` forwards.
 
-    `plans`: by kind of call, the one used last at the end.
+    `plans`: by kind of call, the one used last at the end. `predict`: plan new sizes by what others were measured to save.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class PlanMaker:
         preserve_rng_state: bool,
         repeats: int,
         live: int,
+        predict: bool,
     ) -> None:
         self.plans: OrderedDict[Any, Planned] = OrderedDict()
         self._model = model
@@ -70,6 +76,9 @@ class PlanMaker:
         self._preserve_rng_state = preserve_rng_state
         self._repeats = repeats
         self._live = live
+        self._predict = predict
+        self._observed: dict[Any, OrderedDict[tuple[int, ...], Measured]] = {}  # by kind without sizes, and by sizes
+        self._unpredictable: set[Any] = set()  # kinds
         self._link: Link | None = None
         self._numbers_matter: set[Any] = set()  # kinds in which another int was seen to take other bytes
         self._replanned: dict[Any, int] = {}
@@ -79,6 +88,8 @@ class PlanMaker:
     def start_anew(self) -> None:
         """The model was changed: what was measured holds no longer."""
         self.plans.clear()
+        self._observed.clear()
+        self._unpredictable.clear()
         self._parts = list(self._model.modules())
         self._parameters = list(self._model.parameters())
 
@@ -95,15 +106,43 @@ class PlanMaker:
             self._latest = kind
         return planned
 
+    def predicted(self, kind: Any) -> Planned | None:
+        """A plan for a kind of call whose bytes follow from those of others; None where they do not, or do not fit."""
+        like, sizes = without_sizes(kind)
+        observed = self._observed.get(like)
+        if not observed or not self._predict or kind in self._unpredictable:
+            return None
+        measured = predict([Observed(*pair) for pair in observed.items()], sizes)
+        if measured is None:
+            return None
+        with suppress(BudgetExceeded):  # refused by what is measured, not by what is expected
+            return self._add(kind, measured, predicted=True)
+        return None
+
     def make(self, kind: Any, args: tuple, kwargs: dict[str, Any]) -> Planned:
         """Measure and plan. Raises `BudgetExceeded`, with the smallest budget that would do, where no plan fits."""
         mark_given(tensors_in((args, kwargs)))
         mark_resident([*self._parameters, *self._model.buffers()])
         measured = self._measure(args, kwargs)
+        like, sizes = without_sizes(kind)
+        observed = self._observed.setdefault(like, OrderedDict())
+        observed[sizes] = measured
+        observed.move_to_end(sizes)
+        if len(observed) > _MOST_OBSERVED:
+            observed.popitem(last=False)
+        if self._host_budget is not None and self._link is None:
+            device = next((tensor.device for tensor in self._parameters), torch.device(self._budget.device))
+            self._link = measure_link(device, self._host_budget, WallClock())
+        return self._add(kind, measured, predicted=False)
+
+    def _add(self, kind: Any, measured: Measured, *, predicted: bool) -> Planned:
+        if (link := self._link) is not None:
+            chain = with_spill(measured.chain, link.bytes_per_s, latency_s=link.latency_s, name=SPILL)
+            measured = replace(measured, chain=chain)
         plan = self._plan(measured.chain, self._budget.max_bytes // self._live)
         with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
             self._budget.prefetch(plan.certificate.layout_bytes)
-        planned = self.plans[kind] = Planned(measured, plan)
+        planned = self.plans[kind] = Planned(measured, plan, predicted)
         self._latest = kind
         if len(self.plans) > _MOST_PLANS:
             self.plans.popitem(last=False)
@@ -111,11 +150,15 @@ class PlanMaker:
 
     def within(self, planned: Planned, max_bytes: int) -> Planned:
         """The same kind of call, planned for other bytes. Raises `BudgetExceeded`."""
-        return Planned(planned.measured, self._plan(planned.chain, max_bytes))
+        return replace(planned, plan=self._plan(planned.chain, max_bytes))
 
     def deviated(self) -> None:
-        """The latest step held other bytes than measured: other contents, or another int. Measure again, but not for ever."""
+        """The latest step held other bytes than expected: other contents, or another int. Measure again, but not for ever."""
         kind = self._latest
+        self._unpredictable.add(kind)
+        if (planned := self.plans.get(kind)) is not None and planned.predicted:
+            del self.plans[kind]
+            return
         self._numbers_matter.add(kind)
         self._replanned[kind] = self._replanned.get(kind, 0) + 1
         if self._replanned[kind] <= _MOST_REPLANS:
@@ -129,15 +172,7 @@ class PlanMaker:
                 f"stage {measured.random[0]!r} of {type(self._model).__name__} draws random numbers and would draw others when "
                 "it is recomputed; fit with preserve_rng_state=True"
             )
-        if self._host_budget is None:
-            return measured
-        if self._link is None:
-            device = next((tensor.device for tensor in self._parameters), torch.device(self._budget.device))
-            self._link = measure_link(device, self._host_budget, WallClock())
-        link = self._link
-        return replace(
-            measured, chain=with_spill(measured.chain, link.bytes_per_s, latency_s=link.latency_s, name=SPILL)
-        )
+        return measured
 
     def _plan(self, chain: Chain, max_bytes: int) -> Plan:
         host_bytes = None if self._host_budget is None else self._host_budget.max_bytes // self._live

@@ -173,6 +173,78 @@ def test_plans_are_not_kept_for_ever() -> None:
     assert len(fitted._maker.plans) == 64
 
 
+# ---- sizes that were never measured
+
+
+def sized(count: int, rows: int) -> Tensor:
+    return torch.randn(count, rows, 16, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("options", [{}, {"hold": "pool"}, {"host_budget": "1MiB"}], ids=["account", "pool", "host"])
+def test_a_new_length_is_planned_without_measuring(options: dict[str, Any]) -> None:
+    ours = model(6)
+    plain = copy.deepcopy(ours)
+    everything = fit(ours, sized(4, 32), "1GiB").plan.certificate.peak_bytes
+    fitted = fit(ours, sized(4, 32), everything * 2 // 3, repeats=1, **options)
+    for count, length in ((4, 32), (4, 24), (3, 24)):
+        assert gradients(ours, sized(count, length)) == gradients(plain, sized(count, length))
+    for count, length in ((4, 30), (2, 17), (3, 32), (4, 9), (4, 31)):
+        before = ours[0].tally.count
+        fitted.plan_for(sized(count, length))
+        assert fitted.latest.predicted
+        assert ours[0].tally.count == before, "nothing runs"
+        assert "not measured" in str(fitted.report())
+        assert gradients(ours, sized(count, length)) == gradients(plain, sized(count, length))
+        assert fitted.measured_peak_bytes == fitted.promised_peak_bytes <= fitted.budget.max_bytes
+        assert fitted.measured_host_peak_bytes == fitted.promised_host_peak_bytes
+    assert not fitted.deviations
+    assert fitted.budget.used_bytes == 0
+
+
+class Padded(Block):
+    """Works on whole tiles of 16 rows, as some kernels do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 16)))[:, : x.shape[1]]
+
+
+def test_a_wrong_prediction_is_noted_and_measured() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(*[Padded(16) for _ in range(6)])
+    plain = copy.deepcopy(ours)
+    fitted = fit(ours, sized(4, 64), "1MiB", repeats=1)
+    fitted.plan_for(sized(4, 32))
+    for _ in range(2):
+        assert gradients(ours, sized(4, 33)) == gradients(plain, sized(4, 33))
+    assert len(fitted.deviations) == 1, "33 rows take as much as 48"
+    assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+    assert not fitted.latest.predicted
+    assert gradients(ours, sized(4, 50)) == gradients(plain, sized(4, 50))
+    assert fitted.latest.predicted, "and now the law is known"
+    assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+    assert len(fitted.deviations) == 1
+
+
+def test_strict_measures_every_size() -> None:
+    fitted = fit(model(3), sized(4, 64), "1MiB", repeats=1, strict=True)
+    for length in (32, 48, 16):
+        assert not fitted.plan_for(sized(4, length)).predicted
+
+
+def test_a_length_that_does_not_fit_is_refused_as_it_is_measured() -> None:
+    ours = model(6)
+    fitted = fit(ours, sized(4, 32), "64KiB", repeats=1)
+    fitted.plan_for(sized(4, 16))
+    before = ours[0].tally.count
+    with pytest.raises(BudgetExceeded) as refused:
+        ours(sized(4, 200))
+    assert ours[0].tally.count > before
+    assert refused.value.available == 64 * 1024
+    assert refused.value.need == fit(ours, sized(4, 200), "1GiB").plan.certificate.smallest_budget_bytes
+    ours(sized(4, 24)).sum().backward()
+    assert fitted.budget.used_bytes == 0
+
+
 # ---- blocks that are skipped
 
 
