@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.hooks import current_budget, enter, plain_call
+from gpuckpt.pytorch.engine.kept.record import Record, reading, recording
 from gpuckpt.pytorch.engine.scope import reaches_anything
 from gpuckpt.pytorch.engine.storage_index import index_of
 from gpuckpt.pytorch.engine.verify import Verify, check_verify
@@ -104,18 +106,15 @@ def checkpoint(
         given = iter(kept)
         flat = [next(given) if leaf is _HERE else leaf for leaf in others]
         args, kwargs = pytree.tree_unflatten(objects.rebuilt(flat, kept[count:inside]) if objects else flat, spec)
-        with fence.restored(kept[inside:]):
+        with fence.restored(kept[inside:]), reading(record):
             fn(*args, **kwargs)
 
-    if budget is None:
-        frame = Frame(replay, current_budget(), verify)
+    frame = Frame(replay, current_budget() if budget is None else budget, verify)
+    with nullcontext() if budget is None else enter(budget, index_of(budget).hold):
+        record = Record().begin()
         frame.save(tensors)
-    else:
-        frame = Frame(replay, budget, verify)
-        with enter(budget, index_of(budget).hold):
-            frame.save(tensors)
     del tensors, leaves
-    with frame.hooks():
+    with frame.hooks(), recording(record):
         out = fn(*args, **kwargs)
     fence.learn()
     return out

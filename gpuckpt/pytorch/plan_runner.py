@@ -24,6 +24,7 @@ from gpuckpt.planning import KEEP, Node, Recompute
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame
+from gpuckpt.pytorch.engine.kept.record import Record, reading, recording
 from gpuckpt.pytorch.engine.offload import SPILL, Spill
 from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.profiling.call_hooks import run_module
@@ -85,18 +86,23 @@ class _Open:
         budget, host = walk.budget, walk.host
         children = node.children
 
+        record = self.record = Record()
+
         def replay(kept: list[torch.Tensor]) -> None:
             kept = [connected(tensor) if number in loose else tensor for number, tensor in enumerate(kept)]
             arrivals = [call.rewritten(_FromFrame, lambda leaf: kept[leaf.index]) for call in program]
             inner = Walk(children, budget, verify, preserve, arrivals, host)
-            for call in arrivals:
-                leaves = call.rewritten(_FromStage, lambda leaf: inner.previous.tensors[leaf.index]).leaves
-                count = call.spec.num_leaves
-                inside = count + len(call.objects.tensors)
-                flat = call.objects.rebuilt(leaves[:count], leaves[count:inside]) if call.objects else leaves[:count]
-                args, kwargs = pytree.tree_unflatten(flat, call.spec)
-                with call.fence.restored(leaves[inside:]):
-                    inner.step(call.stage, call.module, args, kwargs, call.fence, leaves[inside:])
+            with reading(record):
+                for call in arrivals:
+                    leaves = call.rewritten(_FromStage, lambda leaf: inner.previous.tensors[leaf.index]).leaves
+                    count = call.spec.num_leaves
+                    inside = count + len(call.objects.tensors)
+                    whole = (
+                        call.objects.rebuilt(leaves[:count], leaves[count:inside]) if call.objects else leaves[:count]
+                    )
+                    args, kwargs = pytree.tree_unflatten(whole, call.spec)
+                    with call.fence.restored(leaves[inside:]):
+                        inner.step(call.stage, call.module, args, kwargs, call.fence, leaves[inside:])
 
         self.frame = Frame(replay, budget, verify)
 
@@ -218,6 +224,7 @@ class Walk:
         elif self._open:  # the hooks that count are the innermost
             hooks.enter_context(self._open[-1].frame.hooks())
         for opened in opening:
+            opened.record.begin()
             if self._ahead is None:
                 opened.receive([call], links)
             else:
@@ -225,6 +232,7 @@ class Walk:
                 opened.receive([call, *following], links)
             hooks.enter_context(opened.frame.hooks())
         self._open += opening
+        hooks.enter_context(recording(*[opened.record for opened in self._open]))
 
 
 def _first(node: Node) -> int:

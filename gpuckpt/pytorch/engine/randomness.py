@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["Generators", "capturing", "is_generator", "other_states", "same_states"]
+__all__ = ["Draws", "Generators", "capturing", "is_generator", "other_states", "same_states"]
 
 State = tuple[Callable[[], Any], Callable[[Any], object]]  # how to read a generator's state, and how to set it
 
@@ -81,6 +82,44 @@ class Generators:
                 put(state)
 
         return leave
+
+
+class Draws:
+    """What some work draws from torch's default generators (CPU and the devices of `leaves`), from Python's and NumPy's own, and
+    from `explicit` ones; so that it need not run again for the sake of the numbers that come after."""
+
+    __slots__ = ("_states",)
+
+    def __init__(self, leaves: Iterable[Any], explicit: Sequence[Any]) -> None:
+        devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_cuda}
+        if torch.cuda.is_initialized():
+            devices.add(torch.device("cuda", torch.cuda.current_device()))
+        if capturing():  # a graph draws by an offset of its own
+            devices.clear()
+        ways = [_CPU, _PYTHON, _NUMPY, *map(_device_state, devices), *map(_state_of, explicit)]
+        self._states = [(get, put, get(), None) for get, put in ways]
+
+    def were_made(self) -> bool:
+        """Whether anything has been drawn since; note what."""
+        now = [(get, put, before, get()) for get, put, before, _ in self._states]
+        self._states = [drawn for drawn in now if not _same(*drawn[2:])]
+        return bool(self._states)
+
+    def repeat(self) -> None:
+        """Let generators that stand where they stood go on as if the work had run; others are not being repeated."""
+        for get, put, before, after in self._states:
+            if _same(get(), before):
+                put(after)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states of a generator are one."""
+    if isinstance(one, torch.Tensor):
+        with _disable_current_modes():
+            return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else bool(one == other)
 
 
 def other_states() -> tuple[Any, Any]:

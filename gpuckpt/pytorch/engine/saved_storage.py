@@ -143,9 +143,9 @@ class SavedStorage:
 
 
 class MovableStorage(SavedStorage):
-    """A holding whose bytes a budget can spill or compress. Moves happen under `budget.moving`."""
+    """A holding whose bytes a budget can spill or compress. Moves happen under `budget.moving`. `exact`: it is not compressed."""
 
-    __slots__ = ("_budget", "_dtype", "_helds", "_index")
+    __slots__ = ("_budget", "_dtype", "_helds", "_index", "exact")
 
     def __init__(self, nbytes: int, budget: Budget, index: Index) -> None:
         super().__init__(nbytes)
@@ -153,6 +153,7 @@ class MovableStorage(SavedStorage):
         self._index = index  # is told which storage the bytes are in
         self._helds: list[weakref.ref[HeldTensor]] = []
         self._dtype: torch.dtype | None = None  # what to expand to; None: not compressed
+        self.exact = False
 
     def look(self, held: HeldTensor) -> HeldTensor:
         """`held` looks into this holding from now on."""
@@ -166,7 +167,7 @@ class MovableStorage(SavedStorage):
             return 0
         with self._budget.moving:  # type: ignore[union-attr]
             before_bytes = self._charged_bytes()
-            if before_bytes == 0 or (how == "compress" and self.away is not None):
+            if before_bytes == 0 or (how == "compress" and (self.exact or self.away is not None)):
                 return 0
             if not (self._spill() if how == "spill" else self._compress()):
                 return 0

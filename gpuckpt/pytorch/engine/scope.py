@@ -172,7 +172,7 @@ class _GeneratorSearch:
             if kind.__module__.partition(".")[0] == "torch":
                 continue
             for function in (value for base in kind.__mro__ for value in vars(base).values()):
-                if isinstance(function, types.FunctionType) and function.__module__.partition(".")[0] != "torch":
+                if isinstance(function, types.FunctionType) and str(function.__module__).partition(".")[0] != "torch":
                     for value in _reached(function, 1):
                         if is_generator(value):
                             found[id(value)] = value

@@ -22,6 +22,7 @@ from gpuckpt.planning import Chain, Stage
 from gpuckpt.pytorch._torch_internals import intercept_checkpoints, untraced
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
+from gpuckpt.pytorch.engine.kept.record import Record, recording
 from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
@@ -94,7 +95,8 @@ class _Measurement:
         cut_args, cut_kwargs, hand_on = (args, kwargs, None) if self.whole else cut_call(args, kwargs)
         given = tensors_in((cut_args, cut_kwargs))
         before, states = _versions(given), random_states()
-        with saved.hooks():
+        record = Record()
+        with saved.hooks(), recording(record):
             out = run_module(module, cut_args, cut_kwargs)
         fence.learn(for_good=True)
         if hand_on is not None:
@@ -105,6 +107,7 @@ class _Measurement:
             tensor for tensor, now, version in zip(tensors, given, before, strict=True) if now._version != version
         ]
         extras += self.storages.of(fence.copies)
+        extras += self.storages.of([tensor for tensor in record.tensors() if not is_resident(tensor)])
         if have_drawn(states):
             self.random.append(name)
         self.held.update(inputs, extras)
@@ -132,7 +135,7 @@ class _Measurement:
             kind = self.kinds[key] = StageKind(len(saved.shapes))
         kind.calls.append(self.position)
         if len(kind.samples) <= MOST_SAMPLES * self.repeats:
-            kind.samples.append(Sample(module, again, fence, saved.shapes, name))
+            kind.samples.append(Sample(module, again, fence, record, saved.shapes, name))
         self.position += 1
         self.previous = Outputs(outputs)
         self.inside = False

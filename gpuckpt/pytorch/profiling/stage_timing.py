@@ -7,8 +7,8 @@ share one median time, so that a planner sees N equal blocks as equal.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.early_stop import replaying
 from gpuckpt.pytorch.engine.fence import Fence
+from gpuckpt.pytorch.engine.kept.record import Record, reading
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
@@ -34,13 +35,20 @@ MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
 
 
 class Sample(NamedTuple):
-    """A call of a stage that can be run again: its inputs, what it saw, and the shapes of what it saved."""
+    """A call of a stage that can be run again: its inputs, what it saw, what it decided, and the shapes of what it saved."""
 
     module: nn.Module
     inputs: Any
     fence: Fence
+    record: Record
     shapes: list[tuple[int, ...]]
     name: str
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """The context to run it in again."""
+        with self.fence.restored(self.fence.kept), reading(self.record):
+            yield
 
 
 @dataclass
@@ -58,33 +66,32 @@ class StageKind:
     def measure(self, clock: Clock, repeats: int) -> None:
         """Run the samples again: the first for its workspace, all for their time."""
         first = self.samples[0]
-        self.workspace_bytes = run_again(first.module, first.inputs, first.fence, first.shapes, first.name)
+        self.workspace_bytes = run_again(first)
         while self.samples:
-            sample = self.samples.pop(0)
-            self.time(sample.module, sample.inputs, sample.fence, clock, repeats)
+            self.time(self.samples.pop(0), clock, repeats)
 
     @property
     def tail_s(self) -> float:
         """Seconds of the forward that a recompute is spared; none where the two medians differ by noise the other way."""
         return max(0.0, statistics.median(self.forward_s) - statistics.median(self.stopped_s))
 
-    def time(self, module: nn.Module, inputs: Any, fence: Fence, clock: Clock, repeats: int) -> None:
+    def time(self, sample: Sample, clock: Clock, repeats: int) -> None:
         """Time one stage of this kind: `repeats` times for the first, once for each of the others up to a limit."""
         wanted = min(repeats if not self.forward_s else 1, MOST_SAMPLES * repeats - len(self.forward_s))
         for _ in range(wanted):
-            args, kwargs = fresh(inputs)
-            with fence.restored(fence.kept):
+            args, kwargs = fresh(sample.inputs)
+            with sample.as_it_was():
                 began_s = clock.now()
-                out = run_module(module, args, kwargs)
+                out = run_module(sample.module, args, kwargs)
                 self.forward_s.append(clock.now() - began_s)
-            roots, leaves = _ends(module, (args, kwargs), out)
+            roots, leaves = _ends(sample.module, (args, kwargs), out)
             grads = [torch.ones_like(root) for root in roots]
             began_s = clock.now()
             if roots and leaves:
                 torch.autograd.grad(roots, leaves, grads, allow_unused=True)
             self.backward_s.append(clock.now() - began_s)
-            with fence.restored(fence.kept):
-                self.stopped_s.append(_stopped_s(module, inputs, clock, self.saved))
+            with sample.as_it_was():
+                self.stopped_s.append(_stopped_s(sample.module, sample.inputs, clock, self.saved))
 
 
 class _Stop(BaseException):
@@ -121,18 +128,19 @@ def _stopped_s(module: nn.Module, inputs: Any, clock: Clock, saved: int) -> floa
     return clock.now() - began_s
 
 
-def run_again(module: nn.Module, inputs: Any, fence: Fence, shapes: list[tuple[int, ...]], name: str) -> int:
+def run_again(sample: Sample) -> int:
     """Run a stage a second time; it must save the same again. Returns the bytes of its workspace."""
-    args, kwargs = fresh(inputs)
+    module, shapes = sample.module, sample.shapes
+    args, kwargs = fresh(sample.inputs)
     saved, live = SaveRecorder(), LiveBytes()
     torch.clear_autocast_cache()
-    with fence.restored(fence.kept), live, saved.hooks():
+    with sample.as_it_was(), live, saved.hooks():
         out = run_module(module, args, kwargs)
     if saved.shapes != shapes:
         raise InvalidChain(
-            f"stage {name!r} ({type(module).__name__}) saved {len(shapes)} tensors when it ran and {len(saved.shapes)}, or of "
-            "other shapes, when it ran again on the same inputs, so that it cannot be recomputed. It keeps state between calls: "
-            "a cache (Hugging Face: use_cache=False), a counter, a data-dependent branch"
+            f"stage {sample.name!r} ({type(module).__name__}) saved {len(shapes)} tensors when it ran and {len(saved.shapes)}, "
+            "or of other shapes, when it ran again on the same inputs, so that it cannot be recomputed. It keeps state between "
+            "calls: a cache (Hugging Face: use_cache=False), a counter, a data-dependent branch"
         )
     roots, leaves = _ends(module, (args, kwargs), out)
     with live:

@@ -395,3 +395,12 @@ def test_hooks_that_a_first_run_installs(way):
     for _ in range(3):
         assert gradients(ours, outer) == gradients(plain, plain)
         assert len(ours.seen) == 4
+
+
+def test_a_class_that_no_module_defines():
+    """Code that is run from text: its functions have no module."""
+    names: dict[str, object] = {"nn": nn}
+    exec("class Doubled(nn.Linear):\n    def forward(self, x):\n        return super().forward(2 * x)", names)
+    torch.manual_seed(0)
+    block = names["Doubled"](16, 16)
+    assert gradients(block, lambda x: checkpoint(block, x)) == gradients(block, block)

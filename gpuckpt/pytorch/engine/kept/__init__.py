@@ -1,0 +1,1 @@
+"""What forward made and a recompute is given back instead of making it again."""
