@@ -70,6 +70,8 @@ class Stage:
         output: ids of its output; `()` when the output is not a storage of the chain, and then `output_bytes` alone counts.
         output_bytes: bytes of its output, which are also those of the gradient that comes back through it.
         workspace_bytes: temporaries at the worst moment of its forward or backward, beyond input, output and saves.
+        again_bytes: what checkpoints inside of it recompute and hold in its backward, at the most, beyond what is held when
+            that begins.
         recomputable: False for stages that may only be kept, at top level (a loss, a stage with side effects).
         variants: further ways to keep it.
 
@@ -90,6 +92,7 @@ class Stage:
     recomputable: bool = True
     variants: tuple[Variant, ...] = ()
     tail_s: float = 0.0
+    again_bytes: int = 0
 
     def option(self, name: str) -> Variant:
         """The way to keep this stage called `name`; `KeyError` when it has none of that name."""
@@ -240,6 +243,8 @@ class Chain:
         for s in self.stages:
             variants = [(v.name, v.saves, v.spilled) for v in s.variants]
             record.append([s.name, s.saves, s.inputs, s.extras, s.output, s.output_bytes, s.recomputable, variants])
+            if s.again_bytes:
+                record.append(s.again_bytes)
         return hashlib.sha256(json.dumps(record, separators=(",", ":")).encode()).hexdigest()[:32]
 
     def fingerprint(self) -> str:
@@ -309,6 +314,7 @@ def _check_stage(stage: Stage, what: str, n_storages: int) -> None:
     _check_seconds(stage.backward_s, f"{what}: backward_s")
     _check_bytes(stage.output_bytes, f"{what}: output_bytes")
     _check_bytes(stage.workspace_bytes, f"{what}: workspace_bytes")
+    _check_bytes(stage.again_bytes, f"{what}: again_bytes")
     for field in ("saves", "inputs", "extras", "output"):
         _check_ids(getattr(stage, field), n_storages, f"{what}: {field}")
     _check_tail(stage.tail_s, stage.forward_s, what)

@@ -4,6 +4,7 @@ The rules, which the runtime follows to the byte:
 - Forward runs the top level in order. `Keep` holds what the stage saves; a frame holds its input and its stages' extras.
 - Backward runs in reverse. Before the backward of a frame's last stage the frame runs its children forward again, up to the
   last thing that is held: a frame that *ends* a sub-plan is then not run, and of a stage that ends one not its tail.
+- While the backward of a stage runs, what checkpoints inside of it recompute is held as well.
 - When the backward of a stage is done its saves are let go; when that of all stages of a frame is, the frame's input.
 - A storage is charged once however many hold it, and let go with its last holder.
 - An extra that an earlier stage made is what forward made. When the frame that holds it runs its maker again, that makes another
@@ -11,7 +12,7 @@ The rules, which the runtime follows to the byte:
 - What an option spills goes to the host in the forward, except storages that are held already, which stay held. Before
   the backward of that stage it comes back and is charged again; its copy on the host goes with the backward's end.
 
-Held bytes therefore only rise in forward and recompute and only fall in backward. `total` adds, by the step: the stage's
+Held bytes therefore only rise in forward and recompute, and fall in backward. `total` adds, by the step: the stage's
 input and output while it runs, its workspace, and the gradients that come and go.
 
 Every node is held exactly once, so the walk takes time linear in the tree even when the plan's forwards are quadratic.
@@ -183,7 +184,9 @@ class _Run:
             self._hold(spilled.away)
             self._record(f"bring back {stage.name}")
         gradients_bytes = stage.output_bytes + (self.chain.stages[step.first - 1].output_bytes if step.first else 0)
-        self._alive(f"backward {stage.name}", gradients_bytes + stage.workspace_bytes)
+        self._alive(f"backward {stage.name}", gradients_bytes + stage.workspace_bytes + stage.again_bytes)
+        if stage.again_bytes:
+            self._record(f"recompute inside {stage.name}", stage.again_bytes)
         self._release(self.kept.pop(node))
         if spilled is not None:
             self._release(spilled.away)
@@ -228,10 +231,11 @@ class _Run:
             self.total_peak_bytes = self.held_bytes + beyond_bytes
             self.total_peak_step = label
 
-    def _record(self, label: str) -> None:
-        self.trace.append((label, self.held_bytes))
-        if self.held_bytes > self.peak_bytes:
-            self.peak_bytes, self.peak_step = self.held_bytes, label
+    def _record(self, label: str, beyond_bytes: int = 0) -> None:
+        held_bytes = self.held_bytes + beyond_bytes
+        self.trace.append((label, held_bytes))
+        if held_bytes > self.peak_bytes:
+            self.peak_bytes, self.peak_step = held_bytes, label
 
     def _span(self, step: Step) -> str:
         first, last = self.chain.stages[step.first].name, self.chain.stages[step.last].name

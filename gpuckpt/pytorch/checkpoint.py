@@ -24,7 +24,7 @@ from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.hooks import current_budget, enter, plain_call
-from gpuckpt.pytorch.engine.kept.record import Record, reading, recording
+from gpuckpt.pytorch.engine.kept.record import Record, by_hand, reading, recording
 from gpuckpt.pytorch.engine.scope import reaches_anything
 from gpuckpt.pytorch.engine.storage_index import index_of
 from gpuckpt.pytorch.engine.verify import Verify, check_verify
@@ -78,7 +78,8 @@ def checkpoint(
     if not args and not kwargs and not reaches_anything(fn):
         raise TypeError("checkpoint(fn, *args): expected at least one input to recompute from, got none")
     if not torch.is_grad_enabled():
-        return fn(*args, **kwargs)
+        with by_hand():
+            return fn(*args, **kwargs)
     if innermost_transform() is not None:
         with plain_call("gpuckpt.checkpoint", budget):
             return fn(*args, **kwargs)
@@ -114,7 +115,7 @@ def checkpoint(
         record = Record().begin()
         frame.save(tensors)
     del tensors, leaves
-    with frame.hooks(), recording(record):
+    with frame.hooks(), recording(record), by_hand():
         out = fn(*args, **kwargs)
     fence.learn()
     return out

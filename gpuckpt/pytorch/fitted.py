@@ -21,6 +21,7 @@ from gpuckpt.planning import Chain, Plan
 from gpuckpt.planning.report import PlanReport, explain
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
 from gpuckpt.pytorch.engine.hooks import enter, plain_call
+from gpuckpt.pytorch.engine.kept.record import in_checkpoint
 from gpuckpt.pytorch.engine.residency import mark_computed, mark_given
 from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.peak_check import Deviation, StepPeaks
@@ -264,7 +265,7 @@ class Fitted:
     @untraced
     def _stage_call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         step: _StepProgress | None = getattr(self._local, "step", None)
-        if step is None or not torch.is_grad_enabled():
+        if step is None or not torch.is_grad_enabled() or in_checkpoint():
             return run_module(module, args, kwargs)
         measured = step.planned.measured
         # A call of something else is outside of the plan and simply kept; blocks that are skipped leave a gap in it.

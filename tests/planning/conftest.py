@@ -57,6 +57,7 @@ def make_chain(
                 rng.random() >= fixed,
                 tuple(variants),
                 rng.randint(0, min([forward_s, *(variant.forward_s for variant in variants)])),
+                rng.choice([0, 0, rng.randint(0, most)]),
             )
         )
     return Chain(tuple(stages), tuple(sizes))
@@ -65,6 +66,7 @@ def make_chain(
 def make_wild_chain(rng: random.Random, n: int) -> Chain:
     """A chain that shares storages in any way at all, with a pool's unit."""
     sizes = tuple(rng.randint(0, 3000) for _ in range(2 * n + 2))
+    unit_bytes = rng.choice([1, 64, 512])
 
     def some(most: int) -> tuple[int, ...]:
         return tuple(rng.sample(range(len(sizes)), rng.randint(0, min(most, len(sizes)))))
@@ -83,10 +85,11 @@ def make_wild_chain(rng: random.Random, n: int) -> Chain:
             rng.random() < 0.9,
             (Variant("v", some(3), 1 + rng.random(), rng.random(), some(3)),) if rng.random() < 0.3 else (),
             tail_s=rng.random(),
+            again_bytes=rng.choice([0, rng.randint(0, 3000) // unit_bytes * unit_bytes]),
         )
         for i in range(n)
     )
-    return Chain(stages, sizes, rng.choice([1, 64, 512]))
+    return Chain(stages, sizes, unit_bytes)
 
 
 def every_tree(chain: Chain, first: int, last: int, depth: int = 0, opening: bool = False) -> Iterator[tuple]:
@@ -242,7 +245,10 @@ def play(chain: Chain, tree: tuple) -> Played:
                 gradients = stage.output_bytes + (chain.stages[node.stage - 1].output_bytes if node.stage else 0)
                 back = [x for owner, x in on_host if owner is node]
                 hold(node, tuple(back))
-                alive(set(), gradients + stage.workspace_bytes)
+                alive(set(), gradients + stage.workspace_bytes + stage.again_bytes)
+                if stage.again_bytes:
+                    seen.events += [("alloc", ("inside", node), stage.again_bytes), ("free", ("inside", node))]
+                seen.peak_bytes = max(seen.peak_bytes, size(held()) + stage.again_bytes)
                 let_go(node, tuple(x for owner, x in holds if owner is node))
                 on_host.difference_update([(node, x) for x in back])
             else:

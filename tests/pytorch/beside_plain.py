@@ -109,7 +109,7 @@ def beside_plain(
         peak_bytes = plain_peak_bytes(model, args, kwargs, around)
         if budget is None:
             if share is None:
-                probe = fit(copy.deepcopy(model), inputs, peak_bytes, **fit_options)
+                probe = fit(copy.deepcopy(model), inputs, 1 << 40, **fit_options)
                 budget = probe.plan.certificate.smallest_budget_bytes
                 probe.unfit()
             else:

@@ -37,11 +37,11 @@ class Problem:
         extras_bytes: bytes of all extras together; uses_extras: (n,), stages whose frames hold them.
         forward_s, tail_s: (n,); recomputable: (n,).
         option_need, back_need: (2, n, v); bytes alive beyond what keeping holds while a kept stage runs forward, and in its
-            backward, where what was spilled is back and held as well.
+            backward, where what was spilled is back and held as well, and what checkpoints inside of it recompute.
         first_need, run_need: (n,); the same for a stage that runs forward in a frame, as its first stage and further on.
         gradient_bytes: (n,); gradient of the stage's output, alive while a frame that ends with it recomputes.
         exact: the arrays charge every byte once.
-    All the needs and gradients are zero when the plan has to fit held bytes only, but for what comes back from the host.
+    All the needs and gradients are zero when the plan has to fit held bytes only, but for what is held in backward alone.
     """
 
     option_bytes: Ints
@@ -103,7 +103,7 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
             spilled = frozenset(option.spilled) - saves
             for c in (0, 1):
                 back_bytes = chain.charge(tuple(spilled - (inputs[i] - extras if c else frozenset())))
-                back_need[c, i, o] = back_bytes
+                back_need[c, i, o] = back_bytes + stage.again_bytes
                 if objective == "total":
                     held = saves | spilled | (inputs[i] if c else frozenset())
                     option_need[c, i, o] = back_bytes + stage.workspace_bytes + chain.running_bytes(i, held)

@@ -128,12 +128,15 @@ class Frame:
     """One piece of work that is run now and replayed in backward.
 
     `replay(tensors)` does the work again from the tensors that were given to `save`, in that order. It must not refer to
-    the frame. `budget` holds what is recomputed; None: nothing is charged.
+    the frame. `budget` holds what is recomputed; None: nothing is charged. `made`: how many there have been.
     """
+
+    made = 0
 
     def __init__(
         self, replay: Callable[[list[torch.Tensor]], Any], budget: Budget | None, verify: Verify | None = None
     ) -> None:
+        Frame.made += 1
         self._replay = replay
         self._budget = budget
         self._verify = verify

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt.errors import InvalidChain
+from gpuckpt.pytorch.engine.kept.record import in_checkpoint
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 
 __all__ = ["Outputs", "find_chain", "tensors_in"]
@@ -121,16 +122,21 @@ def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any], grad: bool
 
 
 def _find(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Module]:
-    calls, work = _watch(model, candidates(model), args, kwargs)
+    calls, work, inside = _watch(model, candidates(model), args, kwargs)
     chain, cut = heaviest_path(calls), disjoint_calls(calls)
     finer = len(cut) >= 2 * len(chain) and covered(cut) >= _SHARE * covered(chain)
     if finer or covered(cut) * _SHARE > covered(chain):
         chain = cut
     if len(chain) < 2 or covered(chain) < (1 - _SHARE) * work:
-        calls, _ = _watch(model, {**attributes(model), **candidates(model)}, args, kwargs)
+        calls, _, inside = _watch(model, {**attributes(model), **candidates(model)}, args, kwargs)
         cut = disjoint_calls(calls)
         if len(cut) >= 2 and covered(cut) > covered(chain):
             chain = cut
+    if len(chain) < 2 and inside:
+        raise InvalidChain(
+            f"{type(model).__name__} runs {type(inside[0]).__name__} and {len(inside) - 1} other modules inside "
+            "gpuckpt.checkpoint, and nothing else is left to plan; call them without it: fit chooses what to recompute"
+        )
     if len(chain) < 2:
         raise InvalidChain(
             f"{type(model).__name__}: found no chain of stages to plan. Expected two modules or more, called one after the "
@@ -141,13 +147,17 @@ def _find(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Modu
 
 def _watch(
     model: nn.Module, modules: dict[nn.Module, str], args: tuple, kwargs: dict[str, Any]
-) -> tuple[list[Call], int]:
-    """The calls of `modules` in one forward, and how much work that was."""
+) -> tuple[list[Call], int, list[nn.Module]]:
+    """The calls of `modules` in one forward, how much work that was, and those among them that checkpoints made by hand cover."""
     calls: list[Call] = []
     alive: list[Any] = []  # ids name tensors for as long as these live
     counter = _CountBytes()
+    inside: list[nn.Module] = []
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if in_checkpoint():
+            inside.append(module)
+            return run_module(module, args, kwargs)
         record = Call(module, counter.position, frozenset(map(id, tensors_in((args, kwargs)))))
         calls.append(record)
         out = run_module(module, args, kwargs)
@@ -158,7 +168,7 @@ def _watch(
 
     with intercept(modules, call), counter:
         run_module(model, args, kwargs)
-    return calls, counter.position
+    return calls, counter.position, inside
 
 
 def covered(calls: Sequence[Call]) -> int:

@@ -77,18 +77,19 @@ def predict(observed: Sequence[Observed], sizes: tuple[int, ...]) -> Measured | 
     laws = _Laws([values[:-1] for values in variables], [values[-1] for values in variables])
     chains = [each.measured.chain for each in observed]
     storages = laws.sizes([chain.storages for chain in chains])
-    if storages is None:
+    again = laws.sizes([[stage.again_bytes for stage in chain.stages] for chain in chains])
+    if storages is None or again is None:
         return None
     nearest = min(
         observed, key=lambda each: abs(math.log((1 + sum(storages)) / (1 + sum(each.measured.chain.storages))))
     )
     chain = nearest.measured.chain
     ratio = sum(storages) / max(1, sum(chain.storages))
-    stages = [_scaled(stage, ratio) for stage in chain.stages]
+    stages = [_scaled(stage, ratio, nbytes) for stage, nbytes in zip(chain.stages, again, strict=True)]
     return replace(nearest.measured, chain=replace(chain, stages=tuple(stages), storages=tuple(storages)))
 
 
-def _scaled(stage: Stage, ratio: float) -> Stage:
+def _scaled(stage: Stage, ratio: float, again_bytes: int) -> Stage:
     """With what no ledger holds in proportion: seconds, temporaries, gradients."""
     return replace(
         stage,
@@ -97,6 +98,7 @@ def _scaled(stage: Stage, ratio: float) -> Stage:
         tail_s=stage.tail_s * ratio,
         workspace_bytes=math.ceil(stage.workspace_bytes * ratio),
         output_bytes=math.ceil(stage.output_bytes * ratio),
+        again_bytes=again_bytes,
     )
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
@@ -22,12 +21,14 @@ from gpuckpt.planning import Chain, Stage
 from gpuckpt.pytorch._torch_internals import intercept_checkpoints, untraced
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence import Fence
-from gpuckpt.pytorch.engine.kept.record import Record, recording
+from gpuckpt.pytorch.engine.hooks import enter
+from gpuckpt.pytorch.engine.kept.record import Record, in_checkpoint, recording
 from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
+from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
 from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, unpack
 from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Sample, StageKind, kind_key
@@ -50,13 +51,23 @@ class _Measurement:
     """What is known so far of the chain, while the model runs."""
 
     def __init__(
-        self, given: set[int], found: Found, names: dict[nn.Module, str], storages: Storages, clock: Clock, repeats: int
+        self,
+        model: nn.Module,
+        given: set[int],
+        found: Found,
+        storages: Storages,
+        clock: Clock,
+        repeats: int,
+        unit_bytes: int,
     ) -> None:
+        self.parameters = list(model.parameters())
         self.given = given  # ids of the model's own arguments
         self.expected = found.modules
         self.whole = found.differentiates  # stages stay connected: the model's forward goes backward through them
         self.recorded: list[SaveRecorder] = []  # of each call; loads so far do not count
-        self.names = names
+        self.names = {module: name for name, module in model.named_modules()}
+        self.inner = InnerCheckpoints(unit_bytes)
+        self.outside_again = False  # whether code outside of stages made checkpoints
         self.storages = storages
         self.clock = clock
         self.repeats = repeats
@@ -73,11 +84,13 @@ class _Measurement:
 
     @untraced
     def stage(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.position >= len(self.expected) or self.expected[self.position] is not module:
+        if in_checkpoint() or self.position >= len(self.expected) or self.expected[self.position] is not module:
             return run_module(module, args, kwargs)  # a call that is no part of the chain
-        self.close_outside("prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}")
         leaves = pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.close_outside(
+            "prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}", tensors
+        )
         mark_computed(tensors, self.given)
         linked = set(self.previous.unchanged())
         # A frame holds what is resident for nothing.
@@ -95,6 +108,7 @@ class _Measurement:
         cut_args, cut_kwargs, hand_on = (args, kwargs, None) if self.whole else cut_call(args, kwargs)
         given = tensors_in((cut_args, cut_kwargs))
         before, states = _versions(given), random_states()
+        self.inner.watch()
         record = Record()
         with saved.hooks(), recording(record):
             out = run_module(module, cut_args, cut_kwargs)
@@ -135,10 +149,12 @@ class _Measurement:
             kind = self.kinds[key] = StageKind(len(saved.shapes))
         kind.calls.append(self.position)
         if len(kind.samples) <= MOST_SAMPLES * self.repeats:
-            kind.samples.append(Sample(module, again, fence, record, saved.shapes, name))
+            kind.samples.append(Sample(module, again, fence, record, saved.shapes, name, self.inner.any()))
         self.position += 1
         self.previous = Outputs(outputs)
+        self.inner.share((*tensors, *outputs))
         self.inside = False
+        self.inner.watch()
         self.outside_began_s = self.clock.now()
         return out
 
@@ -169,37 +185,61 @@ class _Measurement:
             if saved.loads:
                 self.stages[number] = replace(self.stages[number], recomputable=False)
 
-    def close_outside(self, name: str) -> None:
-        """Turn what was saved outside stages since the last one into a stage of its own that is always kept."""
-        seconds = self.clock.now() - self.outside_began_s
+    def close_outside(self, name: str, ends: Sequence[torch.Tensor] = ()) -> None:
+        """Turn what was saved outside stages since the last one, on the way to `ends`, into a stage of its own that is always
+        kept."""
+        seconds, again_bytes = self.clock.now() - self.outside_began_s, 0
+        if self.inner.any() and not self.whole:
+            self.outside_again = True
+            roots = [tensor for tensor in ends if tensor.grad_fn is not None]
+            again_bytes = self.inner.again_bytes(lambda: self.backward(roots, retain_graph=True))
         saves, self.outside = self.outside.storages(self.storages, self.held), SaveRecorder()
         self.held.update(saves)
-        if saves or name in ("prefix", "suffix"):
-            self.stages.append(Stage(name, seconds, 2 * seconds, saves, recomputable=False))
+        if saves or again_bytes or name in ("prefix", "suffix"):
+            self.stages.append(Stage(name, seconds, 2 * seconds, saves, recomputable=False, again_bytes=again_bytes))
 
-    def close(self, out: Any, parameters: Sequence[nn.Parameter]) -> None:
+    def backward(self, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> list[torch.Tensor]:
+        """Go backward from `roots` to the end of the stage before, or to the model's parameters. The gradients."""
+        leaves = [tensor for tensor in (*self.previous.tensors, *self.parameters) if tensor.requires_grad]
+        if not roots or not leaves:
+            return []
+        grads = [torch.ones_like(root) for root in roots]
+        found = torch.autograd.grad(roots, leaves, grads, allow_unused=True, retain_graph=retain_graph)
+        return [grad for grad in found if grad is not None]
+
+    def close(self, out: Any) -> None:
         """What lies after the last stage, with its backward: usually a head and a loss, and with them much workspace."""
+        # What lies before may be reached by a skip: its checkpoints are not the suffix's.
+        counts = self.inner.any() or not self.outside_again
         self.close_outside("suffix")
         self.inside = True
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
         # A model that returns its loss often returns logits and states as well, which have no backward.
         roots = [tensor for tensor in outputs if tensor.numel() == 1] or outputs
-        leaves = [tensor for tensor in (*self.previous.tensors, *parameters) if tensor.requires_grad]
-        if not roots or not leaves:
-            return
-        grads, live = [torch.ones_like(root) for root in roots], LiveBytes()
+        live, found = LiveBytes(), []
         began_s = self.clock.now()
-        torch.autograd.grad(roots, leaves, grads, allow_unused=True, retain_graph=True)
+        self.backward(roots, retain_graph=True)
         backward_s = self.clock.now() - began_s
-        with live:
-            found = torch.autograd.grad(roots, leaves, grads, allow_unused=True)
-        gradients = live.numbers([grad for grad in found if grad is not None])
-        workspace_bytes = live.peak_bytes(0, live.mark(), gradients)
-        self.stages[-1] = replace(self.stages[-1], backward_s=backward_s, workspace_bytes=workspace_bytes)
+
+        def backward() -> None:
+            with live:
+                found.extend(self.backward(roots, retain_graph=False))
+
+        again_bytes = self.inner.again_bytes(backward)
+        self.stages[-1] = replace(
+            self.stages[-1],
+            backward_s=backward_s,
+            workspace_bytes=live.peak_bytes(0, live.mark(), live.numbers(found)),
+            again_bytes=again_bytes if counts else 0,
+        )
 
     @untraced
     def note_outside(self, tensor: torch.Tensor) -> Any:
-        return (SaveRecorder() if self.inside else self.outside).pack(tensor)
+        if self.inside:
+            return SaveRecorder().pack(tensor)
+        token = self.outside.pack(tensor)
+        token.held = self.inner.hold(tensor)
+        return token
 
     def finished(self) -> tuple[Stage, ...]:
         """The stages, with what is known of their kinds."""
@@ -215,6 +255,7 @@ class _Measurement:
                     forward_s=stage.forward_s + forward_s,
                     backward_s=stage.backward_s + backward_s,
                     workspace_bytes=max(stage.workspace_bytes, kind.workspace_bytes),
+                    again_bytes=max(stage.again_bytes, kind.again_bytes),
                     tail_s=kind.tail_s if last_calls[number] == call else stage.tail_s,
                 )
         return tuple(stages)
@@ -234,7 +275,6 @@ def run_chain(
     copies: bool = False,
 ) -> Measured:
     """The measuring itself; it leaves buffers and random number generators as the model left them."""
-    names = {module: name for name, module in model.named_modules()}
     tensors = tensors_in((args, kwargs))
     residents = [*model.parameters(), *model.buffers()]
     residents += [tensor for tensor in tensors if tensor.is_leaf and tensor.requires_grad]
@@ -258,17 +298,17 @@ def run_chain(
         # What autocast remembers of a run without autograd is none of the chain's.
         torch.clear_autocast_cache()
         given = set(map(id, tensors))
-        run = _Measurement(given, found, names, Storages(residents, copies, unit_bytes), clock, repeats)
-        hooks = saved_tensors_hooks(run.note_outside, unpack)
+        run = _Measurement(model, given, found, Storages(residents, copies, unit_bytes), clock, repeats, unit_bytes)
+        hooks = enter(run.inner.budget, run.note_outside, unpack)  # entered, for checkpoints that are made there
         with torch.enable_grad(), intercept(dict.fromkeys(found.modules), run.stage), hooks:
             out = run_module(model, args, kwargs)
             run.keep_what_was_loaded()
-            run.close(out, list(model.parameters()))
+            run.close(out)
         del out
         # Not in the middle of the model's forward, whose hooks would see every stage several times.
         with torch.enable_grad():
             for kind in run.kinds.values():
-                kind.measure(clock, repeats)
+                kind.measure(clock, repeats, run.inner)
     if run.position != len(found.modules):
         raise InvalidChain(
             f"{type(model).__name__} called {run.position} of {len(found.modules)} stages with autograd on; a chain runs the "

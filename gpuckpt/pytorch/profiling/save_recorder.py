@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -71,10 +72,11 @@ class Storages:
 class _Token:
     """Stands in the graph for a saved tensor, and dies with the node that saved it."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "held", "tensor")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
+        self.held: Any = None  # what else is to live as long
 
 
 class SaveRecorder:

@@ -26,6 +26,7 @@ from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
+from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
 from gpuckpt.pytorch.profiling.isolation import fresh
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, identity
 
@@ -35,7 +36,8 @@ MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
 
 
 class Sample(NamedTuple):
-    """A call of a stage that can be run again: its inputs, what it saw, what it decided, and the shapes of what it saved."""
+    """A call of a stage that can be run again: its inputs, what it saw, what it decided, and the shapes of what it saved.
+    `checkpoints`: whether it made some of its own."""
 
     module: nn.Module
     inputs: Any
@@ -43,6 +45,7 @@ class Sample(NamedTuple):
     record: Record
     shapes: list[tuple[int, ...]]
     name: str
+    checkpoints: bool
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
@@ -57,16 +60,19 @@ class StageKind:
 
     saved: int  # how many tensors autograd saves in it
     workspace_bytes: int = 0
+    again_bytes: int = 0
     samples: list[Sample] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)  # which of the chain's calls
     forward_s: list[float] = field(default_factory=list)
     backward_s: list[float] = field(default_factory=list)
     stopped_s: list[float] = field(default_factory=list)  # of the forward up to the last saved tensor
 
-    def measure(self, clock: Clock, repeats: int) -> None:
+    def measure(self, clock: Clock, repeats: int, inner: InnerCheckpoints) -> None:
         """Run the samples again: the first for its workspace, all for their time."""
         first = self.samples[0]
         self.workspace_bytes = run_again(first)
+        if first.checkpoints:
+            self.again_bytes = _again_bytes(first, inner)
         while self.samples:
             self.time(self.samples.pop(0), clock, repeats)
 
@@ -154,6 +160,21 @@ def run_again(sample: Sample) -> int:
     gradients = live.numbers([*(grad for grad in found if grad is not None), *grads])
     forward_bytes = live.peak_bytes(0, forward_end, kept | gradients)
     return max(forward_bytes, live.peak_bytes(forward_end, live.mark(), gradients))
+
+
+def _again_bytes(sample: Sample, inner: InnerCheckpoints) -> int:
+    """What checkpoints inside of a stage hold in its backward."""
+    args, kwargs = fresh(sample.inputs)
+    inner.watch()
+    inner.share(tensors_in((args, kwargs)))
+    with sample.as_it_was(), inner.entered():
+        out = run_module(sample.module, args, kwargs)
+    roots, leaves = _ends(sample.module, (args, kwargs), out)
+    grads = [torch.ones_like(root) for root in roots]
+    del out
+    if not roots or not leaves:
+        return 0
+    return inner.again_bytes(lambda: torch.autograd.grad(roots, leaves, grads, allow_unused=True))
 
 
 def _ends(module: nn.Module, inputs: Any, out: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -22,7 +22,18 @@ from gpuckpt.pytorch.engine.saved_storage import HeldTensor, MovableStorage
 from gpuckpt.pytorch.engine.storage_index import index_of
 from gpuckpt.pytorch.engine.subclasses import detached
 
-__all__ = ["KeptTensor", "Record", "is_recomputing", "open_records", "paused", "reader", "reading", "recording"]
+__all__ = [
+    "KeptTensor",
+    "Record",
+    "by_hand",
+    "in_checkpoint",
+    "is_recomputing",
+    "open_records",
+    "paused",
+    "reader",
+    "reading",
+    "recording",
+]
 
 _current = (
     threading.local()
@@ -127,6 +138,23 @@ class paused:
 
     def __exit__(self, *error: object) -> None:
         _current.open, _current.reader = self._before
+
+
+class by_hand:
+    """Within the context, code of this thread runs in a call of `checkpoint`, with gradients or without."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        _current.depth = getattr(_current, "depth", 0) + 1
+
+    def __exit__(self, *error: object) -> None:
+        _current.depth -= 1
+
+
+def in_checkpoint() -> bool:
+    """Whether the calling code is part of a call of `checkpoint`: what is saved there is that call's affair, and no plan's."""
+    return getattr(_current, "depth", 0) > 0
 
 
 def open_records() -> Sequence[Record]:
