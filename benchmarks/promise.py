@@ -211,7 +211,7 @@ def trained(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
 
 def rows_of(name: str, size: Size, spills: bool = False) -> Iterator[Row]:
     """`name` under six budgets; where it `spills`, with as much host memory as it likes and transfers that take no time."""
-    with mock.patch("gpuckpt.pytorch.fitted.measure_link", return_value=Link(1e15, 0.0)):
+    with mock.patch("gpuckpt.pytorch.plan_maker.measure_link", return_value=Link(1e15, 0.0)):
         yield from _rows_of(name, size, 1 << 40 if spills else None)
 
 

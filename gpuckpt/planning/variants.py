@@ -7,6 +7,7 @@ otherwise: a plan may turn out faster than promised, not slower. Spilled bytes a
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import replace
 
 from gpuckpt.planning.chain import Chain, Variant
@@ -23,12 +24,19 @@ LINK_BYTES_PER_S = {
 
 
 def with_spill(
-    chain: Chain, bytes_per_s: float, *, latency_s: float = 0.0, overlap: float = 0.0, name: str = "spill"
+    chain: Chain,
+    bytes_per_s: float,
+    *,
+    latency_s: float = 0.0,
+    overlap: float = 0.0,
+    name: str = "spill",
+    staying: Container[int] = (),
 ) -> Chain:
     """The chain with an option for each recomputable stage to keep what it saves in host memory.
 
     Extras that a stage saves stay: other stages hold them anyway. `bytes_per_s`: of the link, one way; `latency_s`: further
-    seconds for each storage, one way; `overlap`: the fraction of each transfer hidden behind other work, 0 to 1.
+    seconds for each storage, one way; `overlap`: the fraction of each transfer hidden behind other work, 0 to 1; `staying`: ids
+    of storages that cannot be moved (parts of sparse or nested tensors).
 
     >>> from gpuckpt.planning import Stage
     >>> chain = Chain((Stage("a", 1e-3, 2e-3, saves=(0,)),), (63 * 10**6,))
@@ -43,8 +51,8 @@ def with_spill(
         raise ValueError(f"latency_s is {latency_s!r}; expected finite seconds of at least 0")
     stages = []
     for stage in chain.stages:
-        here = tuple(i for i in stage.saves if i in stage.extras)
-        away = tuple(dict.fromkeys(i for i in stage.saves if i not in stage.extras))
+        here = tuple(i for i in stage.saves if i in stage.extras or i in staying)
+        away = tuple(dict.fromkeys(i for i in stage.saves if i not in here))
         moved_bytes = sum(chain.storages[i] for i in away)
         if stage.recomputable and moved_bytes:
             seconds = (1.0 - overlap) * (moved_bytes / bytes_per_s + len(away) * latency_s)

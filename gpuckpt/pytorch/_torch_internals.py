@@ -32,6 +32,7 @@ __all__ = [
     "tensor_use_count",
     "top_saved_tensors_hooks",
     "untraced",
+    "version_number",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,6 +67,11 @@ storage_use_count = torch._C._storage_Use_Count
 
 set_versions = torch._C._autograd._unsafe_set_version_counter
 """Give tensors the versions that are named."""
+
+
+def version_number(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; 0 for one that was made under `torch.inference_mode`, which keeps no count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def tensor_use_count(tensor: torch.Tensor) -> int:

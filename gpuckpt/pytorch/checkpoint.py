@@ -2,7 +2,7 @@
 
 Recomputing from kept inputs: Chen et al., "Training deep nets with sublinear memory cost" (2016). How it is done: frame.py.
 
-What `fn` sees besides its arguments is as it was when it runs again, see engine/fence.py. Not tracked: tensors that `fn` reaches
+What `fn` sees besides its arguments is as it was when it runs again, see engine/fence/. Not tracked: tensors that `fn` reaches
 through closures or inside opaque objects (they are used as they are at the time of the recompute), and in-place changes of such
 tensors. Inside of a transform of torch.func (vmap, jvp, jacfwd) it is a plain call, and warns.
 """
@@ -21,11 +21,11 @@ from torch.utils.checkpoint import noop_context_fn
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
 from gpuckpt.pytorch.engine.arguments import Objects
-from gpuckpt.pytorch.engine.fence import Fence
+from gpuckpt.pytorch.engine.fence.fence import Fence
+from gpuckpt.pytorch.engine.fence.scope import reaches_anything
 from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.hooks import current_budget, enter, plain_call
 from gpuckpt.pytorch.engine.kept.record import Record, by_hand, reading, recording
-from gpuckpt.pytorch.engine.scope import reaches_anything
 from gpuckpt.pytorch.engine.storage_index import index_of
 from gpuckpt.pytorch.engine.verify import Verify, check_verify
 

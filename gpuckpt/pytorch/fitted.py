@@ -20,6 +20,7 @@ from gpuckpt.memory import Budget
 from gpuckpt.planning import Chain, Plan
 from gpuckpt.planning.report import PlanReport, explain
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
+from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes
 from gpuckpt.pytorch.engine.hooks import enter, plain_call
 from gpuckpt.pytorch.engine.kept.record import in_checkpoint
 from gpuckpt.pytorch.engine.residency import mark_computed, mark_given
@@ -186,8 +187,13 @@ class Fitted:
             raise
 
     def _wrap(self, modules: list[nn.Module]) -> None:
-        for module in dict.fromkeys(modules):
-            self._intercepted[module] = set_call(module, self._model_call if module is self.model else self._stage_call)
+        try:
+            for module in dict.fromkeys(modules):
+                call = self._model_call if module is self.model else self._stage_call
+                self._intercepted[module] = set_call(module, call)
+        except BaseException:
+            self._unwrap()  # all or none: a block belongs to another model that is fitted
+            raise
         if self._intercepted and self._bypass is None:
             self._bypass = self.model.register_forward_pre_hook(Bypass(self._is_intercepted), prepend=True)
 
@@ -237,6 +243,8 @@ class Fitted:
         if innermost_transform():
             with plain_call(f"a fitted {type(model).__name__}", self.budget):
                 return run_module(model, args, kwargs)
+        if not self._peaks.idle:
+            drop_stale_nodes()  # of a backward that was interrupted: their bytes wait for nothing
         self._peaks.check()
         mark_given(given := tensors_in((args, kwargs)))
         planned = self._beside_others(self.plan_for(*args, **kwargs))

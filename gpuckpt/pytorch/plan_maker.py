@@ -122,7 +122,8 @@ class PlanMaker:
     def make(self, kind: Any, args: tuple, kwargs: dict[str, Any]) -> Planned:
         """Measure and plan. Raises `BudgetExceeded`, with the smallest budget that would do, where no plan fits."""
         mark_given(tensors_in((args, kwargs)))
-        mark_resident([*self._parameters, *self._model.buffers()])
+        # What functional_call computed to stand for a weight is saved and charged like any activation.
+        mark_resident([tensor for tensor in (*self._parameters, *self._model.buffers()) if tensor.is_leaf])
         measured = self._measure(args, kwargs)
         like, sizes = without_sizes(kind)
         observed = self._observed.setdefault(like, OrderedDict())
@@ -137,7 +138,8 @@ class PlanMaker:
 
     def _add(self, kind: Any, measured: Measured, *, predicted: bool) -> Planned:
         if (link := self._link) is not None:
-            chain = with_spill(measured.chain, link.bytes_per_s, latency_s=link.latency_s, name=SPILL)
+            latency_s, staying = link.latency_s, measured.staying
+            chain = with_spill(measured.chain, link.bytes_per_s, latency_s=latency_s, name=SPILL, staying=staying)
             measured = replace(measured, chain=chain)
         plan = self._plan(measured.chain, self._budget.max_bytes // self._live)
         with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece

@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 from gpuckpt.errors import InvalidPlan
 from gpuckpt.memory import Budget
 from gpuckpt.planning import KEEP, Node, Recompute
+from gpuckpt.pytorch._torch_internals import version_number
 from gpuckpt.pytorch.engine.arguments import Objects
-from gpuckpt.pytorch.engine.fence import Fence
+from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.kept.record import Record, reading, recording
 from gpuckpt.pytorch.engine.offload import SPILL, Spill
@@ -114,7 +115,7 @@ class _Open:
         self.frame.save(kept)
 
     def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor], links: Container[int]) -> _FromFrame:
-        key = id(tensor), tensor._version
+        key = id(tensor), version_number(tensor)
         known, number = self._known.get(key, (None, 0))
         if known is None or known() is not tensor:
             number = self._count
@@ -204,7 +205,9 @@ class Walk:
                 del leaves, call
             if stage in self._spilled:
                 linked = self.previous.unchanged()
-                shared = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) not in linked]
+                given = pytree.tree_leaves((args, kwargs))
+                tensors = [*tensors_in(given), *Objects(given).tensors]
+                shared = [tensor for tensor in tensors if id(tensor) not in linked]
                 hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
             out = run_module(module, args, kwargs)
         if learning is not None:

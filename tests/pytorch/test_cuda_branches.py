@@ -11,8 +11,8 @@ from gpuckpt import CheckpointBudget, functional
 from gpuckpt.backend import use_triton
 from gpuckpt.memory.devices import choose_device
 from gpuckpt.memory.uncapped import uncapped
-from gpuckpt.pytorch.engine.fence import Fence
-from gpuckpt.pytorch.engine.randomness import Generators
+from gpuckpt.pytorch.engine.fence.fence import Fence
+from gpuckpt.pytorch.engine.fence.randomness import Generators
 from gpuckpt.pytorch.ops._weight_grads import CUDA_BLOCK, WeightGrad, bias_scratch, sum_rows, weight_scratch
 from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.isolation import have_drawn, random_states

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import gpuckpt
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # said once in a process
+
 WIDTH, NODES = 16, 24
 
 

@@ -26,11 +26,12 @@ import torch
 
 from gpuckpt.errors import BudgetExceeded, RecomputeMismatch
 from gpuckpt.memory import Budget
-from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, make_saved_tensor, queue_callback, untraced
+from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, queue_callback, untraced
 from gpuckpt.pytorch.engine.early_stop import replaying
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
 from gpuckpt.pytorch.engine.hooks import enter, redirect_saves, redirected_hold
 from gpuckpt.pytorch.engine.residency import is_resident
+from gpuckpt.pytorch.engine.saved_input import saved_input
 from gpuckpt.pytorch.engine.saved_storage import SavedStorage, modified, writes_late
 from gpuckpt.pytorch.engine.storage_index import index_of
 from gpuckpt.pytorch.engine.subclasses import Carried
@@ -44,43 +45,6 @@ _MOST_LATE = 2  # tensors that an operation saves before its kernel runs, of tho
 
 class _EarlyStop(BaseException):
     """All that was waited for has been recomputed. A BaseException, so that user code does not catch it by mistake."""
-
-
-class _SaveInput(torch.autograd.Function):
-    """Saves a tensor through autograd, so that the active hooks hold it; its node is never run. For torch before 2.13."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(tensor)
-        return anchor.clone()  # no view, whose tangent would have to be one
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        raise AssertionError("the node that keeps a checkpoint's inputs is no part of the graph")
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
-        """Of the output, which nobody uses; the tensor that is saved keeps its own."""
-        return torch.zeros((), device="cpu")
-
-
-class _Input:
-    """A tensor that `_SaveInput` saved."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        # The anchor makes autograd record a node, which holds the tensor while its output lives (torch 2.11) or itself.
-        anchor = torch.empty((), device="cpu", requires_grad=True)
-        self._output: torch.Tensor = _SaveInput.apply(anchor, tensor)
-
-    def unpack(self) -> torch.Tensor:
-        node: Any = self._output.grad_fn
-        (tensor,) = node.saved_tensors
-        return tensor
-
-
-def _saved(tensor: torch.Tensor) -> Any:
-    """`tensor`, in what the active hooks make of it; `unpack()` gives it back."""
-    return _Input(tensor) if make_saved_tensor is None else make_saved_tensor(tensor, False)
 
 
 class Recoverable(Protocol):
@@ -141,6 +105,7 @@ class Frame:
         self._budget = budget
         self._verify = verify
         self._inputs: list[Any] = []
+        self._trained: list[bool] = []  # of each whether it required a gradient
         self._carried: list[tuple[int, Carried]] = []  # of inputs that are instances of subclasses, by their number
         self._slots: list[weakref.ref[_Slot]] = []
         self._wanted: _Slot | None = None
@@ -152,7 +117,8 @@ class Frame:
         for tensor in tensors:
             if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
                 self._carried.append((len(self._inputs), Carried(tensor)))
-            self._inputs.append(_saved(tensor))
+            self._inputs.append(saved_input(tensor))
+            self._trained.append(tensor.requires_grad)
 
     def hooks(self) -> enter:
         """The context to do the work in; the frame's budget is the current one in it."""
@@ -179,7 +145,10 @@ class Frame:
         Raises `BudgetExceeded` where they do not fit, `RecomputeMismatch` where the work is not what it was.
         """
         replay = _FrameReplay(self, wanted, to_the_end)
-        tensors = [saved.unpack() for saved in self._inputs]
+        tensors = [
+            tensor if tensor.requires_grad == trained else tensor.detach().requires_grad_(trained)
+            for tensor, trained in zip([saved.unpack() for saved in self._inputs], self._trained, strict=True)
+        ]
         for number, carried in self._carried:
             tensors[number] = carried.by(tensors[number])
         outer, self._wanted = self._wanted, wanted

@@ -24,7 +24,7 @@ from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, queue_callback, untraced
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
 from gpuckpt.pytorch.engine.hooks import enter, redirect_saves
-from gpuckpt.pytorch.engine.residency import is_resident
+from gpuckpt.pytorch.engine.residency import is_movable, is_resident
 from gpuckpt.pytorch.engine.saved_storage import HeldTensor
 from gpuckpt.pytorch.engine.storage_index import index_of
 
@@ -88,8 +88,7 @@ class Spill:
         """Copy the storage of `tensor` to the host, or hold it where it is (see the module). Raises `BudgetExceeded`."""
         here = self._here
         if (
-            tensor.layout is not torch.strided
-            or type(tensor) is not torch.Tensor
+            not is_movable(tensor)
             or is_resident(tensor)
             or tensor.untyped_storage().nbytes() == 0
             or tensor.untyped_storage()._cdata in self._stay

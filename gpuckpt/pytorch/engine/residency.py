@@ -11,7 +11,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
-__all__ = ["charged_bytes", "is_given", "is_resident", "mark_computed", "mark_given", "mark_resident"]
+__all__ = [
+    "charged_bytes",
+    "is_copied",
+    "is_given",
+    "is_movable",
+    "is_resident",
+    "mark_computed",
+    "mark_given",
+    "mark_resident",
+]
 
 Parameter = torch.nn.Parameter
 
@@ -64,8 +73,21 @@ def is_given(tensor: torch.Tensor) -> bool:
     return bool(_given) and tensor.layout is torch.strided and tensor.untyped_storage()._cdata in _given
 
 
+def is_movable(tensor: torch.Tensor) -> bool:
+    """Whether the bytes of `tensor` can be had from a copy of its storage: not those of a sparse or nested tensor, a quantised
+    one, or a subclass."""
+    return type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def is_copied(tensor: torch.Tensor) -> bool:
+    """Whether a pool on the same device copies `tensor`, and does not leave it where it is."""
+    return is_movable(tensor) and not is_given(tensor)
+
+
 def is_resident(tensor: torch.Tensor) -> bool:
     """Whether the bytes of `tensor` are a parameter's (or another resident's) and so are never charged."""
+    if tensor.is_inference():
+        return True  # autograd saves none of these: a constant of the caller's
     if tensor.is_leaf and (tensor.requires_grad or _is_parameter(tensor)):
         return not (_computed and tensor.layout is torch.strided and tensor.untyped_storage()._cdata in _computed)
     # A view of a parameter. Under FakeTensorMode its storage is another object, and only `_base` tells.

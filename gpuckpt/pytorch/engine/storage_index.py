@@ -26,7 +26,7 @@ from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import Budget
 from gpuckpt.memory.fork import renew_after_fork
 from gpuckpt.pytorch._torch_internals import innermost_transform, is_wrapper, untraced
-from gpuckpt.pytorch.engine.residency import charged_bytes, is_given, is_resident
+from gpuckpt.pytorch.engine.residency import charged_bytes, is_copied, is_resident
 from gpuckpt.pytorch.engine.saved_storage import Geometry, HeldTensor, MovableStorage, SavedStorage, flat_bytes
 from gpuckpt.pytorch.engine.subclasses import detached, parts_of
 
@@ -65,8 +65,8 @@ class StorageIndex:
             if tensor.is_leaf and tensor._is_zerotensor():  # a tangent of zeros, which has no bytes
                 return HeldTensor(tensor, tensor._version, None)
             # A transform of torch.func may be tracing: a copy by bytes would be no part of what it sees.
-            copied = plain and tensor.device == self._copies_on
-            if copied and not is_given(tensor) and innermost_transform() is None:
+            copied = tensor.device == self._copies_on and is_copied(tensor)
+            if copied and innermost_transform() is None:
                 return self._hold_copy(budget, tensor)
             own = tensor.detach() if plain else detached(tensor)
             return self._held(own, self._holding(budget, tensor.untyped_storage()))
@@ -84,8 +84,7 @@ class StorageIndex:
         with self._lock:
             if self._find(storage._cdata) is not None:
                 return True
-            copied = tensor.device == self._copies_on and type(tensor) is torch.Tensor and not is_given(tensor)
-            if not copied:
+            if tensor.device != self._copies_on or not is_copied(tensor):
                 return False
             if budget.owns(storage.data_ptr()):
                 return True

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 
 from gpuckpt.errors import RecomputeMismatch
+from gpuckpt.pytorch._torch_internals import version_number
+from gpuckpt.pytorch.engine.subclasses import parts_of
 
 __all__ = ["Verify", "check_verify", "compare", "seen", "unread", "version_of"]
 
@@ -69,7 +71,7 @@ def compare(number: int, before: tuple[Any, ...], now: tuple[Any, ...], tensor: 
 
 def version_of(tensor: torch.Tensor) -> tuple[int, int] | None:
     """Which storage a tensor is in, and how often that was changed in place."""
-    return (tensor.untyped_storage()._cdata, tensor._version) if tensor.layout is torch.strided else None
+    return (tensor.untyped_storage()._cdata, version_number(tensor)) if tensor.layout is torch.strided else None
 
 
 def _checksum(tensor: torch.Tensor) -> int:
@@ -77,7 +79,7 @@ def _checksum(tensor: torch.Tensor) -> int:
     if tensor.is_meta:
         return 0
     if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
+        return hash(tuple(map(_checksum, parts_of(tensor))))
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
     weights = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)  # odd, so that no bit is multiplied away

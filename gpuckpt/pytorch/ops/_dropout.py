@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpuckpt.pytorch.engine.randomness import capturing
+from gpuckpt.pytorch.engine.fence.randomness import capturing
 
 if TYPE_CHECKING:
     from gpuckpt.kernels.device.dropout import Dropout

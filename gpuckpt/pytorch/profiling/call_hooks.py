@@ -58,7 +58,9 @@ def set_call(module: nn.Module, call: Callable[..., Any]) -> Interception:
     """Replace what calling `module` does, until `restore()`."""
     before = module._compiled_call_impl
     if isinstance(before, Interception):
-        raise ValueError(f"{type(module).__name__} is fitted already; call unfit() first")
+        raise ValueError(
+            f"{type(module).__name__} is part of another model that is fitted already; call unfit() on that one first"
+        )
     ours = module._compiled_call_impl = Interception(call, module, before)
     return ours
 

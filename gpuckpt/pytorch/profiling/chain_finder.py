@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt.errors import InvalidChain
+from gpuckpt.pytorch._torch_internals import version_number
 from gpuckpt.pytorch.engine.kept.record import in_checkpoint
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 
@@ -37,12 +38,12 @@ class Outputs:
 
     def __init__(self, tensors: Sequence[torch.Tensor] = ()) -> None:
         self.tensors = tensors
-        self._versions = [tensor._version for tensor in tensors]
+        self._versions = [version_number(tensor) for tensor in tensors]
 
     def unchanged(self) -> dict[int, int]:
         """By id the index of each tensor that nobody has changed in place since it was returned."""
         pairs = zip(self.tensors, self._versions, strict=True)
-        return {id(tensor): index for index, (tensor, version) in enumerate(pairs) if tensor._version == version}
+        return {id(tensor): index for index, (tensor, version) in enumerate(pairs) if version_number(tensor) == version}
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

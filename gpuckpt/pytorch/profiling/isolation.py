@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gpuckpt.pytorch._torch_internals import set_versions
+from gpuckpt.pytorch._torch_internals import set_versions, version_number
 from gpuckpt.pytorch.engine.arguments import Objects
 
 __all__ = ["connected", "cut", "cut_call", "fresh", "have_drawn", "random_states", "unchanged"]
@@ -118,7 +118,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Afterwards the model's buffers (the same objects, with the same contents) and the random number generators are as
     before, and autocast remembers no cast of a weight that was made meanwhile."""
     owners = [(module, dict(module._buffers)) for module in model.modules()]
-    contents = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    contents = {buffer: (buffer.detach().clone(), version_number(buffer)) for buffer in model.buffers()}
     cpu_rng, *cuda_rng = random_states()
     try:
         yield
@@ -127,8 +127,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(buffers)
         with torch.no_grad():
-            for buffer, before in contents.items():
-                if not torch.equal(buffer, before):
+            for buffer, (before, version) in contents.items():
+                same = (
+                    torch.equal(buffer, before) if buffer.layout is torch.strided else version_number(buffer) == version
+                )
+                if not same:
                     buffer.copy_(before)
         torch.set_rng_state(cpu_rng)
         if cuda_rng:

@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 
 from gpuckpt.kernels.audit.roofline import device as device_called
 from gpuckpt.planning import Chain
-from gpuckpt.pytorch.engine.fence import Fence
-from gpuckpt.pytorch.engine.randomness import capturing
+from gpuckpt.pytorch.engine.fence.fence import Fence
+from gpuckpt.pytorch.engine.fence.randomness import capturing
 from gpuckpt.pytorch.profiling.clock import Clock, WallClock
 from gpuckpt.pytorch.profiling.fake_run import run_fake
 from gpuckpt.pytorch.profiling.isolation import unchanged

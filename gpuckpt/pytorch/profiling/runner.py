@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.planning import Chain, Stage
-from gpuckpt.pytorch._torch_internals import intercept_checkpoints, untraced
+from gpuckpt.pytorch._torch_internals import intercept_checkpoints, untraced, version_number
 from gpuckpt.pytorch.engine.arguments import Objects
-from gpuckpt.pytorch.engine.fence import Fence
+from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.hooks import enter
 from gpuckpt.pytorch.engine.kept.record import Record, in_checkpoint, recording
 from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
@@ -38,13 +38,14 @@ __all__ = ["Measured", "run_chain"]
 
 @dataclass(frozen=True)
 class Measured:
-    """A chain, the modules whose calls make up its stages (in calling order), the number of each call's stage, and the names of
-    calls that draw random numbers."""
+    """A chain, the modules whose calls make up its stages (in calling order), the number of each call's stage, the names of calls
+    that draw random numbers, and the ids of storages that cannot go to the host."""
 
     chain: Chain
     modules: tuple[nn.Module, ...]
     owned: tuple[int, ...]
     random: tuple[str, ...]
+    staying: frozenset[int] = frozenset()
 
 
 class _Measurement:
@@ -118,7 +119,9 @@ class _Measurement:
         saved.loads = 0  # its own derivatives are its own affair
         self.recorded.append(saved)
         changed = [
-            tensor for tensor, now, version in zip(tensors, given, before, strict=True) if now._version != version
+            tensor
+            for tensor, now, version in zip(tensors, given, before, strict=True)
+            if version_number(now) != version
         ]
         extras += self.storages.of(fence.copies)
         extras += self.storages.of([tensor for tensor in record.tensors() if not is_resident(tensor)])
@@ -262,7 +265,7 @@ class _Measurement:
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
+    return [version_number(tensor) for tensor in tensors]
 
 
 def run_chain(
@@ -276,7 +279,7 @@ def run_chain(
 ) -> Measured:
     """The measuring itself; it leaves buffers and random number generators as the model left them."""
     tensors = tensors_in((args, kwargs))
-    residents = [*model.parameters(), *model.buffers()]
+    residents = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_leaf]
     residents += [tensor for tensor in tensors if tensor.is_leaf and tensor.requires_grad]
     fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
 
@@ -315,4 +318,4 @@ def run_chain(
             "same stages whether or not gradients are wanted"
         )
     chain = Chain(run.finished(), tuple(run.storages.sizes), unit_bytes, type(model).__name__)
-    return Measured(chain, tuple(found.modules), tuple(run.owned), tuple(run.random))
+    return Measured(chain, tuple(found.modules), tuple(run.owned), tuple(run.random), frozenset(run.storages.staying))

@@ -11,8 +11,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gpuckpt.pytorch._torch_internals import untraced
-from gpuckpt.pytorch.engine.residency import charged_bytes, is_given, is_resident
+from gpuckpt.pytorch._torch_internals import untraced, version_number
+from gpuckpt.pytorch.engine.residency import charged_bytes, is_copied, is_movable, is_resident
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
 __all__ = ["SaveRecorder", "Storages", "identity"]
@@ -34,6 +34,7 @@ class Storages:
         # Weak references keep an address from naming two storages, and no memory alive.
         self._refs: list[StorageWeakRef] = []
         self.sizes: list[int] = []
+        self.staying: set[int] = set()  # ids of those that are no plain tensors' and stay where they are
 
     def held_bytes(self, number: int) -> int:
         """What a budget holds for a storage."""
@@ -41,7 +42,7 @@ class Storages:
 
     def of(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         """Ids of the storages of `tensors`, each once, in order."""
-        return self.of_versions([(tensor, tensor._version) for tensor in tensors])
+        return self.of_versions([(tensor, version_number(tensor)) for tensor in tensors])
 
     def of_versions(self, tensors: Sequence[tuple[torch.Tensor, int]]) -> tuple[int, ...]:
         """The same for tensors as they were in a version."""
@@ -49,12 +50,7 @@ class Storages:
         for tensor, version in tensors:
             parts = parts_of(tensor)
             # A pool leaves subclasses, sparse tensors and the caller's own where they are.
-            copied = (
-                self._copies
-                and type(tensor) is torch.Tensor
-                and tensor.layout is torch.strided
-                and not is_given(tensor)
-            )
+            copied = self._copies and is_copied(tensor)
             for part in parts:
                 storage = part.untyped_storage()
                 if storage._cdata in self._resident:
@@ -65,6 +61,8 @@ class Storages:
                     number = self._number[key] = len(self.sizes)
                     self._refs.append(StorageWeakRef(storage))
                     self.sizes.append(charged_bytes(storage))
+                    if not is_movable(tensor):
+                        self.staying.add(number)
                 ids[number] = None
         return tuple(ids)
 

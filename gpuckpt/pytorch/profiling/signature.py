@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gpuckpt.pytorch.engine.switches import settings
+from gpuckpt.pytorch.engine.fence.switches import settings
+from gpuckpt.pytorch.engine.subclasses import parts_of
 
 __all__ = ["Fingerprint", "describe_call", "describe_model"]
 
@@ -75,7 +76,11 @@ class Fingerprint:
                     found[number, name] = tensor.shape, tensor.dtype, tensor.device, type(tensor)
             for name, buffer in module._buffers.items():
                 if buffer is not None:  # which storage, too: that is how budgets know whose bytes it holds
-                    found[number, name] = buffer.shape, buffer.dtype, buffer.untyped_storage()._cdata
+                    found[number, name] = (
+                        buffer.shape,
+                        buffer.dtype,
+                        *(part.untyped_storage()._cdata for part in parts_of(buffer)),
+                    )
         return found
 
     def changed(self) -> bool:

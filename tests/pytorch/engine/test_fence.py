@@ -112,6 +112,7 @@ RESTORED: dict[str, Callable[[nn.Module], object]] = {
     "another dict": _set("options", {"shift": 3.0}),
     "a new attribute": _set("note", "seen"),
     "another buffer": lambda inner: [setattr(block, "c", torch.zeros(16)) for block in inner],
+    "frozen": lambda inner: [block.a[0].requires_grad_(False) for block in inner[2:4]],
     "another parameter": lambda inner: [
         setattr(block.a[0], "bias", nn.Parameter(torch.full((16,), 0.3))) for block in inner[:0]
     ],

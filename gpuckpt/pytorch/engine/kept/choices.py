@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import CheckpointError, RecomputeMismatch
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
+from gpuckpt.pytorch.engine.fence.randomness import Draws
+from gpuckpt.pytorch.engine.fence.scope import Scope
 from gpuckpt.pytorch.engine.kept.record import KeptTensor, Record, open_records, paused, reader
-from gpuckpt.pytorch.engine.randomness import Draws
-from gpuckpt.pytorch.engine.scope import Scope
 
 __all__ = ["once"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpuckpt.pytorch.engine.randomness import is_generator
+from gpuckpt.pytorch.engine.fence.randomness import is_generator
 
 __all__ = ["Scope", "reaches_anything"]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from gpuckpt.pytorch.engine.module_state import ModuleState, watch
-from gpuckpt.pytorch.engine.randomness import Generators, other_states, same_states
-from gpuckpt.pytorch.engine.scope import Scope
-from gpuckpt.pytorch.engine.switches import Switches
+from gpuckpt.pytorch.engine.fence.module_state import ModuleState, watch
+from gpuckpt.pytorch.engine.fence.randomness import Generators, other_states, same_states
+from gpuckpt.pytorch.engine.fence.scope import Scope
+from gpuckpt.pytorch.engine.fence.switches import Switches
 
 __all__ = ["Fence"]
 

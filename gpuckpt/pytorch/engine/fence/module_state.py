@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
 from gpuckpt.errors import StateModified
+from gpuckpt.pytorch._torch_internals import version_number
 from gpuckpt.pytorch.engine.verify import unread
 
 __all__ = ["ModuleState", "Watched", "watch"]
@@ -118,7 +119,18 @@ def watch(roots: Sequence[nn.Module]) -> Watched | None:
 class ModuleState:
     """What a forward that begins now sees. `kept`: tensors that belong to no model, which a frame has to keep with its inputs."""
 
-    __slots__ = ("_again", "_copies", "_modules", "_seen", "_storages", "_tensors", "_versions", "_watched", "kept")
+    __slots__ = (
+        "_again",
+        "_copies",
+        "_modules",
+        "_seen",
+        "_storages",
+        "_tensors",
+        "_trained",
+        "_versions",
+        "_watched",
+        "kept",
+    )
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
@@ -129,7 +141,8 @@ class ModuleState:
         ]
         dicts = self._dicts()
         tensors = [dicts[part][is_buffer].get(name) for part, is_buffer, name in watched.places]
-        self._versions = [None if tensor is None else tensor._version for tensor in tensors]
+        self._versions = [None if tensor is None else version_number(tensor) for tensor in tensors]
+        self._trained = [tensor is not None and tensor.requires_grad for tensor in tensors]
         self._storages = [None if tensor is None else _storage(tensor) for tensor in tensors]
         self._copies: dict[int, torch.Tensor] = {}  # of buffers that may be written; while that is not known, of all
         if watched.trials or watched.written:
@@ -167,7 +180,7 @@ class ModuleState:
         for number in list(self._copies):
             part, is_buffer, name = watched.places[number]
             tensor = dicts[part][is_buffer].get(name)
-            if tensor is not self._tensors[number] or tensor._version != self._versions[number]:
+            if tensor is not self._tensors[number] or version_number(tensor) != self._versions[number]:
                 watched.written.add(number)
             else:
                 del self._copies[number]
@@ -197,12 +210,21 @@ class ModuleState:
                 held[name] = kept[tensor]
             elif tensor is not None:
                 held[name] = tensor
+        refrozen = [
+            tensor
+            for tensor, trained in zip(self._tensors, self._trained, strict=True)
+            if isinstance(tensor, torch.Tensor) and tensor.is_leaf and tensor.requires_grad != trained
+        ]
+        for tensor in refrozen:  # frozen or unfrozen since: what is saved depends on it
+            tensor.requires_grad_(not tensor.requires_grad)
         norms = [module for part, module in zip(watched.parts, self._modules, strict=True) if part.is_norm]
         frozen = _freeze(norms)
         compared = unread(buffer for norm, _, _ in frozen for buffer in norm._buffers.values() if buffer is not None)
 
         def leave() -> None:
             compared()
+            for tensor in refrozen:
+                tensor.requires_grad_(not tensor.requires_grad)
             for norm, momentum, count in frozen:
                 norm.momentum, norm.num_batches_tracked = momentum, count
             for (held, name), tensor in zip(stood, before, strict=True):
@@ -224,7 +246,7 @@ class ModuleState:
         for number, tensor in enumerate(self._tensors):
             if tensor is None or isinstance(tensor, int) or number in self._copies or number in self._again:
                 continue  # a copy, or kept, which autograd watches
-            if tensor._version != self._versions[number] or _storage(tensor) != self._storages[number]:
+            if version_number(tensor) != self._versions[number] or _storage(tensor) != self._storages[number]:
                 part, is_buffer, name = watched.places[number]
                 raise StateModified(
                     f"{'buffer' if is_buffer else 'parameter'} {name!r} of {watched.parts[part].owner}, of shape "
