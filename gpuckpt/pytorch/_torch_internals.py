@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 __all__ = [
+    "Sharded",
     "current_node",
+    "forward_inside",
     "function_modes",
     "graph_task_id",
     "innermost_transform",
@@ -21,6 +25,7 @@ __all__ = [
     "keep_graph",
     "library_switches",
     "make_saved_tensor",
+    "param_groups",
     "pop_function_mode",
     "pop_saved_tensors_hooks",
     "push_function_mode",
@@ -28,6 +33,8 @@ __all__ = [
     "queue_callback",
     "run_backward",
     "set_versions",
+    "sharded_parameters",
+    "sharding_of",
     "storage_use_count",
     "tensor_use_count",
     "top_saved_tensors_hooks",
@@ -137,3 +144,46 @@ def intercept_checkpoints(called: Callable[[Any], None]) -> Iterator[None]:
         yield
     finally:
         module._checkpoint_without_reentrant_generator, module.CheckpointFunction = lazy, reentrant
+
+
+def forward_inside(module: nn.Module) -> Any:
+    """The module that a DistributedDataParallel wraps, None for other modules. The wrapper's forward arms its reducer and sends
+    buffers to the other ranks: what runs a second time is the module inside."""
+    return module.module if isinstance(module, DistributedDataParallel) else None
+
+
+def sharding_of(module: nn.Module) -> Any:
+    """What `fully_shard` keeps for a module; None where it was not applied to it."""
+    state: Any = getattr(module, "_get_fsdp_state", None)
+    return None if state is None else state()
+
+
+def param_groups(state: Any) -> list[Any]:
+    """The groups of parameters that are gathered together; one at most before torch 2.13."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+
+
+class Sharded(NamedTuple):
+    """A parameter that `fully_shard` gathers around the calls of a module: the places where it stands, and torch's record of it.
+    Which form stands there says nothing; what an optimizer changes is the sharded one."""
+
+    places: list[tuple[nn.Module, str]]
+    record: Any
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """Its sharded form, which lasts."""
+        return self.record.sharded_param
+
+
+def sharded_parameters(module: nn.Module) -> list[Sharded]:
+    """The parameters that are gathered around the calls of `module`: its own and those of modules inside of it."""
+    state = sharding_of(module)
+    found = []
+    for record in [] if state is None else [record for group in param_groups(state) for record in group.fsdp_params]:
+        info = record._module_info
+        shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+        found.append(Sharded([(info.module, info.param_name), *shared], record))
+    return found

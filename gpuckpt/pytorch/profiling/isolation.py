@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gpuckpt.pytorch._torch_internals import set_versions, version_number
 from gpuckpt.pytorch.engine.arguments import Objects
+from gpuckpt.pytorch.profiling.sharding import sharding_unchanged
 
 __all__ = ["connected", "cut", "cut_call", "fresh", "have_drawn", "random_states", "unchanged"]
 
@@ -115,13 +116,14 @@ def have_drawn(before: list[torch.Tensor]) -> bool:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Afterwards the model's buffers (the same objects, with the same contents) and the random number generators are as
-    before, and autocast remembers no cast of a weight that was made meanwhile."""
+    """Afterwards the model's buffers (the same objects, with the same contents), which of its parameters are sharded, and the
+    random number generators are as before, and autocast remembers no cast of a weight that was made meanwhile."""
     owners = [(module, dict(module._buffers)) for module in model.modules()]
     contents = {buffer: (buffer.detach().clone(), version_number(buffer)) for buffer in model.buffers()}
     cpu_rng, *cuda_rng = random_states()
     try:
-        yield
+        with sharding_unchanged(model):
+            yield
     finally:
         for module, buffers in owners:
             module._buffers.clear()

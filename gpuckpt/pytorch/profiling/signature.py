@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from gpuckpt.pytorch._torch_internals import sharded_parameters
 from gpuckpt.pytorch.engine.fence.switches import settings
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
@@ -58,7 +59,10 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._own: set[tuple[int, str]] = set()  # attributes that forwards were seen to change: (module, name)
+        self._own: set[Any] = set()  # attributes and tensors that forwards were seen to change: (module, name)
+        # Gathered for a while, and freed: which form stands in the module says nothing.
+        self._sharded = [found for module in model.modules() for found in sharded_parameters(module)]
+        self._gathered = {(id(module), name) for found in self._sharded for module, name in found.places}
         self._latest = self._take()
 
     def _take(self) -> dict[Any, Any]:
@@ -68,11 +72,11 @@ class Fingerprint:
             found[number] = type(module), len(module._forward_hooks), len(module._forward_pre_hooks)
             held = module.__dict__
             for name, value in held.items():
-                if type(value) in _PLAIN and name not in _EITHER and (number, name) not in self._own:
+                if type(value) in _PLAIN and name not in _EITHER:
                     found[number, name] = value
             found[number, "forward"] = id(held["forward"]) if "forward" in held else 0
             for name, tensor in module._parameters.items():
-                if tensor is not None:
+                if tensor is not None and (number, name) not in self._gathered:
                     found[number, name] = tensor.shape, tensor.dtype, tensor.device, type(tensor)
             for name, buffer in module._buffers.items():
                 if buffer is not None:  # which storage, too: that is how budgets know whose bytes it holds
@@ -81,7 +85,9 @@ class Fingerprint:
                         buffer.dtype,
                         *(part.untyped_storage()._cdata for part in parts_of(buffer)),
                     )
-        return found
+        for index, sharded in enumerate(self._sharded):
+            found[index, "sharded"] = sharded.tensor.shape, sharded.tensor.dtype, sharded.tensor.device
+        return {key: value for key, value in found.items() if key not in self._own} if self._own else found
 
     def changed(self) -> bool:
         """Whether the model was changed since the last look."""

@@ -7,7 +7,7 @@ share one median time, so that a planner sees N equal blocks as equal.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
 from gpuckpt.pytorch.profiling.isolation import fresh
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, identity
+from gpuckpt.pytorch.profiling.sharding import gathered_around, sharding_unchanged
 
 __all__ = ["MOST_SAMPLES", "Sample", "StageKind", "kind_key", "run_again"]
 
@@ -67,25 +68,29 @@ class StageKind:
     backward_s: list[float] = field(default_factory=list)
     stopped_s: list[float] = field(default_factory=list)  # of the forward up to the last saved tensor
 
-    def measure(self, clock: Clock, repeats: int, inner: InnerCheckpoints) -> None:
-        """Run the samples again: the first for its workspace, all for their time."""
+    def measure(self, model: nn.Module, clock: Clock, repeats: int, inner: InnerCheckpoints) -> None:
+        """Run the samples, calls in `model`, again: the first for its workspace, all for their time."""
         first = self.samples[0]
-        self.workspace_bytes = run_again(first)
-        if first.checkpoints:
-            self.again_bytes = _again_bytes(first, inner)
+        with gathered_around(model, first.module):
+            self.workspace_bytes = run_again(first)
+            if first.checkpoints:
+                self.again_bytes = _again_bytes(first, inner)
         while self.samples:
-            self.time(self.samples.pop(0), clock, repeats)
+            sample = self.samples.pop(0)
+            with gathered_around(model, sample.module) as gather:
+                self.time(sample, gather, clock, repeats)
 
     @property
     def tail_s(self) -> float:
         """Seconds of the forward that a recompute is spared; none where the two medians differ by noise the other way."""
         return max(0.0, statistics.median(self.forward_s) - statistics.median(self.stopped_s))
 
-    def time(self, sample: Sample, clock: Clock, repeats: int) -> None:
+    def time(self, sample: Sample, gather: Callable[[], None], clock: Clock, repeats: int) -> None:
         """Time one stage of this kind: `repeats` times for the first, once for each of the others up to a limit."""
         wanted = min(repeats if not self.forward_s else 1, MOST_SAMPLES * repeats - len(self.forward_s))
         for _ in range(wanted):
             args, kwargs = fresh(sample.inputs)
+            gather()
             with sample.as_it_was():
                 began_s = clock.now()
                 out = run_module(sample.module, args, kwargs)
@@ -96,6 +101,7 @@ class StageKind:
             if roots and leaves:
                 torch.autograd.grad(roots, leaves, grads, allow_unused=True)
             self.backward_s.append(clock.now() - began_s)
+            gather()
             with sample.as_it_was():
                 self.stopped_s.append(_stopped_s(sample.module, sample.inputs, clock, self.saved))
 
@@ -128,10 +134,11 @@ def _stopped_s(module: nn.Module, inputs: Any, clock: Clock, saved: int) -> floa
         return 0.0
     args, kwargs = fresh(inputs)
     watch = _StopWatch(saved)
-    began_s = clock.now()
-    with suppress(_Stop), saved_tensors_hooks(watch.pack, identity), replaying(watch):
-        run_module(module, args, kwargs)
-    return clock.now() - began_s
+    with sharding_unchanged(module):
+        began_s = clock.now()
+        with suppress(_Stop), saved_tensors_hooks(watch.pack, identity), replaying(watch):
+            run_module(module, args, kwargs)
+        return clock.now() - began_s
 
 
 def run_again(sample: Sample) -> int:

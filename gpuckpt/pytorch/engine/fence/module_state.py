@@ -10,6 +10,9 @@ recompute writes into copies of the copies: each is updated once. Which these ar
 on the copies are kept, and charged, with a frame's inputs. Running statistics of torch's BatchNorm need no copy: a momentum of
 zero leaves them bit for bit, and the same kernel runs.
 
+What DistributedDataParallel wraps runs again without it. Parameters that FSDP2 gathers and frees are left to it;
+what an optimizer changes is their sharded form, which is looked at.
+
 Not seen: what is inside objects that are neither modules nor plain containers, and attributes that are tensors.
 """
 
@@ -25,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
 from gpuckpt.errors import StateModified
-from gpuckpt.pytorch._torch_internals import version_number
+from gpuckpt.pytorch._torch_internals import forward_inside, sharded_parameters, version_number
 from gpuckpt.pytorch.engine.verify import unread
 
 __all__ = ["ModuleState", "Watched", "watch"]
@@ -42,11 +45,12 @@ _ABSENT: Any = object()
 class _Part:
     """One module: which of its attributes are looked at. It is not held: what is learned of a module shall not keep it alive."""
 
-    __slots__ = ("children", "count", "is_norm", "names", "owner", "ref", "tensors")
+    __slots__ = ("children", "count", "is_norm", "kind", "names", "owner", "ref", "tensors")
 
     def __init__(self, module: nn.Module) -> None:
         held = module.__dict__
         self.ref = weakref.ref(module)
+        self.kind = type(module)  # fully_shard gives a module another
         self.owner = type(module).__name__
         self.is_norm = _is_norm(module)
         self.count = len(held)
@@ -58,6 +62,7 @@ class _Part:
         module = self.ref()
         return (
             module is not None
+            and type(module) is self.kind
             and len(module.__dict__) == self.count
             and (len(module._parameters), len(module._buffers)) == self.tensors
             and list(map(id, module._modules.values())) == self.children
@@ -75,24 +80,33 @@ class _Place(NamedTuple):
 class Watched:
     """The modules below some roots, looked up once.
 
-    Attributes: `written`, places of buffers that a forward was seen to write; `trials`, forwards that are still watched for that.
+    Attributes: `written`, places of buffers that a forward was seen to write; `trials`, forwards that are still watched for that;
+    `sharded`, the sharded forms of parameters that are gathered for each use, with their owner and name.
     """
 
-    __slots__ = ("parts", "places", "trials", "written")
+    __slots__ = ("parts", "places", "sharded", "trials", "written")
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
         self.parts = [_Part(module) for module in modules]
-        self.places: list[_Place] = []
         # Sharded parameters come and go with their gathered form: torch's FSDP sees to it that a recompute finds them.
-        if not any(hasattr(module, "unshard") and hasattr(module, "reshard") for module in modules):
-            self.places = [
-                _Place(part, held is module._buffers, name)
-                for part, module in enumerate(modules)
-                for held in (module._parameters, module._buffers)
-                for name, tensor in held.items()
-                if tensor is not None and not is_lazy(tensor) and not (held is module._buffers and _is_norm(module))
-            ]
+        sharded = [found for module in modules for found in sharded_parameters(module)]
+        gathered = {(id(module), name) for found in sharded for module, name in found.places}
+        self.places = [
+            _Place(part, held is module._buffers, name)
+            for part, module in enumerate(modules)
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+            if tensor is not None
+            and not is_lazy(tensor)
+            and not (held is module._buffers and _is_norm(module))
+            and (id(module), name) not in gathered
+        ]
+        self.sharded = [
+            (weakref.ref(found.tensor), type(module).__name__, name)
+            for found in sharded
+            for module, name in found.places[:1]
+        ]
         self.written: set[int] = set()
         self.trials = 2
 
@@ -120,15 +134,18 @@ class ModuleState:
     """What a forward that begins now sees. `kept`: tensors that belong to no model, which a frame has to keep with its inputs."""
 
     __slots__ = (
-        "_again",
-        "_copies",
-        "_modules",
-        "_seen",
-        "_storages",
-        "_tensors",
-        "_trained",
-        "_versions",
-        "_watched",
+        *(
+            "_again",
+            "_copies",
+            "_modules",
+            "_seen",
+            "_sharded",
+            "_storages",
+            "_tensors",
+            "_trained",
+            "_versions",
+            "_watched",
+        ),
         "kept",
     )
 
@@ -144,6 +161,7 @@ class ModuleState:
         self._versions = [None if tensor is None else version_number(tensor) for tensor in tensors]
         self._trained = [tensor is not None and tensor.requires_grad for tensor in tensors]
         self._storages = [None if tensor is None else _storage(tensor) for tensor in tensors]
+        self._sharded = [_version_of(ref) for ref, _, _ in watched.sharded]
         self._copies: dict[int, torch.Tensor] = {}  # of buffers that may be written; while that is not known, of all
         if watched.trials or watched.written:
             with torch.no_grad():
@@ -198,8 +216,10 @@ class ModuleState:
         dicts = self._dicts()
         stood = [(dicts[part][is_buffer], name) for part, is_buffer, name in watched.places]
         before = [held.get(name, _ABSENT) for held, name in stood]
-        for part, (held, _), seen in zip(watched.parts, attributes, self._seen, strict=True):
+        for part, (held, _), seen, module in zip(watched.parts, attributes, self._seen, self._modules, strict=True):
             _restore(held, part.names, seen)
+            if (inside := forward_inside(module)) is not None:
+                held["forward"] = inside
         for number, (held, name) in enumerate(stood):
             tensor = self._tensors[number]
             if number in self._copies:
@@ -248,12 +268,23 @@ class ModuleState:
                 continue  # a copy, or kept, which autograd watches
             if version_number(tensor) != self._versions[number] or _storage(tensor) != self._storages[number]:
                 part, is_buffer, name = watched.places[number]
-                raise StateModified(
-                    f"{'buffer' if is_buffer else 'parameter'} {name!r} of {watched.parts[part].owner}, of shape "
-                    f"{tuple(tensor.shape)}, was changed in place between the forward of checkpointed work and its backward, "
-                    "where the work runs again and would see new values; change it after backward, or outside of what is "
-                    "checkpointed"
-                )
+                raise _modified("buffer" if is_buffer else "parameter", name, watched.parts[part].owner, tensor)
+        for (ref, owner, name), version in zip(watched.sharded, self._sharded, strict=True):
+            if _version_of(ref) != version:
+                raise _modified("sharded parameter", name, owner, ref())
+
+
+def _version_of(ref: weakref.ref[torch.Tensor]) -> int:
+    tensor = ref()
+    return -1 if tensor is None else tensor._version
+
+
+def _modified(kind: str, name: str, owner: str, tensor: torch.Tensor | None) -> StateModified:
+    shape = "" if tensor is None else f", of shape {tuple(tensor.shape)},"
+    return StateModified(
+        f"{kind} {name!r} of {owner}{shape} was changed in place between the forward of checkpointed work and its backward, "
+        "where the work runs again and would see new values; change it after backward, or outside of what is checkpointed"
+    )
 
 
 def _is_norm(module: nn.Module) -> bool:
