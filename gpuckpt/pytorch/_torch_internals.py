@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +19,7 @@ __all__ = [
     "forward_inside",
     "function_modes",
     "graph_task_id",
+    "group_of",
     "innermost_transform",
     "intercept_checkpoints",
     "is_wrapper",
@@ -187,3 +188,17 @@ def sharded_parameters(module: nn.Module) -> list[Sharded]:
         shared = zip(info.shared_modules, info.shared_param_names, strict=True)
         found.append(Sharded([(info.module, info.param_name), *shared], record))
     return found
+
+
+def group_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The process group that a call of an operator is a collective of; None for operators that are none."""
+    if operator.namespace not in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+        return None
+    given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False)) | kwargs
+    group = given.get("process_group", given.get("group_name"))
+    if group is None:  # waiting for one that is under way
+        return None
+    distributed: Any = torch.distributed.distributed_c10d
+    return (
+        distributed._resolve_process_group(group) if isinstance(group, str) else distributed.ProcessGroup.unbox(group)
+    )

@@ -30,6 +30,7 @@ def fit(
     host_budget: Budget | int | str | None = None,
     live: int = 1,
     strict: bool = False,
+    group: Any = None,
 ) -> Fitted:
     """Make `model` run under a plan that keeps what autograd saves within `budget`. A fitted model is fitted anew.
 
@@ -52,6 +53,9 @@ def fit(
         strict: raise `PromiseBroken` where a step holds more than its plan promised. By default such a step, under a cap that
             holds, is noted in `Fitted.deviations` and its inputs are measured again; and a budget that is made here has frames
             drop what they can compute again (`over_cap="recompute"`) where a step would exceed it.
+        group: a process group whose ranks call `fit` together, and are refused together, where the model does not show it: before
+            it is wrapped. Ranks that the model connects (DistributedDataParallel, `fully_shard`, tensor parallelism, collectives
+            of its own) plan together without being told.
 
     Raises:
         BudgetExceeded: no plan fits; the error names the smallest budget that would do. The model is untouched.
@@ -78,7 +82,9 @@ def fit(
     before = fitted(model)
     resume = None if before is None else before.suspend()
     try:
-        now = Fitted(model, budget, strategy, preserve_rng_state, verify, repeats, host, live=live, strict=strict)
+        now = Fitted(
+            model, budget, strategy, preserve_rng_state, verify, repeats, host, live=live, strict=strict, group=group
+        )
         now.plan_for(*args, **kwargs)
     except BaseException:
         if resume is not None:

@@ -67,6 +67,7 @@ class Fitted:
         *,
         live: int = 1,
         strict: bool = False,
+        group: Any = None,
     ) -> None:
         self.model = model
         self.budget = budget
@@ -84,6 +85,7 @@ class Fitted:
             repeats=repeats,
             live=live,
             predict=not strict,
+            group=group,
         )
         self._latest: Planned | None = None
         self._local = threading.local()
@@ -162,6 +164,9 @@ class Fitted:
             finally:
                 self._wrap(before)
                 self._fingerprint.refresh()  # our own hook is no change
+        elif not self._intercepted:  # changed, and under the plan that all ranks share
+            self._wrap([self.model, *planned.measured.modules])
+            self._fingerprint.refresh()
         self._latest = planned
         return planned
 
@@ -250,7 +255,8 @@ class Fitted:
         planned = self._beside_others(self.plan_for(*args, **kwargs))
         certificate = planned.plan.certificate
         self._peaks.begin(certificate.peak_bytes, certificate.host_peak_bytes)
-        walk = Walk(planned.plan.tree, self.budget, self._verify, self._preserve_rng_state, host=self.host_budget)
+        tree, evictable = planned.plan.tree, not self._maker.shared
+        walk = Walk(tree, self.budget, self._verify, self._preserve_rng_state, None, self.host_budget, evictable)
         step = _StepProgress(planned, walk, frozenset(map(id, given)))
         self._local.step = step
         try:
@@ -263,6 +269,13 @@ class Fitted:
                     f"{type(model).__name__} ran {step.count} stages and {len(planned.measured.modules)} when it was measured "
                     "with inputs of the same shapes; fitted with strict=True it has to run the same stages every time"
                 )
+        except BudgetExceeded as error:
+            if self._maker.shared and planned.predicted:
+                error.hint += (
+                    "; ranks whose collectives meet inside of the model run one plan, made for the inputs that fit was given: "
+                    "fit with the largest that will come"
+                )
+            raise
         finally:
             self._local.step = None
         self._fingerprint.learn()

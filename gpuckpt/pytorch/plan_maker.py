@@ -3,6 +3,9 @@
 A kind of call is known again by the sizes of what the model is called with, the mode of every module, autocast and what is
 trained. Calls of a new kind are measured and planned when they first appear. Once two or three sizes were measured, what others
 save follows from them (see profiling/other_sizes.py), and a step of a new length costs a plan and no measurement.
+
+Ranks whose collectives meet inside of the model (see parallel/agree.py) have one plan for calls of every kind: other sizes and
+modes run under it, and are promised no more than the cap.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ from torch import nn
 from gpuckpt.errors import BudgetExceeded, InvalidChain
 from gpuckpt.memory import Budget
 from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
+from gpuckpt.pytorch._torch_internals import sharded_parameters
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_given, mark_resident
-from gpuckpt.pytorch.parallel.agree import clock_for_plans
+from gpuckpt.pytorch.parallel.agree import Ranks, ranks_of
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
@@ -54,6 +58,7 @@ class PlanMaker:
     """Measures and plans a model within `budget` and, where there is one, `host_budget`, each shared by `live` forwards.
 
     `plans`: by kind of call, the one used last at the end. `predict`: plan new sizes by what others were measured to save.
+    `group`: a process group whose ranks plan the first call together, besides those that the model itself connects.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class PlanMaker:
         repeats: int,
         live: int,
         predict: bool,
+        group: Any = None,
     ) -> None:
         self.plans: OrderedDict[Any, Planned] = OrderedDict()
         self._model = model
@@ -77,21 +83,35 @@ class PlanMaker:
         self._repeats = repeats
         self._live = live
         self._predict = predict
+        self._group = group
+        self._shared: Planned | None = None  # the one plan of ranks that meet inside of the model
         self._observed: dict[Any, OrderedDict[tuple[int, ...], Measured]] = {}  # by kind without sizes, and by sizes
         self._unpredictable: set[Any] = set()  # kinds
         self._link: Link | None = None
         self._numbers_matter: set[Any] = set()  # kinds in which another int was seen to take other bytes
         self._replanned: dict[Any, int] = {}
         self._latest: Any = None  # the kind of the latest call
+        self._made_of: Any = None
+        self._planned_before = False  # from the second time on ranks plan for themselves where they can
         self.start_anew()
 
     def start_anew(self) -> None:
-        """The model was changed: what was measured holds no longer."""
-        self.plans.clear()
-        self._observed.clear()
-        self._unpredictable.clear()
+        """The model was changed: what was measured holds no longer. A change that other ranks may not have made (a hook, an
+        attribute) leaves the plan that is shared with them; its modules and their sharding are the same on all."""
+        before = self._made_of
         self._parts = list(self._model.modules())
         self._parameters = list(self._model.parameters())
+        self._made_of = [(id(part), type(part), len(sharded_parameters(part))) for part in self._parts]
+        if self._shared is None or self._made_of != before:
+            self._shared = None
+            self.plans.clear()
+            self._observed.clear()
+            self._unpredictable.clear()
+
+    @property
+    def shared(self) -> bool:
+        """Whether ranks that meet inside of the model run one plan: none of them may recompute anything else."""
+        return self._shared is not None
 
     def kind_of(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What of a call its plan depends on."""
@@ -101,6 +121,12 @@ class PlanMaker:
     def known(self, kind: Any) -> Planned | None:
         """The plan for a kind of call, if it was made already; that call is the latest from now on."""
         planned = self.plans.get(kind)
+        if planned is None and self._shared is not None:
+            plan = self._shared.plan
+            promise = replace(
+                plan.certificate, peak_bytes=self._bytes_of_one, host_peak_bytes=self._host_bytes_of_one or 0
+            )
+            planned = self._keep(kind, replace(self._shared, plan=replace(plan, certificate=promise), predicted=True))
         if planned is not None:
             self.plans.move_to_end(kind)
             self._latest = kind
@@ -116,7 +142,7 @@ class PlanMaker:
         if measured is None:
             return None
         with suppress(BudgetExceeded):  # refused by what is measured, not by what is expected
-            return self._add(kind, measured, predicted=True)
+            return self._add(kind, measured, predicted=True, ranks=Ranks())
         return None
 
     def make(self, kind: Any, args: tuple, kwargs: dict[str, Any]) -> Planned:
@@ -124,7 +150,13 @@ class PlanMaker:
         mark_given(tensors_in((args, kwargs)))
         # What functional_call computed to stand for a weight is saved and charged like any activation.
         mark_resident([tensor for tensor in (*self._parameters, *self._model.buffers()) if tensor.is_leaf])
-        measured = self._measure(args, kwargs)
+        ranks = ranks_of(self._model, group=self._group)
+        try:
+            measured = self._measure(args, kwargs)
+        except Exception as error:
+            if not self._planned_before and not ranks.inside:  # the others have measured, and wait
+                ranks.plan(error, 0, self._plan)
+            raise
         like, sizes = without_sizes(kind)
         observed = self._observed.setdefault(like, OrderedDict())
         observed[sizes] = measured
@@ -134,29 +166,48 @@ class PlanMaker:
         if self._host_budget is not None and self._link is None:
             device = next((tensor.device for tensor in self._parameters), torch.device(self._budget.device))
             self._link = measure_link(device, self._host_budget, WallClock())
-        return self._add(kind, measured, predicted=False)
+        ranks = ranks_of(self._model, measured.groups, self._group)
+        alone = self._planned_before and not ranks.inside
+        planned = self._add(kind, measured, predicted=False, ranks=Ranks() if alone else ranks)
+        self._planned_before = True
+        self._shared = planned if ranks.inside else None
+        return planned
 
-    def _add(self, kind: Any, measured: Measured, *, predicted: bool) -> Planned:
+    def _add(self, kind: Any, measured: Measured, *, predicted: bool, ranks: Ranks) -> Planned:
         if (link := self._link) is not None:
             latency_s, staying = link.latency_s, measured.staying
             chain = with_spill(measured.chain, link.bytes_per_s, latency_s=latency_s, name=SPILL, staying=staying)
             measured = replace(measured, chain=chain)
-        plan = self._plan(measured.chain, self._budget.max_bytes // self._live)
+        chain_or_error: Chain | Exception = measured.chain
+        if measured.random and not self._preserve_rng_state:
+            chain_or_error = InvalidChain(
+                f"stage {measured.random[0]!r} of {type(self._model).__name__} draws random numbers and would draw others when "
+                "it is recomputed; fit with preserve_rng_state=True"
+            )
+        plan = ranks.plan(chain_or_error, self._bytes_of_one, self._plan)
         with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
             self._budget.prefetch(plan.certificate.layout_bytes)
-        planned = self.plans[kind] = Planned(measured, plan, predicted)
+        return self._keep(kind, Planned(measured, plan, predicted))
+
+    def _keep(self, kind: Any, planned: Planned) -> Planned:
+        self.plans[kind] = planned
         self._latest = kind
         if len(self.plans) > _MOST_PLANS:
             self.plans.popitem(last=False)
         return planned
 
     def within(self, planned: Planned, max_bytes: int) -> Planned:
-        """The same kind of call, planned for other bytes. Raises `BudgetExceeded`."""
+        """The same kind of call, planned for other bytes. Raises `BudgetExceeded`, also where other ranks run the same plan."""
+        if self.shared:
+            hint = "all ranks whose collectives meet inside of the model run one plan, and none can plan for less alone"
+            raise BudgetExceeded(planned.plan.certificate.peak_bytes, max_bytes, hint)
         return replace(planned, plan=self._plan(planned.chain, max_bytes))
 
     def deviated(self) -> None:
         """The latest step held other bytes than expected: other contents, or another int. Measure again, but not for ever."""
         kind = self._latest
+        if self.shared:  # and measured together, once
+            return
         self._unpredictable.add(kind)
         if (planned := self.plans.get(kind)) is not None and planned.predicted:
             del self.plans[kind]
@@ -168,17 +219,19 @@ class PlanMaker:
 
     def _measure(self, args: tuple, kwargs: dict[str, Any]) -> Measured:
         unit_bytes, copies = self._budget.unit_bytes, self._budget.hold == "pool"
-        measured = run_measured(self._model, args, kwargs, unit_bytes, clock_for_plans(), self._repeats, copies)
-        if measured.random and not self._preserve_rng_state:
-            raise InvalidChain(
-                f"stage {measured.random[0]!r} of {type(self._model).__name__} draws random numbers and would draw others when "
-                "it is recomputed; fit with preserve_rng_state=True"
-            )
-        return measured
+        return run_measured(self._model, args, kwargs, unit_bytes, WallClock(), self._repeats, copies)
+
+    @property
+    def _bytes_of_one(self) -> int:
+        """What one forward may hold."""
+        return self._budget.max_bytes // self._live
+
+    @property
+    def _host_bytes_of_one(self) -> int | None:
+        return None if self._host_budget is None else self._host_budget.max_bytes // self._live
 
     def _plan(self, chain: Chain, max_bytes: int) -> Plan:
-        host_bytes = None if self._host_budget is None else self._host_budget.max_bytes // self._live
-        return plan_chain(chain, max_bytes, strategy=self._strategy, host_bytes=host_bytes)
+        return plan_chain(chain, max_bytes, strategy=self._strategy, host_bytes=self._host_bytes_of_one)
 
     def _describe(self, args: tuple, kwargs: dict[str, Any], *, numbers: bool) -> Any:
         return describe_call(args, kwargs, numbers=numbers), describe_model(self._parts, self._parameters)

@@ -84,7 +84,7 @@ class _Open:
         self._count = 0
         self._loose: set[int] = set()  # numbers of kept tensors that are cut from their graph
         program, loose, verify, preserve = self.program, self._loose, walk.verify, walk.preserve_rng_state
-        budget, host = walk.budget, walk.host
+        budget, host, evictable = walk.budget, walk.host, walk.evictable
         children = node.children
 
         record = self.record = Record()
@@ -92,7 +92,7 @@ class _Open:
         def replay(kept: list[torch.Tensor]) -> None:
             kept = [connected(tensor) if number in loose else tensor for number, tensor in enumerate(kept)]
             arrivals = [call.rewritten(_FromFrame, lambda leaf: kept[leaf.index]) for call in program]
-            inner = Walk(children, budget, verify, preserve, arrivals, host)
+            inner = Walk(children, budget, verify, preserve, arrivals, host, evictable)
             with reading(record):
                 for call in arrivals:
                     leaves = call.rewritten(_FromStage, lambda leaf: inner.previous.tensors[leaf.index]).leaves
@@ -106,6 +106,7 @@ class _Open:
                         inner.step(call.stage, call.module, args, kwargs, call.fence, leaves[inside:])
 
         self.frame = Frame(replay, budget, verify)
+        self.frame.evictable = evictable
 
     def receive(self, calls: Iterable[_Arrival], links: Container[int] = ()) -> None:
         """Save what the replay of the next stages needs besides the output of the stage before each. `links`: ids of what the
@@ -135,7 +136,8 @@ class Walk:
     `budget` holds what frames recompute. `previous`: what the latest stage returned. `ahead`: in a replay, the
     calls that will come. Frames then save all that their stages will be given as soon as they open, so that a replay that
     ends with a frame stops there (early stop) and does not run the frame's stages for the sake of the last one's arguments.
-    `host`: holds what stages save that are kept under the option "spill".
+    `host`: holds what stages save that are kept under the option "spill". Not `evictable`: frames recompute what the plan says,
+    and no more where the budget is full.
     """
 
     def __init__(
@@ -146,8 +148,10 @@ class Walk:
         preserve_rng_state: bool = True,
         ahead: Sequence[_Arrival] | None = None,
         host: Budget | None = None,
+        evictable: bool = True,
     ) -> None:
         self.budget = budget
+        self.evictable = evictable
         self.host = host
         self.verify = verify
         self.preserve_rng_state = preserve_rng_state

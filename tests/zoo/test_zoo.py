@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="Hugging Face models come with the de
 
 @pytest.fixture(autouse=True)
 def _same_plans_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_maker, "clock_for_plans", Ticks)
+    monkeypatch.setattr(plan_maker, "WallClock", Ticks)
 
 
 def check(name: str, shares: Sequence[float | None]) -> None:

@@ -92,9 +92,11 @@ class Frame:
     """One piece of work that is run now and replayed in backward.
 
     `replay(tensors)` does the work again from the tensors that were given to `save`, in that order. It must not refer to
-    the frame. `budget` holds what is recomputed; None: nothing is charged. `made`: how many there have been.
+    the frame. `budget` holds what is recomputed; None: nothing is charged. Not `evictable`: a full budget recomputes no more.
+    `made`: how many frames there have been.
     """
 
+    evictable = True
     made = 0
 
     def __init__(
@@ -201,7 +203,8 @@ class _FrameReplay:
         self._last = len(frame._slots) if to_the_end else last  # one that does not come
         self._made: list[weakref.ref[_Recomputed]] = []
         self._hold = index_of(budget).hold
-        self._budget = budget if budget is not None and "recompute" in budget.over_cap else None  # to offer slots to
+        evicts = budget is not None and frame.evictable and "recompute" in budget.over_cap
+        self._budget = budget if evicts else None  # to offer slots to
         self.count = 0
 
     @untraced

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt.errors import InvalidChain
-from gpuckpt.pytorch._torch_internals import version_number
+from gpuckpt.pytorch._torch_internals import group_of, version_number
 from gpuckpt.pytorch.engine.kept.record import in_checkpoint
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 
@@ -84,24 +84,29 @@ class Call:
 
 
 class _CountBytes(TorchDispatchMode):
-    """Counts the bytes that operators produce: a position in the run, and a measure of how much work lies in between."""
+    """Counts the bytes that operators produce: a position in the run, and a measure of how much work lies in between. `groups`:
+    process groups that collectives were called in, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: dict[str, Any]) -> None:
         super().__init__()
         self.position = 0
+        self.groups = groups
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.position += 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(out))
+        if (group := group_of(func, args, kwargs or {})) is not None:
+            self.groups.setdefault(group.group_name, group)
         return out
 
 
 class Found(NamedTuple):
-    """The modules whose calls are a model's stages, in calling order (one module may occur several times), and whether the
-    forward goes backward itself (forces, gradient penalties)."""
+    """The modules whose calls are a model's stages, in calling order (one module may occur several times), whether the forward
+    goes backward itself (forces, gradient penalties), and the process groups of the collectives that it calls."""
 
     modules: list[nn.Module]
     differentiates: bool
+    groups: tuple[Any, ...] = ()
 
 
 def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any], grad: bool = False) -> Found:
@@ -112,24 +117,25 @@ def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any], grad: bool
     Raises `InvalidChain` where there are fewer than two calls.
     """
     unpacked: list[bool] = []
+    groups: dict[str, Any] = {}
 
     def unpack(tensor: torch.Tensor) -> torch.Tensor:
         unpacked.append(True)
         return tensor
 
     with torch.set_grad_enabled(grad), saved_tensors_hooks(lambda tensor: tensor.detach(), unpack):
-        modules = _find(model, args, kwargs)
-    return Found(modules, bool(unpacked))
+        modules = _find(model, args, kwargs, groups)
+    return Found(modules, bool(unpacked), tuple(groups.values()))
 
 
-def _find(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Module]:
-    calls, work, inside = _watch(model, candidates(model), args, kwargs)
+def _find(model: nn.Module, args: tuple, kwargs: dict[str, Any], groups: dict[str, Any]) -> list[nn.Module]:
+    calls, work, inside = _watch(model, candidates(model), args, kwargs, groups)
     chain, cut = heaviest_path(calls), disjoint_calls(calls)
     finer = len(cut) >= 2 * len(chain) and covered(cut) >= _SHARE * covered(chain)
     if finer or covered(cut) * _SHARE > covered(chain):
         chain = cut
     if len(chain) < 2 or covered(chain) < (1 - _SHARE) * work:
-        calls, _, inside = _watch(model, {**attributes(model), **candidates(model)}, args, kwargs)
+        calls, _, inside = _watch(model, {**attributes(model), **candidates(model)}, args, kwargs, groups)
         cut = disjoint_calls(calls)
         if len(cut) >= 2 and covered(cut) > covered(chain):
             chain = cut
@@ -147,12 +153,13 @@ def _find(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Modu
 
 
 def _watch(
-    model: nn.Module, modules: dict[nn.Module, str], args: tuple, kwargs: dict[str, Any]
+    model: nn.Module, modules: dict[nn.Module, str], args: tuple, kwargs: dict[str, Any], groups: dict[str, Any]
 ) -> tuple[list[Call], int, list[nn.Module]]:
-    """The calls of `modules` in one forward, how much work that was, and those among them that checkpoints made by hand cover."""
+    """The calls of `modules` in one forward, how much work that was, and those among them that checkpoints made by hand cover.
+    `groups` takes up those of collectives, by name."""
     calls: list[Call] = []
     alive: list[Any] = []  # ids name tensors for as long as these live
-    counter = _CountBytes()
+    counter = _CountBytes(groups)
     inside: list[nn.Module] = []
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -39,13 +39,15 @@ __all__ = ["Measured", "run_chain"]
 @dataclass(frozen=True)
 class Measured:
     """A chain, the modules whose calls make up its stages (in calling order), the number of each call's stage, the names of calls
-    that draw random numbers, and the ids of storages that cannot go to the host."""
+    that draw random numbers, the ids of storages that cannot go to the host, and the process groups of the collectives that the
+    forward calls."""
 
     chain: Chain
     modules: tuple[nn.Module, ...]
     owned: tuple[int, ...]
     random: tuple[str, ...]
     staying: frozenset[int] = frozenset()
+    groups: tuple[Any, ...] = ()
 
 
 class _Measurement:
@@ -318,4 +320,5 @@ def run_chain(
             "same stages whether or not gradients are wanted"
         )
     chain = Chain(run.finished(), tuple(run.storages.sizes), unit_bytes, type(model).__name__)
-    return Measured(chain, tuple(found.modules), tuple(run.owned), tuple(run.random), frozenset(run.storages.staying))
+    staying = frozenset(run.storages.staying)
+    return Measured(chain, tuple(found.modules), tuple(run.owned), tuple(run.random), staying, found.groups)

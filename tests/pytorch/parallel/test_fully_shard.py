@@ -254,11 +254,14 @@ def accumulation(rank: int) -> None:
     for ours in (False, True):
         model = shard(tower())
         if ours:
-            fitted = fit(model, x, budget_between(tower, batch(rank, 24)))
+            fitted = fit(model, x, budget_between(tower, x))
         model.set_requires_gradient_sync(False)
         model(x).backward()
+        if ours:
+            gpuckpt.measure(fitted.unfit(), x)  # while gradients wait to be reduced
+            fitted = fit(model, x, fitted.budget)
         model.set_requires_gradient_sync(True)
-        model(batch(rank, 24)).backward()  # another length: measured while gradients of the first wait to be reduced
+        model(2 * x).backward()
         found.append([local(p.grad) for p in model.parameters()])
     assert same(*found)
     assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
@@ -266,3 +269,41 @@ def accumulation(rank: int) -> None:
 
 def test_gradients_that_are_accumulated_before_they_are_reduced() -> None:
     on_ranks(accumulation)
+
+
+def lengths(rank: int) -> None:
+    """What is as long as the example on one rank and shorter on the other runs under the plan of all, alone."""
+    batches = [batch(rank, 16), batch(rank, 16 - 4 * rank), batch(rank, 8 + 8 * rank), batch(rank, 12)]
+    plain = train(shard(tower()), *batches, steps=4)
+    model = shard(tower())
+    fitted = fit(model, batches[0], budget_between(tower, batches[0]), strategy="optimal")
+    tree = fitted.plan.tree
+    if rank == 0:  # seen by this rank alone: nothing that the others would have to measure with it
+        model.blocks[2].register_forward_hook(lambda *_: None)
+    assert same(train(model, *batches, steps=4), plain)
+    assert fitted.plan.tree == tree
+    assert not fitted.deviations
+    assert fitted.budget.peak_bytes <= fitted.budget.max_bytes
+    with pytest.raises(gpuckpt.BudgetExceeded, match="the largest that will come"):
+        model(batch(rank, 64)).backward()
+    assert fitted.budget.used_bytes == 0
+
+
+def test_other_lengths_on_some_ranks() -> None:
+    on_ranks(lengths)
+
+
+def lengths_at_fit(rank: int) -> None:
+    x = batch(rank, 8 + 8 * rank)
+    plain = train(shard(tower()), x)
+    cap = budget_between(tower, batch(rank, 16))
+    model = shard(tower())
+    fitted = fit(model, x, cap if rank else 100 * cap)
+    assert same(train(model, x), plain)
+    assert fitted.plan.certificate.recompute_s > 0
+    assert fitted.measured_peak_bytes == fitted.promised_peak_bytes <= cap
+    assert not fitted.deviations
+
+
+def test_lengths_and_budgets_that_differ_at_fit() -> None:
+    on_ranks(lengths_at_fit)
