@@ -9,6 +9,7 @@ from torch import nn
 
 from gpuckpt.budget import CheckpointBudget
 from gpuckpt.memory import Budget
+from gpuckpt.planning import Plan
 from gpuckpt.pytorch.engine.verify import Verify, check_verify
 from gpuckpt.pytorch.fitted import Fitted
 from gpuckpt.pytorch.plan_maker import Planned
@@ -31,6 +32,7 @@ def fit(
     live: int = 1,
     strict: bool = False,
     group: Any = None,
+    plan: Plan | None = None,
 ) -> Fitted:
     """Make `model` run under a plan that keeps what autograd saves within `budget`. A fitted model is fitted anew.
 
@@ -56,10 +58,13 @@ def fit(
         group: a process group whose ranks call `fit` together, and are refused together, where the model does not show it: before
             it is wrapped. Ranks that the model connects (DistributedDataParallel, `fully_shard`, tensor parallelism, collectives
             of its own) plan together without being told.
+        plan: run this plan (`Plan.from_json`) for the example, and for whatever saves the same, instead of planning.
 
     Raises:
         BudgetExceeded: no plan fits; the error names the smallest budget that would do. The model is untouched.
         InvalidChain: the model has no chain of stages, or calls torch.utils.checkpoint itself.
+        InvalidPlan: `plan` was made for other stages, or stages that save other bytes.
+        TypeError: a `plan` that is none.
         ValueError: a host budget that is not on the host, or is `budget` itself; an unknown `verify`.
 
     >>> import torch
@@ -73,6 +78,8 @@ def fit(
     if not isinstance(live, int) or isinstance(live, bool) or live < 1:
         raise ValueError(f"live={live!r}: expected how many forwards wait for their backward at a time, 1 or more")
     check_verify(verify)
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan={plan!r}: expected a gpuckpt.Plan; one that was saved is read by Plan.from_json(text)")
     if not isinstance(budget, Budget):
         device = next((parameter.device for parameter in model.parameters()), None)
         # Where a step holds more than its plan promised, frames drop what they can compute again.
@@ -83,7 +90,17 @@ def fit(
     resume = None if before is None else before.suspend()
     try:
         now = Fitted(
-            model, budget, strategy, preserve_rng_state, verify, repeats, host, live=live, strict=strict, group=group
+            model,
+            budget,
+            strategy,
+            preserve_rng_state,
+            verify,
+            repeats,
+            host,
+            live=live,
+            strict=strict,
+            group=group,
+            plan=plan,
         )
         now.plan_for(*args, **kwargs)
     except BaseException:

@@ -68,6 +68,7 @@ class Fitted:
         live: int = 1,
         strict: bool = False,
         group: Any = None,
+        plan: Plan | None = None,
     ) -> None:
         self.model = model
         self.budget = budget
@@ -86,6 +87,7 @@ class Fitted:
             live=live,
             predict=not strict,
             group=group,
+            saved=plan,
         )
         self._latest: Planned | None = None
         self._local = threading.local()

@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from gpuckpt.errors import BudgetExceeded, InvalidChain
+from gpuckpt.errors import BudgetExceeded, InvalidChain, InvalidPlan
 from gpuckpt.memory import Budget
-from gpuckpt.planning import Chain, Plan, plan_chain, with_spill
+from gpuckpt.planning import Chain, Plan, certify, plan_chain, simulate, with_spill
+from gpuckpt.planning.tree import flatten
 from gpuckpt.pytorch._torch_internals import sharded_parameters
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_given, mark_resident
@@ -58,7 +60,8 @@ class PlanMaker:
     """Measures and plans a model within `budget` and, where there is one, `host_budget`, each shared by `live` forwards.
 
     `plans`: by kind of call, the one used last at the end. `predict`: plan new sizes by what others were measured to save.
-    `group`: a process group whose ranks plan the first call together, besides those that the model itself connects.
+    `group`: a process group whose ranks plan the first call together, besides those that the model itself connects. `saved`: the
+    plan for the first call, and for later ones that save the same.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class PlanMaker:
         live: int,
         predict: bool,
         group: Any = None,
+        saved: Plan | None = None,
     ) -> None:
         self.plans: OrderedDict[Any, Planned] = OrderedDict()
         self._model = model
@@ -84,6 +88,7 @@ class PlanMaker:
         self._live = live
         self._predict = predict
         self._group = group
+        self._saved = saved
         self._shared: Planned | None = None  # the one plan of ranks that meet inside of the model
         self._observed: dict[Any, OrderedDict[tuple[int, ...], Measured]] = {}  # by kind without sizes, and by sizes
         self._unpredictable: set[Any] = set()  # kinds
@@ -184,7 +189,14 @@ class PlanMaker:
                 f"stage {measured.random[0]!r} of {type(self._model).__name__} draws random numbers and would draw others when "
                 "it is recomputed; fit with preserve_rng_state=True"
             )
-        plan = ranks.plan(chain_or_error, self._bytes_of_one, self._plan)
+        make, saved = self._plan, self._saved
+        if saved is not None and not predicted:
+            error = _misfit(saved, measured.chain)
+            if error is None:
+                make = partial(_as_saved, saved)
+            elif not self._planned_before:
+                chain_or_error = error
+        plan = ranks.plan(chain_or_error, self._bytes_of_one, make)
         with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
             self._budget.prefetch(plan.certificate.layout_bytes)
         return self._keep(kind, Planned(measured, plan, predicted))
@@ -235,3 +247,26 @@ class PlanMaker:
 
     def _describe(self, args: tuple, kwargs: dict[str, Any], *, numbers: bool) -> Any:
         return describe_call(args, kwargs, numbers=numbers), describe_model(self._parts, self._parameters)
+
+
+def _misfit(plan: Plan, chain: Chain) -> InvalidPlan | None:
+    """Why a saved plan is not one for `chain`; None where it is."""
+    if plan.fingerprint == chain.fingerprint():
+        return None
+    covered, measured = flatten(plan.tree)[-1].last + 1, len(chain)
+    reason = f"it covers {covered} stages, and {measured} were measured"
+    if covered == measured:
+        reason = "stages have other names or options, or save other bytes"
+        with suppress(InvalidPlan):
+            holds_bytes, promised_bytes = simulate(chain, plan.tree).peak_bytes, plan.certificate.peak_bytes
+            if holds_bytes != promised_bytes:
+                reason = f"under it these stages would hold {holds_bytes} bytes, and it promised {promised_bytes}"
+    return InvalidPlan(
+        f"the plan given to fit was made for another chain than {chain.name!r} has with these inputs: {reason}. Give it the "
+        "model, inputs and dtypes that it was made with, or leave plan= out and let fit plan anew"
+    )
+
+
+def _as_saved(plan: Plan, chain: Chain, max_bytes: int) -> Plan:
+    found = certify(chain, plan.tree, max_bytes, plan.strategy)
+    return replace(found, certificate=replace(found.certificate, gap=plan.certificate.gap))

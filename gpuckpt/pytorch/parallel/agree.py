@@ -103,8 +103,8 @@ def _decide(reports: dict[int, _RankReport], make: Callable[[Chain, int], Plan])
     for rank, report in sorted(reports.items()):
         if isinstance(report.chain, Exception):
             error = report.chain
-            if isinstance(error, InvalidChain):
-                return InvalidChain(f"rank {rank}: {error}")
+            if isinstance(error, InvalidChain | InvalidPlan):
+                return type(error)(f"rank {rank}: {error}")
             return CheckpointError(f"the model failed on rank {rank}: {type(error).__name__}: {error}")
     chains = {rank: report.chain for rank, report in sorted(reports.items()) if isinstance(report.chain, Chain)}
     max_bytes = min(report.max_bytes for report in reports.values())
