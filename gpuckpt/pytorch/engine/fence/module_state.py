@@ -29,17 +29,13 @@ from torch.nn.parameter import is_lazy
 
 from gpuckpt.errors import StateModified
 from gpuckpt.pytorch._torch_internals import forward_inside, sharded_parameters, version_number
+from gpuckpt.pytorch.engine.fence.attributes import ABSENT, INTERNAL, PLAIN, captured, containers, refill, restore
 from gpuckpt.pytorch.engine.verify import unread
 
 __all__ = ["ModuleState", "Watched", "watch"]
 
-_INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl", "forward"}
-_HOOKS = tuple(name for name in nn.Module().__dict__ if name.startswith("_forward_") and "hooks" in name)
-_PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
 # Not those of InstanceNorm, whose kernel saves what the running statistics are.
 _NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-_LARGEST = 64  # entries of a list or dict that is looked into
-_ABSENT: Any = object()
 
 
 class _Part:
@@ -56,7 +52,7 @@ class _Part:
         self.count = len(held)
         self.children = list(map(id, module._modules.values()))
         self.tensors = len(module._parameters), len(module._buffers)
-        self.names = tuple(name for name in held if name not in _INTERNAL)
+        self.names = tuple(name for name in held if name not in INTERNAL)
 
     def current(self) -> bool:
         module = self.ref()
@@ -153,7 +149,7 @@ class ModuleState:
         self._watched = watched
         self._modules: list[Any] = [part.ref() for part in watched.parts]
         self._seen = [
-            [value if type(value := held.get(name, _ABSENT)) in _PLAIN else _captured(value) for name in part.names]
+            [value if type(value := held.get(name, ABSENT)) in PLAIN else captured(value) for name in part.names]
             for part, held in zip(watched.parts, (module.__dict__ for module in self._modules), strict=True)
         ]
         dicts = self._dicts()
@@ -212,12 +208,12 @@ class ModuleState:
         watched = self._watched
         self._check()
         attributes = [(module.__dict__, dict(module.__dict__)) for module in self._modules]
-        containers = [pair for held, _ in attributes for pair in _containers(held)]
+        held_containers = [pair for held, _ in attributes for pair in containers(held)]
         dicts = self._dicts()
         stood = [(dicts[part][is_buffer], name) for part, is_buffer, name in watched.places]
-        before = [held.get(name, _ABSENT) for held, name in stood]
+        before = [held.get(name, ABSENT) for held, name in stood]
         for part, (held, _), seen, module in zip(watched.parts, attributes, self._seen, self._modules, strict=True):
-            _restore(held, part.names, seen)
+            restore(held, part.names, seen)
             if (inside := forward_inside(module)) is not None:
                 held["forward"] = inside
         for number, (held, name) in enumerate(stood):
@@ -248,16 +244,16 @@ class ModuleState:
             for norm, momentum, count in frozen:
                 norm.momentum, norm.num_batches_tracked = momentum, count
             for (held, name), tensor in zip(stood, before, strict=True):
-                if tensor is _ABSENT:
+                if tensor is ABSENT:
                     held.pop(name, None)
                 else:
                     held[name] = tensor
             for held, was in attributes:
-                if len(held) != len(was) or any(held.get(name, _ABSENT) is not value for name, value in was.items()):
+                if len(held) != len(was) or any(held.get(name, ABSENT) is not value for name, value in was.items()):
                     held.clear()
                     held.update(was)
-            for container, content in containers:
-                _refill(container, content)
+            for container, content in held_containers:
+                refill(container, content)
 
         return leave
 
@@ -294,63 +290,6 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
-
-
-def _captured(value: Any) -> Any:
-    """A value to be put back: itself, or a copy of a container. Tensors are not captured, nor what contains them: they would be
-    kept alive."""
-    if value is _ABSENT or isinstance(value, torch.Tensor | nn.Module):
-        return _ABSENT
-    if type(value) in (list, dict, set, tuple):
-        if len(value) > _LARGEST or any(
-            not _harmless(item) for item in (value.values() if type(value) is dict else value)
-        ):
-            return _ABSENT
-        return (value, value.copy()) if type(value) is not tuple else value
-    return value
-
-
-def _harmless(value: Any) -> bool:
-    return type(value) in _PLAIN or (isinstance(value, tuple) and all(type(item) in _PLAIN for item in value))
-
-
-def _restore(held: dict[str, Any], names: Sequence[str], seen: list[Any]) -> None:
-    for name, value in zip(names, seen, strict=True):
-        if value is _ABSENT:
-            continue
-        if type(value) is tuple and len(value) == 2 and type(value[0]) in (list, dict, set):
-            held[name] = value[1].copy()  # the recompute may change it; the container itself stays as it is
-        elif held.get(name, _ABSENT) is not value:
-            held[name] = value
-
-
-def _containers(held: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Containers among a module's attributes, with copies of what is in them; and its forward hooks, which code installs when
-    it first runs, and notes that in an attribute."""
-    found = [
-        (value, value.copy())
-        for name, value in held.items()
-        if type(value) in (list, dict, set) and name not in _INTERNAL and len(value) <= _LARGEST
-    ]
-    return found + [(held[name], held[name].copy()) for name in _HOOKS]
-
-
-def _refill(container: Any, content: Any) -> None:
-    if len(container) == len(content) and (container is content or _same_items(container, content)):
-        return
-    if isinstance(container, list):
-        container[:] = content
-    else:
-        container.clear()
-        container.update(content)
-
-
-def _same_items(container: Any, content: Any) -> bool:
-    if isinstance(container, list):
-        return all(a is b for a, b in zip(container, content, strict=True))
-    if isinstance(container, dict):
-        return all(container.get(key, _ABSENT) is value for key, value in content.items())
-    return container == content
 
 
 def _freeze(modules: Iterable[nn.Module]) -> list[tuple[_NormBase, float | None, torch.Tensor | None]]:

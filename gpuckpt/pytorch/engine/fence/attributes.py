@@ -1,0 +1,74 @@
+"""Plain attributes of modules, and lists and dicts of such: taken down, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["ABSENT", "INTERNAL", "PLAIN", "captured", "containers", "refill", "restore"]
+
+INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl", "forward"}
+_HOOKS = tuple(name for name in nn.Module().__dict__ if name.startswith("_forward_") and "hooks" in name)
+PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
+_LARGEST = 64  # entries of a list or dict that is looked into
+ABSENT: Any = object()
+
+
+def captured(value: Any) -> Any:
+    """A value to be put back: itself, or a copy of a container. Tensors are not captured, nor what contains them: they would be
+    kept alive."""
+    if value is ABSENT or isinstance(value, torch.Tensor | nn.Module):
+        return ABSENT
+    if type(value) in (list, dict, set, tuple):
+        if len(value) > _LARGEST or any(
+            not _harmless(item) for item in (value.values() if type(value) is dict else value)
+        ):
+            return ABSENT
+        return (value, value.copy()) if type(value) is not tuple else value
+    return value
+
+
+def _harmless(value: Any) -> bool:
+    return type(value) in PLAIN or (isinstance(value, tuple) and all(type(item) in PLAIN for item in value))
+
+
+def restore(held: dict[str, Any], names: Sequence[str], seen: list[Any]) -> None:
+    for name, value in zip(names, seen, strict=True):
+        if value is ABSENT:
+            continue
+        if type(value) is tuple and len(value) == 2 and type(value[0]) in (list, dict, set):
+            held[name] = value[1].copy()  # the recompute may change it; the container itself stays as it is
+        elif held.get(name, ABSENT) is not value:
+            held[name] = value
+
+
+def containers(held: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Containers among a module's attributes, with copies of what is in them; and its forward hooks, which code installs when
+    it first runs, and notes that in an attribute."""
+    found = [
+        (value, value.copy())
+        for name, value in held.items()
+        if type(value) in (list, dict, set) and name not in INTERNAL and len(value) <= _LARGEST
+    ]
+    return found + [(held[name], held[name].copy()) for name in _HOOKS]
+
+
+def refill(container: Any, content: Any) -> None:
+    if len(container) == len(content) and (container is content or _same_items(container, content)):
+        return
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
+
+
+def _same_items(container: Any, content: Any) -> bool:
+    if isinstance(container, list):
+        return all(a is b for a, b in zip(container, content, strict=True))
+    if isinstance(container, dict):
+        return all(container.get(key, ABSENT) is value for key, value in content.items())
+    return container == content
