@@ -25,7 +25,7 @@ _CORE = {
     "gpuckpt.planning": ("Certificate", "Chain", "Keep", "Plan", "Recompute", "Stage", "plan_chain", "simulate"),
     "gpuckpt.pytorch.checkpoint": ("checkpoint",),
     "gpuckpt.pytorch.engine.kept.choices": ("once",),
-    "gpuckpt.pytorch.engine.kept.record": ("is_recomputing",),
+    "gpuckpt.pytorch.engine.kept.current": ("is_recomputing",),
     "gpuckpt.pytorch.fit": ("Fitted", "fit", "fitted", "unfit"),
     "gpuckpt.pytorch.graph": ("checkpoint_graph",),
     "gpuckpt.pytorch.profiling.measure": ("measure",),
@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from gpuckpt.planning import Certificate, Chain, Keep, Plan, Recompute, Stage, plan_chain, simulate
     from gpuckpt.pytorch.checkpoint import checkpoint
     from gpuckpt.pytorch.engine.kept.choices import once
-    from gpuckpt.pytorch.engine.kept.record import is_recomputing
+    from gpuckpt.pytorch.engine.kept.current import is_recomputing
     from gpuckpt.pytorch.fit import Fitted, fit, fitted, unfit
     from gpuckpt.pytorch.graph import checkpoint_graph
     from gpuckpt.pytorch.profiling.measure import measure

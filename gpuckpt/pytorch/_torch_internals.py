@@ -22,6 +22,7 @@ __all__ = [
     "group_of",
     "innermost_transform",
     "intercept_checkpoints",
+    "is_taken_apart",
     "is_wrapper",
     "keep_graph",
     "library_switches",
@@ -36,6 +37,7 @@ __all__ = [
     "set_versions",
     "sharded_parameters",
     "sharding_of",
+    "sharing_versions",
     "storage_use_count",
     "tensor_use_count",
     "top_saved_tensors_hooks",
@@ -107,6 +109,16 @@ def innermost_transform() -> str | None:
     """The innermost transform of torch.func that this thread is in ("Grad", "Jvp", "Vmap", ...), or None."""
     interpreter = torch._C._functorch.peek_interpreter_stack()
     return None if interpreter is None else str(interpreter.key().name)
+
+
+def is_taken_apart(op: torch._ops.OpOverload) -> bool:
+    """Whether torch replaces `op` by the operations that it is made of above of autograd, so that nothing below meets it."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"))
+
+
+def sharing_versions() -> Any:
+    """Below autograd, within the context: `detach()` shares the version counter, as it does above."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
 
 
 def untraced(function: F) -> F:

@@ -25,7 +25,10 @@ from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.fence.scope import reaches_anything
 from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.hooks import current_budget, enter, plain_call
-from gpuckpt.pytorch.engine.kept.record import Record, by_hand, reading, recording
+from gpuckpt.pytorch.engine.kept.current import by_hand, paused, reading, recording
+from gpuckpt.pytorch.engine.kept.operations import keeping, returning
+from gpuckpt.pytorch.engine.kept.policy import Keep, policy_of
+from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.storage_index import index_of
 from gpuckpt.pytorch.engine.verify import Verify, check_verify
 
@@ -40,6 +43,7 @@ def checkpoint(
     budget: Budget | None = None,
     preserve_rng_state: bool = True,
     verify: Verify | None = None,
+    keep: Keep | None = None,
     use_reentrant: bool | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -53,14 +57,18 @@ def checkpoint(
         preserve_rng_state: run again with the same random numbers (CPU and the devices of the arguments).
         verify: compare what is recomputed with the first forward: always the number, shapes, dtypes and devices of the
             saved tensors; "metadata" adds strides; "bitwise" adds their contents, by checksum.
+        keep: operations whose outputs are held from forward on and not computed again, such as `[torch.ops.aten.mm.default]`, by
+            the name that they run under below autograd; or a function `(ctx, op, *args, **kwargs)` of each that runs, which
+            returns a bool or a `torch.utils.checkpoint.CheckpointPolicy`. True and PREFER_SAVE keep what can be kept.
         use_reentrant: taken, so that this can stand where `torch.utils.checkpoint.checkpoint` stood, and without meaning.
 
     Raises:
         BudgetExceeded: the arguments, or in backward what is recomputed, do not fit.
         RecomputeMismatch: the second run of `fn` differs from the first.
         SavedTensorModified: an argument or a parameter was changed in place in between.
-        TypeError: no arguments, and nothing that `fn` reaches by itself; a `budget` that is none; options of
-            torch.utils.checkpoint that ask for something else than what is done here.
+        TypeError: no arguments, and nothing that `fn` reaches by itself; a `budget` that is none; a `keep` that is no policy;
+            options of torch.utils.checkpoint that ask for something else than what is done here.
+        ValueError: `keep` names what cannot be kept, such as views and in-place operations.
 
     >>> x = torch.linspace(0, 1, 3, requires_grad=True)
     >>> y = checkpoint(lambda x: x.sin().exp(), x)
@@ -74,9 +82,14 @@ def checkpoint(
     if not callable(fn):
         raise TypeError(f"checkpoint({fn!r}, ...): expected something to call first, and then what to call it with")
     if kwargs and not _OF_TORCH.keys().isdisjoint(kwargs):
-        kwargs = _without_torchs_options(fn, args, kwargs)
+        kwargs, policies = _without_torchs_options(fn, args, kwargs)
+        if policies is not None:
+            if keep is not None:
+                raise TypeError("checkpoint(keep=..., context_fn=...): both say what to keep; expected one of them")
+            keep = policies
     if not args and not kwargs and not reaches_anything(fn):
         raise TypeError("checkpoint(fn, *args): expected at least one input to recompute from, got none")
+    policy = None if keep is None else policy_of(keep)
     if not torch.is_grad_enabled():
         with by_hand():
             return fn(*args, **kwargs)
@@ -84,6 +97,27 @@ def checkpoint(
         with plain_call("gpuckpt.checkpoint", budget):
             return fn(*args, **kwargs)
 
+    with paused():
+        frame, record, fence = _framed(fn, args, kwargs, budget, preserve_rng_state, verify, policy is not None)
+    kept = nullcontext() if policy is None else keeping(record, policy, frame.slots)
+    with frame.hooks(), recording(record), by_hand(), kept:
+        out = fn(*args, **kwargs)
+    with paused():
+        fence.learn()
+    return out
+
+
+def _framed(
+    fn: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    budget: Budget | None,
+    preserve_rng_state: bool,
+    verify: Verify | None,
+    keeps: bool,
+) -> tuple[Frame, Record, Fence]:
+    """The frame to call `fn` in, which has kept what it takes to call it again; its record, and what `fn` will see. `keeps`: the
+    record will have operations."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     others = [_HERE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -99,26 +133,24 @@ def checkpoint(
         places = {key: place for place, key in enumerate(unique)}
         order = [places[id(tensor)] for tensor in tensors]
         tensors = list(unique.values())
-    del unique
+    record = Record()
 
     def replay(kept: list[torch.Tensor]) -> None:
+        run = reading(record)
+        given_back = returning(run) if keeps else nullcontext()
         if order is not None:
             kept = [kept[place] for place in order]
         given = iter(kept)
         flat = [next(given) if leaf is _HERE else leaf for leaf in others]
         args, kwargs = pytree.tree_unflatten(objects.rebuilt(flat, kept[count:inside]) if objects else flat, spec)
-        with fence.restored(kept[inside:]), reading(record):
+        with fence.restored(kept[inside:]), run, given_back:
             fn(*args, **kwargs)
 
     frame = Frame(replay, current_budget() if budget is None else budget, verify)
     with nullcontext() if budget is None else enter(budget, index_of(budget).hold):
-        record = Record().begin()
+        record.begin()
         frame.save(tensors)
-    del tensors, leaves
-    with frame.hooks(), recording(record), by_hand():
-        out = fn(*args, **kwargs)
-    fence.learn()
-    return out
+    return frame, record, fence
 
 
 _OF_TORCH = {
@@ -130,25 +162,39 @@ _OF_TORCH = {
 """Options of torch.utils.checkpoint, with the values that ask for nothing else than what is done here."""
 
 
-def _without_torchs_options(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` without options of torch.utils.checkpoint, where `fn` does not take them itself. Raises `TypeError` for one that
-    asks for something else."""
+def _without_torchs_options(
+    fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], Keep | None]:
+    """`kwargs` without options of torch.utils.checkpoint, where `fn` does not take them itself; and what its `context_fn` keeps.
+    Raises `TypeError` for one that asks for something else."""
     try:
         parameters = inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn)
         parameters.bind(*args, **kwargs)
     except TypeError:
         pass
     except ValueError:  # written in C, without a signature
-        return kwargs
+        return kwargs, None
     else:
-        return kwargs
-    for name, meant in _OF_TORCH.items():
-        if name in kwargs and not any(kwargs[name] is value or kwargs[name] == value for value in meant):
-            raise TypeError(
-                f"{name}={kwargs[name]!r} is an option of torch.utils.checkpoint that gpuckpt.checkpoint does not have; see "
-                "the page on coming from torch.utils.checkpoint"
-            )
-    return {name: value for name, value in kwargs.items() if name not in _OF_TORCH or name in parameters.parameters}
+        return kwargs, None
+    keep = None
+    for name in _OF_TORCH.keys() & kwargs.keys():
+        value = kwargs[name]
+        if any(value is meant or value == meant for meant in _OF_TORCH[name]):
+            continue
+        if name == "context_fn" and (keep := _kept_by(value)) is not None:
+            continue
+        raise TypeError(
+            f"{name}={value!r} is an option of torch.utils.checkpoint that gpuckpt.checkpoint does not have; see "
+            "the page on coming from torch.utils.checkpoint"
+        )
+    own = parameters.parameters
+    return {name: value for name, value in kwargs.items() if name not in _OF_TORCH or name in own}, keep
+
+
+def _kept_by(context_fn: Any) -> Keep | None:
+    """The policy of torch's `create_selective_checkpoint_contexts`; None for contexts of other makes."""
+    contexts = context_fn() if callable(context_fn) else None
+    return getattr(contexts[0], "policy_fn", None) if isinstance(contexts, tuple) else None
 
 
 _HERE = object()  # where a tensor stood among the arguments

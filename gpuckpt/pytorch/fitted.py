@@ -22,7 +22,7 @@ from gpuckpt.planning.report import PlanReport, explain
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes
 from gpuckpt.pytorch.engine.hooks import enter, plain_call
-from gpuckpt.pytorch.engine.kept.record import in_checkpoint
+from gpuckpt.pytorch.engine.kept.current import in_checkpoint
 from gpuckpt.pytorch.engine.residency import mark_computed, mark_given
 from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.peak_check import Deviation, StepPeaks

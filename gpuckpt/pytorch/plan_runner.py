@@ -25,7 +25,8 @@ from gpuckpt.pytorch._torch_internals import version_number
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame
-from gpuckpt.pytorch.engine.kept.record import Record, reading, recording
+from gpuckpt.pytorch.engine.kept.current import paused, reading, recording
+from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.offload import SPILL, Spill
 from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.profiling.call_hooks import run_module
@@ -205,7 +206,9 @@ class Walk:
                     fence = learning = Fence(module, leaves, self.preserve_rng_state)
                     kept = fence.kept
                 call = _Arrival(module, stage, [*leaves, *objects.tensors, *kept], spec, objects, fence)
-                self._announce(call, opening, hooks)
+                with paused():
+                    self._announce(call, opening, hooks)
+                hooks.enter_context(recording(*[opened.record for opened in self._open]))
                 del leaves, call
             if stage in self._spilled:
                 linked = self.previous.unchanged()
@@ -239,7 +242,6 @@ class Walk:
                 opened.receive([call, *following], links)
             hooks.enter_context(opened.frame.hooks())
         self._open += opening
-        hooks.enter_context(recording(*[opened.record for opened in self._open]))
 
 
 def _first(node: Node) -> int:

@@ -30,6 +30,7 @@ from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, queue_ca
 from gpuckpt.pytorch.engine.early_stop import replaying
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
 from gpuckpt.pytorch.engine.hooks import enter, redirect_saves, redirected_hold
+from gpuckpt.pytorch.engine.kept.current import paused
 from gpuckpt.pytorch.engine.residency import is_resident
 from gpuckpt.pytorch.engine.saved_input import saved_input
 from gpuckpt.pytorch.engine.saved_storage import SavedStorage, modified, writes_late
@@ -109,7 +110,7 @@ class Frame:
         self._inputs: list[Any] = []
         self._trained: list[bool] = []  # of each whether it required a gradient
         self._carried: list[tuple[int, Carried]] = []  # of inputs that are instances of subclasses, by their number
-        self._slots: list[weakref.ref[_Slot]] = []
+        self.slots: list[weakref.ref[_Slot]] = []
         self._wanted: _Slot | None = None
         self._reached = 0  # how many tensors the latest replay saw saved
         self._lock = threading.RLock()
@@ -128,9 +129,9 @@ class Frame:
 
     @untraced
     def _number(self, tensor: torch.Tensor) -> _Slot:
-        slot = _Slot(self, len(self._slots))
+        slot = _Slot(self, len(self.slots))
         slot.describe(tensor)
-        self._slots.append(weakref.ref(slot))
+        self.slots.append(weakref.ref(slot))
         return slot
 
     def bring(self, wanted: _Slot) -> None:
@@ -160,13 +161,14 @@ class Frame:
                 redirect_saves(None),
                 enter(self._budget, replay.pack, _Recomputed.load),
                 replaying(replay),
+                paused(),
             ):
                 self._replay(tensors)
-            if to_the_end and replay.count == len(self._slots):
+            if to_the_end and replay.count == len(self.slots):
                 self._reached = replay.count + _MOST_LATE
                 return
             raise RecomputeMismatch(
-                f"checkpointed work saved {len(self._slots)} tensors in forward and {replay.count} when it was run again; it "
+                f"checkpointed work saved {len(self.slots)} tensors in forward and {replay.count} when it was run again; it "
                 "must do the same both times (global state, data-dependent branches and caches are the usual reasons)"
             )
         except _EarlyStop:
@@ -183,7 +185,7 @@ class Frame:
     def forget(self) -> None:
         """Let go of all that was recomputed."""
         with self._lock:
-            for ref in self._slots:
+            for ref in self.slots:
                 slot = ref()
                 if slot is not None:
                     slot.held = None
@@ -198,9 +200,9 @@ class _FrameReplay:
         budget = frame._budget
         self._frame = frame
         self._wanted = wanted
-        self._slots = {index: slot for index, ref in enumerate(frame._slots) if (slot := ref()) is not None}
+        self._slots = {index: slot for index, ref in enumerate(frame.slots) if (slot := ref()) is not None}
         last = max(index for index, slot in self._slots.items() if slot.held is None)
-        self._last = len(frame._slots) if to_the_end else last  # one that does not come
+        self._last = len(frame.slots) if to_the_end else last  # one that does not come
         self._made: list[weakref.ref[_Recomputed]] = []
         self._hold = index_of(budget).hold
         evicts = budget is not None and frame.evictable and "recompute" in budget.over_cap
@@ -228,7 +230,7 @@ class _FrameReplay:
             try:
                 slot.held = (redirected_hold() or self._hold)(tensor)
             except BudgetExceeded:
-                if self._budget is None or self._wanted.held is None or self._last == len(self._frame._slots):
+                if self._budget is None or self._wanted.held is None or self._last == len(self._frame.slots):
                     raise
                 raise _EarlyStop from None  # the rest when it is wanted
             if self._budget is not None and waited_for:

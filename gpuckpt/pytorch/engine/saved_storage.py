@@ -25,6 +25,7 @@ from gpuckpt.memory.compression import CompressedForm
 from gpuckpt.memory.pools.cupy import torch_stream
 from gpuckpt.pytorch._torch_internals import current_node, storage_use_count, tensor_use_count, untraced
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
+from gpuckpt.pytorch.engine.kept.current import paused
 
 __all__ = ["Geometry", "HeldTensor", "MovableStorage", "SavedStorage", "flat_bytes", "modified", "writes_late"]
 
@@ -177,7 +178,7 @@ class MovableStorage(SavedStorage):
         """The tensor of `held`, whose bytes are away. Spilled bytes are charged again, for all who look into them; compressed
         ones are expanded into a copy that is not held, as every output is before it is saved."""
         budget = self._budget
-        with budget.moving:  # type: ignore[union-attr]
+        with paused(), budget.moving:  # type: ignore[union-attr]
             if held.tensor is not None:  # another thread was faster
                 return held.tensor
             away = self.away

@@ -26,6 +26,7 @@ from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import Budget
 from gpuckpt.memory.fork import renew_after_fork
 from gpuckpt.pytorch._torch_internals import innermost_transform, is_wrapper, untraced
+from gpuckpt.pytorch.engine.kept.current import paused
 from gpuckpt.pytorch.engine.residency import charged_bytes, is_copied, is_resident
 from gpuckpt.pytorch.engine.saved_storage import Geometry, HeldTensor, MovableStorage, SavedStorage, flat_bytes
 from gpuckpt.pytorch.engine.subclasses import detached, parts_of
@@ -67,7 +68,8 @@ class StorageIndex:
             # A transform of torch.func may be tracing: a copy by bytes would be no part of what it sees.
             copied = tensor.device == self._copies_on and is_copied(tensor)
             if copied and innermost_transform() is None:
-                return self._hold_copy(budget, tensor)
+                with paused():
+                    return self._hold_copy(budget, tensor)
             own = tensor.detach() if plain else detached(tensor)
             return self._held(own, self._holding(budget, tensor.untyped_storage()))
         except BudgetExceeded as error:

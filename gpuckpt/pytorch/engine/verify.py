@@ -10,6 +10,7 @@ import torch
 
 from gpuckpt.errors import RecomputeMismatch
 from gpuckpt.pytorch._torch_internals import version_number
+from gpuckpt.pytorch.engine.kept.current import paused
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
 __all__ = ["Verify", "check_verify", "compare", "seen", "unread", "version_of"]
@@ -80,7 +81,9 @@ def _checksum(tensor: torch.Tensor) -> int:
         return 0
     if tensor.layout is not torch.strided:
         return hash(tuple(map(_checksum, parts_of(tensor))))
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
-    weights = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)  # odd, so that no bit is multiplied away
-    return int((words * weights).sum())
+    with paused():
+        flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+        # Odd weights, so that no bit is multiplied away.
+        weights = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)
+        return int((words * weights).sum())

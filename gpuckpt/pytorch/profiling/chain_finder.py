@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch._torch_internals import group_of, version_number
-from gpuckpt.pytorch.engine.kept.record import in_checkpoint
+from gpuckpt.pytorch.engine.kept.current import in_checkpoint
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 
 __all__ = ["Outputs", "find_chain", "tensors_in"]

@@ -22,7 +22,8 @@ from gpuckpt.pytorch._torch_internals import intercept_checkpoints, untraced, ve
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.hooks import enter
-from gpuckpt.pytorch.engine.kept.record import Record, in_checkpoint, recording
+from gpuckpt.pytorch.engine.kept.current import in_checkpoint, recording
+from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module

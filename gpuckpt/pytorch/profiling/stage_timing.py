@@ -21,7 +21,8 @@ from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.early_stop import replaying
 from gpuckpt.pytorch.engine.fence.fence import Fence
-from gpuckpt.pytorch.engine.kept.record import Record, reading
+from gpuckpt.pytorch.engine.kept.current import reading
+from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in

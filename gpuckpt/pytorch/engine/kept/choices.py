@@ -18,7 +18,8 @@ from gpuckpt.errors import CheckpointError, RecomputeMismatch
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
 from gpuckpt.pytorch.engine.fence.randomness import Draws
 from gpuckpt.pytorch.engine.fence.scope import Scope
-from gpuckpt.pytorch.engine.kept.record import KeptTensor, Record, open_records, paused, reader
+from gpuckpt.pytorch.engine.kept.current import open_records, paused, reader
+from gpuckpt.pytorch.engine.kept.record import KeptTensor, Record
 
 __all__ = ["once"]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpuckpt
 from tests.pytorch.steps import Tally, bits
@@ -107,3 +109,34 @@ def test_routers_whose_choices_flip(made: Callable[[], nn.Module], decide: Calla
     else:  # other experts, or as many tokens to an expert as no plan and no forward had
         with pytest.raises((gpuckpt.CheckpointError, AssertionError)):
             assert step(model(), recompute_all)[0] == expected
+
+
+@pytest.mark.parametrize("made", [mixtral, qwen3])
+def test_their_choices_kept_without_a_change_to_their_code(made: Callable[[], nn.Module]) -> None:
+    def train_checkpointed(model: Any) -> None:
+        for layer in model.model.layers:
+            layer.forward = functools.partial(
+                gpuckpt.checkpoint, layer.forward, keep=[torch.ops.aten.topk.default], budget=budget
+            )
+        with Tops() as tops:
+            train(model)
+        assert tops.count == 4
+
+    budget = gpuckpt.CheckpointBudget("1MiB", device="cpu")
+    torch.manual_seed(0)
+    expected, _ = step(made(), train)
+    torch.manual_seed(0)
+    assert step(made(), train_checkpointed)[0] == expected
+    assert budget.used_bytes == 0
+
+
+class Tops(TorchDispatchMode):
+    """Counts how often top-k runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        self.count += op is torch.ops.aten.topk.default
+        return op(*args, **(kwargs or {}))
