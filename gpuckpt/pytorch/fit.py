@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from gpuckpt.budget import CheckpointBudget
 from gpuckpt.memory import Budget
 from gpuckpt.planning import Plan
-from gpuckpt.pytorch.engine.verify import Verify, check_verify
+from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.fitted import Fitted
 from gpuckpt.pytorch.plan_maker import Planned
 from gpuckpt.pytorch.profiling.measure import call_of
+from gpuckpt.pytorch.terms import Terms
 
 __all__ = ["Fitted", "Planned", "fit", "fitted", "unfit"]
 
@@ -40,8 +40,10 @@ def fit(
         model: an `nn.Sequential`, or a module that runs the blocks of `nn.ModuleList`s or `nn.Sequential`s in a row.
         example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments for the model (a dict, or a
             tokenizer's batch); where the model takes the tuple or mapping as its one argument, that. If the model returns its
-            loss, the loss is planned as well.
-        budget: a `CheckpointBudget`, or a size from which one is made on the model's device.
+            loss, the loss is planned as well. None: the first batch that the model is called with, on the device and in the
+            dtype that it has then.
+        budget: a `CheckpointBudget`, or a size from which one is made on the model's device; "40%" is that share of what `live`
+            plain forwards of the example save.
         strategy: how to plan; see `gpuckpt.planning.STRATEGIES`.
         hold: "account" or "pool", for a budget that is made here.
         preserve_rng_state: recompute with the same random numbers.
@@ -74,35 +76,31 @@ def fit(
     >>> fitted(x).sum().backward()
     >>> fitted.budget.peak_bytes == fitted.plan.certificate.peak_bytes <= fitted.budget.max_bytes, fitted.budget.used_bytes
     (True, 0)
+    >>> fit(model, x, budget="60%").budget.max_bytes
+    20889
     """
-    if not isinstance(live, int) or isinstance(live, bool) or live < 1:
-        raise ValueError(f"live={live!r}: expected how many forwards wait for their backward at a time, 1 or more")
-    check_verify(verify)
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(f"plan={plan!r}: expected a gpuckpt.Plan; one that was saved is read by Plan.from_json(text)")
-    if not isinstance(budget, Budget):
-        device = next((parameter.device for parameter in model.parameters()), None)
-        # Where a step holds more than its plan promised, frames drop what they can compute again.
-        budget = CheckpointBudget(budget, device=device, hold=hold, over_cap="raise" if strict else "recompute")
-    host = None if host_budget is None else _host_budget_of(host_budget, budget)
-    args, kwargs = call_of(model, example_inputs)
+    terms = Terms(
+        budget,
+        strategy,
+        hold,
+        preserve_rng_state,
+        verify,
+        repeats,
+        host_budget,
+        live=live,
+        strict=strict,
+        group=group,
+        plan=plan,
+    )
     before = fitted(model)
     resume = None if before is None else before.suspend()
     try:
-        now = Fitted(
-            model,
-            budget,
-            strategy,
-            preserve_rng_state,
-            verify,
-            repeats,
-            host,
-            live=live,
-            strict=strict,
-            group=group,
-            plan=plan,
-        )
-        now.plan_for(*args, **kwargs)
+        now = Fitted(model, terms)
+        if example_inputs is None:
+            now.wait()
+        else:
+            args, kwargs = call_of(model, example_inputs)
+            now.plan_for(*args, **kwargs)
     except BaseException:
         if resume is not None:
             resume()
@@ -137,28 +135,3 @@ def unfit(model: nn.Module) -> nn.Module:
     """
     found = fitted(model)
     return model if found is None else found.unfit()
-
-
-def _host_budget_of(host: Budget | int | str, budget: Budget) -> Budget:
-    """The budget on the host to spill to: `host` itself, or one of that size, pinned where it feeds a CUDA device.
-
-    Raises `ValueError` for a budget that is not on the host, keeps no copies, is `budget` itself, or the one that `budget`
-    spills to when it is full: no plan would promise the peak there.
-    """
-    if isinstance(host, Budget):
-        if host is budget:
-            raise ValueError("host_budget is the budget itself; spilling needs a second one")
-        if host is budget.spill_to:
-            raise ValueError("host_budget is the budget's own spill_to; what is spilled by plan needs one of its own")
-        if host.device != "cpu" or host.hold != "pool":
-            raise ValueError(
-                f"host_budget is on {host.device!r} with hold={host.hold!r}; expected a size, or "
-                'CheckpointBudget(..., device="cpu", hold="pool")'
-            )
-        return host
-    allocator = None
-    if budget.device != "cpu":
-        from gpuckpt.memory.pools.cupy import pinned_buffer
-
-        allocator = pinned_buffer
-    return CheckpointBudget(host, device="cpu", hold="pool", allocator=allocator)

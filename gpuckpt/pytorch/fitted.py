@@ -24,15 +24,17 @@ from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes
 from gpuckpt.pytorch.engine.hooks import enter, plain_call
 from gpuckpt.pytorch.engine.kept.current import in_checkpoint
 from gpuckpt.pytorch.engine.residency import mark_computed, mark_given
-from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.peak_check import Deviation, StepPeaks
 from gpuckpt.pytorch.plan_maker import PlanMaker, Planned
 from gpuckpt.pytorch.plan_runner import Walk
 from gpuckpt.pytorch.profiling.call_hooks import Bypass, Interception, run_module, set_call
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.signature import Fingerprint
+from gpuckpt.pytorch.terms import Terms
 
 __all__ = ["Fitted"]
+
+_NOTHING_YET = "nothing is planned yet: call the model, or plan_for(*inputs)"
 
 
 class _StepProgress:
@@ -51,49 +53,45 @@ class Fitted:
     """A model that runs under a plan. Made by `fit`; used like the model: calling it is calling the model, and what it does not
     have itself (`parameters()`, `train()`, `to()`, `state_dict()`, ...) is the model's.
 
-    Attributes: `model`, `budget`, `host_budget` (None: nothing is offloaded); of the latest call's inputs `plan` and `chain`;
-    `deviations`, steps that held more than their plan had promised, under a cap that held.
+    Attributes: `model`; of the latest call's inputs `plan` and `chain`; `deviations`, steps that held more than their plan had
+    promised, under a cap that held. Before anything is planned (`fit(model, None, ...)`, and no batch yet) there is no budget
+    either, and asking for one of these is a `CheckpointError`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        budget: Budget,
-        strategy: str,
-        preserve_rng_state: bool,
-        verify: Verify | None,
-        repeats: int,
-        host_budget: Budget | None = None,
-        *,
-        live: int = 1,
-        strict: bool = False,
-        group: Any = None,
-        plan: Plan | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, terms: Terms) -> None:
         self.model = model
-        self.budget = budget
-        self.host_budget = host_budget
-        self._peaks = StepPeaks(budget, host_budget, strict)
-        self._preserve_rng_state = preserve_rng_state
-        self._verify = verify
-        self._strict = strict
-        self._maker = PlanMaker(
-            model,
-            budget,
-            host_budget,
-            strategy=strategy,
-            preserve_rng_state=preserve_rng_state,
-            repeats=repeats,
-            live=live,
-            predict=not strict,
-            group=group,
-            saved=plan,
-        )
+        self._terms = terms
+        self._made: PlanMaker | None = None  # by the first call that is planned, as are the peaks
         self._latest: Planned | None = None
         self._local = threading.local()
         self._intercepted: dict[nn.Module, Interception] = {}
         self._bypass: Any = None  # the handle of the hook that notices calls that were not intercepted
         self._fingerprint = Fingerprint(model)
+
+    def wait(self) -> None:
+        """Plan for the first batch that the model is called with."""
+        self._wrap([self.model])
+        self._fingerprint.refresh()
+
+    @property
+    def _maker(self) -> PlanMaker:
+        if self._made is None:
+            raise CheckpointError(_NOTHING_YET)
+        return self._made
+
+    @property
+    def _peaks(self) -> StepPeaks:
+        return self._maker.peaks
+
+    @property
+    def budget(self) -> Budget:
+        """What holds the model's saved tensors."""
+        return self._maker.budget
+
+    @property
+    def host_budget(self) -> Budget | None:
+        """What stages spill to; None where nothing is offloaded."""
+        return self._maker.host_budget
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -107,7 +105,7 @@ class Fitted:
     def latest(self) -> Planned:
         """What the latest call ran under."""
         if self._latest is None:
-            raise CheckpointError("nothing is planned yet: call plan_for(*inputs), or the model")
+            raise CheckpointError(_NOTHING_YET)
         return self._latest
 
     @property
@@ -150,9 +148,14 @@ class Fitted:
         Raises `BudgetExceeded`, with the smallest budget that would do, where no plan fits.
         """
         if not all(interception.active for interception in self._intercepted.values()) or self._fingerprint.changed():
-            self._unwrap()  # a block was compiled, wrapped or added since: what was measured is not what runs
-            self._maker.start_anew()
+            waiting = self._unwrap()  # a block was compiled, wrapped or added since: what was measured is not what runs
+            if self._made is None:
+                self._wrap(waiting)
+            else:
+                self._made.start_anew()
             self._fingerprint = Fingerprint(self.model)
+        if self._made is None:
+            self._made = PlanMaker(self.model, self._terms)
         if self._peaks.deviated:
             self._peaks.deviated = False
             self._maker.deviated()
@@ -230,7 +233,8 @@ class Fitted:
     def unfit(self) -> nn.Module:
         """Give the model back as it was; it runs plainly again."""
         self._unwrap()
-        self._maker.plans.clear()
+        if self._made is not None:
+            self._made.plans.clear()
         return self.model
 
     @untraced
@@ -241,24 +245,28 @@ class Fitted:
         backwards) may hold what waits, and what the latest promised. A backward with `retain_graph=True` holds longer, so then
         nothing is promised but the cap. Only meaningful while nobody else's share of the budget changes.
         """
-        self._peaks.check()
+        if self._made is not None:
+            self._peaks.check()
 
     @untraced
     def _model_call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or getattr(self._local, "step", None) is not None:
             return run_module(model, args, kwargs)
         if innermost_transform():
-            with plain_call(f"a fitted {type(model).__name__}", self.budget):
+            with plain_call(f"a fitted {type(model).__name__}", None if self._made is None else self.budget):
                 return run_module(model, args, kwargs)
-        if not self._peaks.idle:
-            drop_stale_nodes()  # of a backward that was interrupted: their bytes wait for nothing
-        self._peaks.check()
+        if self._made is not None:
+            if not self._peaks.idle:
+                drop_stale_nodes()  # of a backward that was interrupted: their bytes wait for nothing
+            self._peaks.check()
         mark_given(given := tensors_in((args, kwargs)))
         planned = self._beside_others(self.plan_for(*args, **kwargs))
         certificate = planned.plan.certificate
         self._peaks.begin(certificate.peak_bytes, certificate.host_peak_bytes)
         tree, evictable = planned.plan.tree, not self._maker.shared
-        walk = Walk(tree, self.budget, self._verify, self._preserve_rng_state, None, self.host_budget, evictable)
+        walk = Walk(
+            tree, self.budget, self._terms.verify, self._terms.preserve_rng_state, None, self.host_budget, evictable
+        )
         step = _StepProgress(planned, walk, frozenset(map(id, given)))
         self._local.step = step
         try:
@@ -266,7 +274,7 @@ class Fitted:
             with enter(self.budget):
                 self.budget.step("forward")
                 out = run_module(model, args, kwargs)
-            if self._strict and step.count != len(planned.measured.modules):
+            if self._terms.strict and step.count != len(planned.measured.modules):
                 raise InvalidChain(
                     f"{type(model).__name__} ran {step.count} stages and {len(planned.measured.modules)} when it was measured "
                     "with inputs of the same shapes; fitted with strict=True it has to run the same stages every time"

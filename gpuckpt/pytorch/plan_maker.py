@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 from gpuckpt.errors import BudgetExceeded, InvalidChain, InvalidPlan
-from gpuckpt.memory import Budget
 from gpuckpt.planning import Chain, Plan, certify, plan_chain, simulate, with_spill
+from gpuckpt.planning.strategies import keep_all
 from gpuckpt.planning.tree import flatten
 from gpuckpt.pytorch._torch_internals import sharded_parameters
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_given, mark_resident
 from gpuckpt.pytorch.parallel.agree import Ranks, ranks_of
+from gpuckpt.pytorch.peak_check import StepPeaks
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
@@ -34,6 +35,7 @@ from gpuckpt.pytorch.profiling.measure import run_measured
 from gpuckpt.pytorch.profiling.other_sizes import Observed, predict, without_sizes
 from gpuckpt.pytorch.profiling.runner import Measured
 from gpuckpt.pytorch.profiling.signature import describe_call, describe_model
+from gpuckpt.pytorch.terms import Terms
 
 __all__ = ["PlanMaker", "Planned"]
 
@@ -59,36 +61,17 @@ class Planned:
 class PlanMaker:
     """Measures and plans a model within `budget` and, where there is one, `host_budget`, each shared by `live` forwards.
 
-    `plans`: by kind of call, the one used last at the end. `predict`: plan new sizes by what others were measured to save.
-    `group`: a process group whose ranks plan the first call together, besides those that the model itself connects. `saved`: the
-    plan for the first call, and for later ones that save the same.
+    `plans`: by kind of call, the one used last at the end. `peaks`: what steps were promised to hold, and held. A budget that is
+    a share of a plain step is without end until the first call was measured.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        budget: Budget,
-        host_budget: Budget | None,
-        *,
-        strategy: str,
-        preserve_rng_state: bool,
-        repeats: int,
-        live: int,
-        predict: bool,
-        group: Any = None,
-        saved: Plan | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, terms: Terms) -> None:
         self.plans: OrderedDict[Any, Planned] = OrderedDict()
         self._model = model
-        self._budget = budget
-        self._host_budget = host_budget
-        self._strategy = strategy
-        self._preserve_rng_state = preserve_rng_state
-        self._repeats = repeats
-        self._live = live
-        self._predict = predict
-        self._group = group
-        self._saved = saved
+        self._terms = terms
+        self.budget = terms.budget_for(model)
+        self.host_budget = terms.host_budget_for(self.budget)
+        self.peaks = StepPeaks(self.budget, self.host_budget, terms.strict)
         self._shared: Planned | None = None  # the one plan of ranks that meet inside of the model
         self._observed: dict[Any, OrderedDict[tuple[int, ...], Measured]] = {}  # by kind without sizes, and by sizes
         self._unpredictable: set[Any] = set()  # kinds
@@ -141,7 +124,7 @@ class PlanMaker:
         """A plan for a kind of call whose bytes follow from those of others; None where they do not, or do not fit."""
         like, sizes = without_sizes(kind)
         observed = self._observed.get(like)
-        if not observed or not self._predict or kind in self._unpredictable:
+        if not observed or self._terms.strict or kind in self._unpredictable:
             return None
         measured = predict([Observed(*pair) for pair in observed.items()], sizes)
         if measured is None:
@@ -155,23 +138,27 @@ class PlanMaker:
         mark_given(tensors_in((args, kwargs)))
         # What functional_call computed to stand for a weight is saved and charged like any activation.
         mark_resident([tensor for tensor in (*self._parameters, *self._model.buffers()) if tensor.is_leaf])
-        ranks = ranks_of(self._model, group=self._group)
+        ranks = ranks_of(self._model, group=self._terms.group)
         try:
             measured = self._measure(args, kwargs)
         except Exception as error:
             if not self._planned_before and not ranks.inside:  # the others have measured, and wait
                 ranks.plan(error, 0, self._plan)
             raise
+        if not self._planned_before and self._terms.share is not None:
+            plain_bytes = simulate(measured.chain, keep_all(measured.chain)).peak_bytes
+            self.budget = self._terms.budget_for(self._model, plain_bytes)
+            self.peaks = StepPeaks(self.budget, self.host_budget, self._terms.strict)
         like, sizes = without_sizes(kind)
         observed = self._observed.setdefault(like, OrderedDict())
         observed[sizes] = measured
         observed.move_to_end(sizes)
         if len(observed) > _MOST_OBSERVED:
             observed.popitem(last=False)
-        if self._host_budget is not None and self._link is None:
-            device = next((tensor.device for tensor in self._parameters), torch.device(self._budget.device))
-            self._link = measure_link(device, self._host_budget, WallClock())
-        ranks = ranks_of(self._model, measured.groups, self._group)
+        if self.host_budget is not None and self._link is None:
+            device = next((tensor.device for tensor in self._parameters), torch.device(self.budget.device))
+            self._link = measure_link(device, self.host_budget, WallClock())
+        ranks = ranks_of(self._model, measured.groups, self._terms.group)
         alone = self._planned_before and not ranks.inside
         planned = self._add(kind, measured, predicted=False, ranks=Ranks() if alone else ranks)
         self._planned_before = True
@@ -184,12 +171,12 @@ class PlanMaker:
             chain = with_spill(measured.chain, link.bytes_per_s, latency_s=latency_s, name=SPILL, staying=staying)
             measured = replace(measured, chain=chain)
         chain_or_error: Chain | Exception = measured.chain
-        if measured.random and not self._preserve_rng_state:
+        if measured.random and not self._terms.preserve_rng_state:
             chain_or_error = InvalidChain(
                 f"stage {measured.random[0]!r} of {type(self._model).__name__} draws random numbers and would draw others when "
                 "it is recomputed; fit with preserve_rng_state=True"
             )
-        make, saved = self._plan, self._saved
+        make, saved = self._plan, self._terms.plan
         if saved is not None and not predicted:
             error = _misfit(saved, measured.chain)
             if error is None:
@@ -198,7 +185,7 @@ class PlanMaker:
                 chain_or_error = error
         plan = ranks.plan(chain_or_error, self._bytes_of_one, make)
         with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
-            self._budget.prefetch(plan.certificate.layout_bytes)
+            self.budget.prefetch(plan.certificate.layout_bytes)
         return self._keep(kind, Planned(measured, plan, predicted))
 
     def _keep(self, kind: Any, planned: Planned) -> Planned:
@@ -230,20 +217,20 @@ class PlanMaker:
             self.plans.pop(kind, None)
 
     def _measure(self, args: tuple, kwargs: dict[str, Any]) -> Measured:
-        unit_bytes, copies = self._budget.unit_bytes, self._budget.hold == "pool"
-        return run_measured(self._model, args, kwargs, unit_bytes, WallClock(), self._repeats, copies)
+        unit_bytes, copies = self.budget.unit_bytes, self.budget.hold == "pool"
+        return run_measured(self._model, args, kwargs, unit_bytes, WallClock(), self._terms.repeats, copies)
 
     @property
     def _bytes_of_one(self) -> int:
         """What one forward may hold."""
-        return self._budget.max_bytes // self._live
+        return self.budget.max_bytes // self._terms.live
 
     @property
     def _host_bytes_of_one(self) -> int | None:
-        return None if self._host_budget is None else self._host_budget.max_bytes // self._live
+        return None if self.host_budget is None else self.host_budget.max_bytes // self._terms.live
 
     def _plan(self, chain: Chain, max_bytes: int) -> Plan:
-        return plan_chain(chain, max_bytes, strategy=self._strategy, host_bytes=self._host_bytes_of_one)
+        return plan_chain(chain, max_bytes, strategy=self._terms.strategy, host_bytes=self._host_bytes_of_one)
 
     def _describe(self, args: tuple, kwargs: dict[str, Any], *, numbers: bool) -> Any:
         return describe_call(args, kwargs, numbers=numbers), describe_model(self._parts, self._parameters)

@@ -1,0 +1,104 @@
+"""`Terms`: what `fit` was asked for, and the budgets that come of it once the model's device, or what it saves, is known."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from torch import nn
+
+from gpuckpt.budget import CheckpointBudget
+from gpuckpt.memory import Budget
+from gpuckpt.planning import Plan
+from gpuckpt.pytorch.engine.verify import Verify, check_verify
+from gpuckpt.units import parse_bytes
+
+__all__ = ["Terms"]
+
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+_ENDLESS = 1 << 62
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The arguments of `fit`, by their names there. Raises what `fit` raises for those that make no sense."""
+
+    budget: Budget | int | str
+    strategy: str = "optimal"
+    hold: str = "account"
+    preserve_rng_state: bool = True
+    verify: Verify | None = None
+    repeats: int = 3
+    host_budget: Budget | int | str | None = None
+    live: int = 1
+    strict: bool = False
+    group: Any = None
+    plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.live, int) or isinstance(self.live, bool) or self.live < 1:
+            raise ValueError(
+                f"live={self.live!r}: expected how many forwards wait for their backward at a time, 1 or more"
+            )
+        check_verify(self.verify)
+        if self.plan is not None and not isinstance(self.plan, Plan):
+            raise TypeError(
+                f"plan={self.plan!r}: expected a gpuckpt.Plan; one that was saved is read by Plan.from_json(text)"
+            )
+        if self.share is None and not isinstance(self.budget, Budget):
+            parse_bytes(self.budget)
+        if isinstance(self.host_budget, Budget):
+            self._check_host(self.host_budget)
+        elif self.host_budget is not None:
+            parse_bytes(self.host_budget)
+
+    @property
+    def share(self) -> Fraction | None:
+        """Of a budget like "40%" what part of a plain step's peak it is. Raises `ValueError` for none at all, or more."""
+        found = _SHARE.fullmatch(self.budget) if isinstance(self.budget, str) else None
+        if found is None:
+            return None
+        share = Fraction(found[1]) / 100
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"budget={self.budget!r}: expected a share of what a plain step holds, above 0% and up to 100%"
+            )
+        return share
+
+    def budget_for(self, model: nn.Module, plain_bytes: int | None = None) -> Budget:
+        """The budget, on the model's device. A share is without end until `plain_bytes` is known, which a plain step holds."""
+        if isinstance(self.budget, Budget):
+            return self.budget
+        max_bytes: int | str = self.budget
+        if (share := self.share) is not None:
+            max_bytes = _ENDLESS if plain_bytes is None else int(share * plain_bytes * self.live)
+        device = next((parameter.device for parameter in model.parameters()), None)
+        # Where a step holds more than its plan promised, frames drop what they can compute again.
+        over_cap = "raise" if self.strict else "recompute"
+        return CheckpointBudget(max_bytes, device=device, hold=self.hold, over_cap=over_cap)
+
+    def host_budget_for(self, budget: Budget) -> Budget | None:
+        """The budget on the host to spill to, pinned where it feeds a CUDA device; None without one."""
+        if self.host_budget is None or isinstance(self.host_budget, Budget):
+            return self.host_budget
+        allocator = None
+        if budget.device != "cpu":
+            from gpuckpt.memory.pools.cupy import pinned_buffer
+
+            allocator = pinned_buffer
+        return CheckpointBudget(self.host_budget, device="cpu", hold="pool", allocator=allocator)
+
+    def _check_host(self, host: Budget) -> None:
+        """Raises `ValueError` for a budget that is not on the host, keeps no copies, is `budget` itself, or the one that `budget`
+        spills to when it is full: no plan would promise the peak there."""
+        if host is self.budget:
+            raise ValueError("host_budget is the budget itself; spilling needs a second one")
+        if isinstance(self.budget, Budget) and host is self.budget.spill_to:
+            raise ValueError("host_budget is the budget's own spill_to; what is spilled by plan needs one of its own")
+        if host.device != "cpu" or host.hold != "pool":
+            raise ValueError(
+                f"host_budget is on {host.device!r} with hold={host.hold!r}; expected a size, or "
+                'CheckpointBudget(..., device="cpu", hold="pool")'
+            )
