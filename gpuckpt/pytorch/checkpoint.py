@@ -2,9 +2,9 @@
 
 Recomputing from kept inputs: Chen et al., "Training deep nets with sublinear memory cost" (2016). How it is done: frame.py.
 
-What `fn` sees besides its arguments is as it was when it runs again, see engine/fence/. Not tracked: tensors that `fn` reaches
-through closures or inside opaque objects (they are used as they are at the time of the recompute), and in-place changes of such
-tensors. Inside of a transform of torch.func (vmap, jvp, jacfwd) it is a plain call, and warns.
+What `fn` sees besides its arguments is as it was when it runs again, see engine/fence/: also the variables that it closes over
+and what is inside of them. What cannot be as it was is refused. Inside of a transform of torch.func (vmap, jvp, jacfwd) it is a
+plain call, and warns.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def checkpoint(
 
     Args:
         fn: any function of tensors, nested containers of tensors and other values, with any outputs. It must do the same
-            work when it is called again. Without arguments, what it closes over is used as it is then, and held by no budget.
+            work when it is called again. Tensors that it closes over and reads are held like arguments, from the second call on.
         budget: holds the arguments, and during backward what is recomputed. Default: the budget whose `with` block this
             call runs in, if any.
         preserve_rng_state: run again with the same random numbers (CPU and the devices of the arguments).
@@ -66,8 +66,10 @@ def checkpoint(
         BudgetExceeded: the arguments, or in backward what is recomputed, do not fit.
         RecomputeMismatch: the second run of `fn` differs from the first.
         SavedTensorModified: an argument or a parameter was changed in place in between.
-        TypeError: no arguments, and nothing that `fn` reaches by itself; a `budget` that is none; a `keep` that is no policy;
-            options of torch.utils.checkpoint that ask for something else than what is done here.
+        StateModified: what `fn` reads without being given it was changed in place in between.
+        TypeError: an iterator among the arguments or in a variable of `fn`, which it would use up; no arguments, and nothing that
+            `fn` reaches by itself; a `budget` that is none; a `keep` that is no policy; options of torch.utils.checkpoint that
+            ask for something else than what is done here.
         ValueError: `keep` names what cannot be kept, such as views and in-place operations.
 
     >>> x = torch.linspace(0, 1, 3, requires_grad=True)
@@ -100,7 +102,7 @@ def checkpoint(
     with paused():
         frame, record, fence = _framed(fn, args, kwargs, budget, preserve_rng_state, verify, policy is not None)
     kept = nullcontext() if policy is None else keeping(record, policy, frame.slots)
-    with frame.hooks(), recording(record), by_hand(), kept:
+    with frame.hooks(), recording(record), by_hand(), kept, fence.watching():
         out = fn(*args, **kwargs)
     with paused():
         fence.learn()

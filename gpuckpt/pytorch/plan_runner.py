@@ -216,6 +216,8 @@ class Walk:
                 tensors = [*tensors_in(given), *Objects(given).tensors]
                 shared = [tensor for tensor in tensors if id(tensor) not in linked]
                 hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
+            if learning is not None:
+                hooks.enter_context(learning.watching())
             out = run_module(module, args, kwargs)
         if learning is not None:
             learning.learn()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,10 +13,18 @@ HOLDS = ("account", "pool")
 
 
 class Tally:
-    """Counts what really runs: checkpoints put plain attributes of modules back after a recompute, and do not look in here."""
+    """Counts what really runs: checkpoints put back the state that they find in Python's objects, and do not look in here."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self._number = ctypes.c_long(0)
+
+    @property
+    def count(self) -> int:
+        return self._number.value
+
+    @count.setter
+    def count(self, value: int) -> None:
+        self._number.value = value
 
 
 class Block(nn.Module):

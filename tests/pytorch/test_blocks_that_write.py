@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 import gpuckpt
 from tests.pytorch.beside_plain import beside_plain
-from tests.pytorch.steps import Layer
+from tests.pytorch.steps import Layer, Tally
 
 WIDTH = 16
 
@@ -157,8 +157,12 @@ def _smallest(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def test_beside_statistics_contents_are_compared_as_ever() -> None:
-    steps = iter([1.0, 1.5])
-    norm = nn.BatchNorm1d(WIDTH)
-    out = gpuckpt.checkpoint(lambda x: norm(x * next(steps)).sin(), torch.randn(8, WIDTH), verify="bitwise")
+    norm, tally = nn.BatchNorm1d(WIDTH), Tally()
+
+    def changing(x: Tensor) -> Tensor:
+        tally.count += 1
+        return norm(x * tally.count).sin()
+
+    out = gpuckpt.checkpoint(changing, torch.randn(8, WIDTH), verify="bitwise")
     with pytest.raises(gpuckpt.RecomputeMismatch, match="contents differ"):
         out.sum().backward()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gpuckpt
 from gpuckpt import CheckpointBudget, RecomputeMismatch, SavedTensorModified
-from tests.pytorch.steps import HOLDS, batch, bits, blocks, gradients, run
+from tests.pytorch.steps import HOLDS, Tally, batch, bits, blocks, gradients, run
 
 pytestmark = pytest.mark.parametrize("hold", HOLDS)
 
@@ -491,22 +491,22 @@ def test_an_exception_in_forward(budget):
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
 def test_an_exception_in_the_recompute_empties_the_frame_and_the_next_backward_works(budget, kind):
-    armed = [False]
+    armed = Tally()
 
     def fn(x):
         h = x.sin().exp()
-        if armed[0]:
+        if armed.count:
             raise kind("recompute")
         return h.cos()
 
     x = leaf(100)
     (expected,) = torch.autograd.grad(fn(x * 2).sum(), x)
     out = gpuckpt.checkpoint(fn, x * 2, budget=budget)
-    armed[0] = True
+    armed.count = True
     with pytest.raises(kind, match="recompute"):
         torch.autograd.grad(out.sum(), x, retain_graph=True)
     assert budget.used_bytes == 400
-    armed[0] = False
+    armed.count = False
     (got,) = torch.autograd.grad(out.sum(), x)
     assert bits([got]) == bits([expected])
 

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +23,7 @@ __all__ = ["Objects"]
 
 _SIMPLE = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, slice})
 _DEPTH = 8
+_LARGEST_ARRAY_BYTES = 1 << 20
 
 Recipe = Callable[[Sequence[torch.Tensor], dict[int, Any]], Any]
 
@@ -68,6 +70,9 @@ class Objects:
         if type(value) is dict:
             pairs = [(key, self._taken_apart(item, known, depth - 1)) for key, item in value.items()]
             return lambda kept, made: {key: item(kept, made) for key, item in pairs}
+        if isinstance(value, np.ndarray) and value.nbytes <= _LARGEST_ARRAY_BYTES:
+            array = value.copy()
+            return lambda kept, made: array.copy()
         if not _is_object(value):
             return lambda kept, made: value
         name = id(value)

@@ -28,10 +28,16 @@ def check_verify(verify: object) -> None:
 
 def seen(tensor: torch.Tensor, verify: Verify | None) -> tuple[Any, ...]:
     """What is compared of a saved tensor: shape, dtype and device; under "metadata" its strides, under "bitwise" its bytes."""
+    try:
+        shape = tensor.shape
+    except RuntimeError:
+        raise TypeError(
+            "a nested tensor of strided layout cannot be saved by checkpointed work; make it with layout=torch.jagged"
+        ) from None
     if verify is None:
-        return tensor.shape, tensor.dtype, tensor.device
+        return shape, tensor.dtype, tensor.device
     stride = tensor.stride() if tensor.layout is torch.strided else None
-    details = tensor.shape, tensor.dtype, tensor.device, stride
+    details = shape, tensor.dtype, tensor.device, stride
     return (*details, _checksum(tensor)) if verify == "bitwise" else details
 
 

@@ -114,7 +114,7 @@ class _Measurement:
         before, states = _versions(given), random_states()
         self.inner.watch()
         record = Record()
-        with saved.hooks(), recording(record):
+        with saved.hooks(), recording(record), fence.watching():
             out = run_module(module, cut_args, cut_kwargs)
         fence.learn(for_good=True)
         if hand_on is not None:

@@ -17,7 +17,7 @@ from gpuckpt.pytorch.engine import early_stop
 from gpuckpt.pytorch.ops import _register
 from gpuckpt.pytorch.ops.norm import Norm
 from tests.pytorch.ops.fused import OPS
-from tests.pytorch.steps import HOLDS, bits
+from tests.pytorch.steps import HOLDS, Tally, bits
 
 TARGET = torch.tensor([0, 3, -100, 1, 2])
 
@@ -135,8 +135,13 @@ def test_of_two_fused_operations_the_first_runs_again(forwards):
 
 def test_what_arrives_early_is_verified_too():
     x, *weights = OPS["mlp"].draw()
-    factors = iter((1.0, 1.5))
-    y = gpuckpt.checkpoint(lambda x: OPS["mlp"].run(x * next(factors), *weights), x, verify="bitwise")
+    tally = Tally()
+
+    def changing(x: Tensor) -> Tensor:
+        tally.count += 1
+        return OPS["mlp"].run(x * tally.count, *weights)
+
+    y = gpuckpt.checkpoint(changing, x, verify="bitwise")
     with pytest.raises(gpuckpt.RecomputeMismatch, match="contents differ"):
         y.sum().backward()
     y = gpuckpt.checkpoint(lambda x: OPS["mlp"].run(x.sin(), *weights), x)

@@ -15,7 +15,7 @@ from torch import Tensor
 import gpuckpt
 from gpuckpt import BudgetExceeded, CheckpointBudget, RecomputeMismatch, SavedTensorModified
 from gpuckpt.pytorch.engine.hooks import current_budget, enter
-from tests.pytorch.steps import HOLDS, batch, blocks, run
+from tests.pytorch.steps import HOLDS, Tally, batch, blocks, run
 
 both = pytest.mark.parametrize("hold", HOLDS)
 
@@ -93,10 +93,10 @@ class _Counter:
 def test_an_exception_anywhere_leaves_nothing(hold, kind, where):
     budget = CheckpointBudget("16MiB", device="cpu", hold=hold)
     model, x = blocks(4), batch()
-    armed = [False]
+    armed = Tally()
 
     def strike(*args):
-        if armed[0]:
+        if armed.count:
             raise kind(where)
 
     class Striking(torch.autograd.Function):
@@ -122,11 +122,11 @@ def test_an_exception_anywhere_leaves_nothing(hold, kind, where):
 
     def step():
         with budget:
-            armed[0] = where == "forward"
+            armed.count = where == "forward"
             loss = run(model, x, lambda block, x: gpuckpt.checkpoint(fn, block, x))
         if where == "node hook":
             loss.grad_fn.next_functions[0][0].register_prehook(strike)
-        armed[0] = True
+        armed.count = True
         loss.backward()
 
     for _ in range(3):
@@ -135,7 +135,7 @@ def test_an_exception_anywhere_leaves_nothing(hold, kind, where):
     with budget:
         pass  # the engine's queue is emptied at the latest when a budget is entered
     assert budget.used_bytes == 0
-    armed[0] = False
+    armed.count = False
     where = "nowhere"
     step()
     assert budget.used_bytes == 0
@@ -275,10 +275,11 @@ def test_refusals_and_mismatches_leave_nothing(hold):
         with pytest.raises(BudgetExceeded):
             _step(budget, model, x)
         assert budget.used_bytes == 0
-    flips = iter(range(1000))
+    flips = Tally()
 
     def fn(block, x):
-        return block(x[: 4 + next(flips) % 2])
+        flips.count += 1
+        return block(x[: 4 + flips.count % 2])
 
     budget = CheckpointBudget("16MiB", device="cpu", hold=hold)
     for _ in range(3):

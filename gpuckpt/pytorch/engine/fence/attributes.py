@@ -8,27 +8,29 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ABSENT", "INTERNAL", "PLAIN", "captured", "containers", "refill", "restore"]
+from gpuckpt.pytorch.engine.fence.holders import ValueKind, kind_of
+
+__all__ = ["ABSENT", "ELSEWHERE", "INTERNAL", "PLAIN", "captured", "containers", "refill", "restore"]
 
 INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl", "forward"}
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.startswith("_forward_") and "hooks" in name)
 PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
 _LARGEST = 64  # entries of a list or dict that is looked into
 ABSENT: Any = object()
+ELSEWHERE: Any = object()
+"""What is put back by reached.py."""
 
 
 def captured(value: Any) -> Any:
-    """A value to be put back: itself, or a copy of a container. Tensors are not captured, nor what contains them: they would be
-    kept alive."""
-    if value is ABSENT or isinstance(value, torch.Tensor | nn.Module):
-        return ABSENT
+    """A value to be put back: itself, or a copy of a container. `ELSEWHERE` for tensors, objects and what contains them."""
+    if value is ABSENT or kind_of(value) is ValueKind.PLAIN:
+        return value
     if type(value) in (list, dict, set, tuple):
-        if len(value) > _LARGEST or any(
-            not _harmless(item) for item in (value.values() if type(value) is dict else value)
-        ):
+        if len(value) > _LARGEST:
             return ABSENT
-        return (value, value.copy()) if type(value) is not tuple else value
-    return value
+        if all(_harmless(item) for item in (value.values() if type(value) is dict else value)):
+            return (value, value.copy()) if type(value) is not tuple else value
+    return ELSEWHERE
 
 
 def _harmless(value: Any) -> bool:

@@ -1,22 +1,24 @@
 """What a piece of work sees besides its arguments, and how it sees the same when it runs again.
 
-Settings of torch (switches.py), generators of random numbers (randomness.py) and the state of the modules that it uses
-(module_state.py), as far as it can reach them (scope.py). What a recompute changes of any of these is undone when it ends.
+Settings of torch (switches.py), generators of random numbers (randomness.py), the state of the modules that it uses
+(module_state.py) and of other Python objects (reached.py), as far as it can reach them (scope.py). What a recompute changes of
+settings, generators and modules is undone when it ends.
 
-Python's and NumPy's own generators are captured for code that was seen to draw from them: in its first two calls, or while a
-model was observed.
+Python's and NumPy's own generators are captured for code that names `random`, or that was seen to draw from them: in its first
+two calls, or while a model was observed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from gpuckpt.pytorch.engine.fence.module_state import ModuleState, watch
 from gpuckpt.pytorch.engine.fence.randomness import Generators, other_states, same_states
-from gpuckpt.pytorch.engine.fence.scope import Scope
+from gpuckpt.pytorch.engine.fence.scope import Scope, scope_of
 from gpuckpt.pytorch.engine.fence.switches import Switches
 
 __all__ = ["Fence"]
@@ -28,7 +30,7 @@ class Fence:
     `kept`: tensors that the caller has to keep for `restored`.
     """
 
-    __slots__ = ("_before", "_generators", "_scope", "_state", "_switches", "kept")
+    __slots__ = ("_before", "_generators", "_reached", "_scope", "_states", "_switches", "kept")
 
     def __init__(self, function: Callable[..., Any], leaves: Sequence[Any], preserve_rng_state: bool) -> None:
         devices = {
@@ -38,9 +40,31 @@ class Fence:
             devices = {torch.device("cuda", torch.cuda.current_device())}
         self._switches = Switches(("cpu", *{device.type for device in devices}) if devices else ("cpu",))
         scope = self._scope = Scope(function, leaves)
-        watched = watch(scope.roots)
-        self._state = None if watched is None else ModuleState(watched)
-        self.kept: Sequence[torch.Tensor] = () if self._state is None else self._state.kept
+        if scope.iterators:
+            raise TypeError(
+                f"checkpointed work is given an iterator, {scope.iterators[0]}, which forward uses up before the work runs "
+                "again; take the values out first and hand those in"
+            )
+        self._reached = scope.reached
+        self._states: list[ModuleState] = []
+        roots = scope.roots
+        while roots:  # and those that stand in attributes without being submodules
+            met = set(scope.reached.modules)
+            for root in roots:
+                for held, name, use in scope_of(root).names.values():
+                    if name in (vars(held) if isinstance(held, type) else held):
+                        scope.reached.variable(
+                            held, name, vars(held)[name] if isinstance(held, type) else held[name], use, lasting=True
+                        )
+            state = ModuleState(watch(roots), scope.reached)
+            self._states.append(state)
+            known = state.modules
+            roots = tuple(m for key, m in scope.reached.modules.items() if key not in met and m not in known)
+        self._reached.begin()
+        self.kept: list[torch.Tensor] = [
+            *self._reached.kept,
+            *(tensor for state in self._states for tensor in state.kept),
+        ]
         self._generators: Generators | None = None
         self._before: Any = None
         if preserve_rng_state:
@@ -58,13 +82,18 @@ class Fence:
                 known.draws = known.draws or draws
                 known.trials = max(0, known.trials - 1)
             self._before = None
-        if self._state is not None:
-            self._state.learn(for_good)
+        self._reached.learn()
+        for state in self._states:
+            state.learn(for_good)
+
+    def watching(self) -> AbstractContextManager[object]:
+        """The context in which forward runs."""
+        return self._reached.watching()
 
     @property
     def copies(self) -> list[torch.Tensor]:
         """Copies that it holds itself, of buffers that the work may write, for as long as it is not known which it does."""
-        return [] if self._state is None else self._state.copies
+        return [*self._reached.copies, *(copy for state in self._states for copy in state.copies)]
 
     def restored(self, kept: Sequence[torch.Tensor] = ()) -> Restored:
         """The context of a recompute. Entering raises `RecomputeMismatch` where something cannot be as it was."""
@@ -84,8 +113,12 @@ class Restored:
     def __enter__(self) -> None:
         fence = self._fence
         try:
-            if fence._state is not None:
-                self._leave.append(fence._state.enter(self._kept))
+            kept = self._kept
+            self._leave.append(fence._reached.enter(kept[: len(fence._reached.kept)]))
+            kept = kept[len(fence._reached.kept) :]
+            for state in fence._states:
+                self._leave.append(state.enter(kept[: len(state.kept)]))
+                kept = kept[len(state.kept) :]
             if fence._generators is not None:
                 self._leave.append(fence._generators.enter())
             self._leave.append(fence._switches.enter())

@@ -13,7 +13,7 @@ zero leaves them bit for bit, and the same kernel runs.
 What DistributedDataParallel wraps runs again without it. Parameters that FSDP2 gathers and frees are left to it;
 what an optimizer changes is their sharded form, which is looked at.
 
-Not seen: what is inside objects that are neither modules nor plain containers, and attributes that are tensors.
+Attributes that are tensors or objects: see reached.py.
 """
 
 from __future__ import annotations
@@ -24,18 +24,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
 from gpuckpt.errors import StateModified
 from gpuckpt.pytorch._torch_internals import forward_inside, sharded_parameters, version_number
-from gpuckpt.pytorch.engine.fence.attributes import ABSENT, INTERNAL, PLAIN, captured, containers, refill, restore
+from gpuckpt.pytorch.engine.fence.attributes import (
+    ABSENT,
+    ELSEWHERE,
+    INTERNAL,
+    PLAIN,
+    captured,
+    containers,
+    refill,
+    restore,
+)
+from gpuckpt.pytorch.engine.fence.norms import freeze, is_norm
+from gpuckpt.pytorch.engine.fence.reached import Reached, TensorUse
 from gpuckpt.pytorch.engine.verify import unread
 
 __all__ = ["ModuleState", "Watched", "watch"]
-
-# Not those of InstanceNorm, whose kernel saves what the running statistics are.
-_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 class _Part:
@@ -48,7 +55,7 @@ class _Part:
         self.ref = weakref.ref(module)
         self.kind = type(module)  # fully_shard gives a module another
         self.owner = type(module).__name__
-        self.is_norm = _is_norm(module)
+        self.is_norm = is_norm(module)
         self.count = len(held)
         self.children = list(map(id, module._modules.values()))
         self.tensors = len(module._parameters), len(module._buffers)
@@ -80,7 +87,7 @@ class Watched:
     `sharded`, the sharded forms of parameters that are gathered for each use, with their owner and name.
     """
 
-    __slots__ = ("parts", "places", "sharded", "trials", "written")
+    __slots__ = ("parts", "places", "sharded", "trials", "uses", "written")
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
@@ -95,7 +102,7 @@ class Watched:
             for name, tensor in held.items()
             if tensor is not None
             and not is_lazy(tensor)
-            and not (held is module._buffers and _is_norm(module))
+            and not (held is module._buffers and is_norm(module))
             and (id(module), name) not in gathered
         ]
         self.sharded = [
@@ -104,6 +111,7 @@ class Watched:
             for module, name in found.places[:1]
         ]
         self.written: set[int] = set()
+        self.uses: dict[tuple[int, str], TensorUse] = {}  # of tensors that attributes lead to, by part and name
         self.trials = 2
 
     def current(self) -> bool:
@@ -111,18 +119,18 @@ class Watched:
         return all(part.current() for part in self.parts)
 
 
-_watched: weakref.WeakKeyDictionary[nn.Module, Watched] = weakref.WeakKeyDictionary()
+_watched: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Watched]] = weakref.WeakKeyDictionary()
+_MOST_TOGETHER = 64
 
 
-def watch(roots: Sequence[nn.Module]) -> Watched | None:
-    """What is watched of `roots`; None where there are none."""
-    if not roots:
-        return None
-    if len(roots) > 1:
-        return Watched(roots)
-    watched = _watched.get(roots[0])
+def watch(roots: Sequence[nn.Module]) -> Watched:
+    """What is watched of `roots`, of which there is one at least."""
+    known, others = _watched.setdefault(roots[0], {}), tuple(map(id, roots[1:]))
+    watched = known.get(others)
     if watched is None or not watched.current():
-        watched = _watched[roots[0]] = Watched(roots)
+        if len(known) >= _MOST_TOGETHER:  # modules that are called with ever other ones
+            known.clear()
+        watched = known[others] = Watched(roots)
     return watched
 
 
@@ -145,12 +153,19 @@ class ModuleState:
         "kept",
     )
 
-    def __init__(self, watched: Watched) -> None:
+    def __init__(self, watched: Watched, reached: Reached) -> None:
         self._watched = watched
         self._modules: list[Any] = [part.ref() for part in watched.parts]
         self._seen = [
-            [value if type(value := held.get(name, ABSENT)) in PLAIN else captured(value) for name in part.names]
-            for part, held in zip(watched.parts, (module.__dict__ for module in self._modules), strict=True)
+            [
+                value
+                if type(value := held.get(name, ABSENT)) in PLAIN
+                else self._look(number, held, name, value, reached)
+                for name in part.names
+            ]
+            for number, (part, held) in enumerate(
+                zip(watched.parts, (module.__dict__ for module in self._modules), strict=True)
+            )
         ]
         dicts = self._dicts()
         tensors = [dicts[part][is_buffer].get(name) for part, is_buffer, name in watched.places]
@@ -176,6 +191,22 @@ class ModuleState:
             self._again = {number: len(self.kept) + place for place, number in enumerate(self._copies)}
             self.kept += self._copies.values()
             self._copies = {}
+
+    def _look(self, number: int, held: dict[str, Any], name: str, value: Any, reached: Reached) -> Any:
+        taken = captured(value)
+        if taken is not ELSEWHERE:
+            return taken
+        uses = self._watched.uses
+        use = uses.get((number, name))
+        if use is None:
+            use = uses[number, name] = TensorUse()
+        reached.variable(held, name, value, use)
+        return ABSENT
+
+    @property
+    def modules(self) -> set[Any]:
+        """All modules whose state this is."""
+        return set(self._modules)
 
     @property
     def copies(self) -> list[torch.Tensor]:
@@ -234,7 +265,7 @@ class ModuleState:
         for tensor in refrozen:  # frozen or unfrozen since: what is saved depends on it
             tensor.requires_grad_(not tensor.requires_grad)
         norms = [module for part, module in zip(watched.parts, self._modules, strict=True) if part.is_norm]
-        frozen = _freeze(norms)
+        frozen = freeze(norms)
         compared = unread(buffer for norm, _, _ in frozen for buffer in norm._buffers.values() if buffer is not None)
 
         def leave() -> None:
@@ -283,22 +314,5 @@ def _modified(kind: str, name: str, owner: str, tensor: torch.Tensor | None) -> 
     )
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """Whether a module keeps running statistics the way that torch's norms do: a subclass may write them as it likes."""
-    return isinstance(module, _NormBase) and type(module).forward in _NORMS
-
-
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
-
-
-def _freeze(modules: Iterable[nn.Module]) -> list[tuple[_NormBase, float | None, torch.Tensor | None]]:
-    """Keep running statistics where they are; what `leave` puts back."""
-    frozen: list[tuple[_NormBase, float | None, torch.Tensor | None]] = []
-    for module in modules:
-        if isinstance(module, _NormBase) and module.training and module.track_running_stats:
-            count = module.num_batches_tracked
-            frozen.append((module, module.momentum, count))
-            module.momentum = 0.0
-            module.num_batches_tracked = None if count is None else count.clone()
-    return frozen

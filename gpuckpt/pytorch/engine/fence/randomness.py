@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["Draws", "Generators", "capturing", "is_generator", "other_states", "same_states"]
+__all__ = ["GENERATORS", "Draws", "Generators", "capturing", "is_generator", "other_states", "same_states"]
 
 State = tuple[Callable[[], Any], Callable[[Any], object]]  # how to read a generator's state, and how to set it
 
 _PYTHON: State = (random.getstate, random.setstate)
 _NUMPY: State = (lambda: np.random.get_state(legacy=False), np.random.set_state)
 _CPU: State = (torch.get_rng_state, torch.set_rng_state)
+
+
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
 def capturing() -> bool:
@@ -27,7 +30,7 @@ def capturing() -> bool:
 
 def is_generator(value: object) -> bool:
     """Whether `value` draws random numbers by a state of its own: torch's, Python's or NumPy's generators."""
-    return isinstance(value, torch.Generator | random.Random | np.random.Generator | np.random.RandomState)
+    return isinstance(value, GENERATORS)
 
 
 def _state_of(generator: Any) -> State:

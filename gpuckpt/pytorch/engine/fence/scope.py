@@ -1,7 +1,7 @@
-"""What a function can reach besides its arguments: modules, and generators of random numbers.
+"""What a function can reach besides its arguments: modules, generators of random numbers, and state in Python objects.
 
 Looked for where real code keeps them: the function itself (a module, a bound method, a partial), what it closes over, its
-defaults, the globals that its code names, attributes of the modules, and arguments. Objects of other kinds are not looked into.
+defaults, the globals that its code names, attributes of the modules and of their classes, and arguments.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from gpuckpt.pytorch.engine.fence.holders import STATES, ValueKind, kind_of
 from gpuckpt.pytorch.engine.fence.randomness import is_generator
+from gpuckpt.pytorch.engine.fence.reached import Reached, TensorUse
 
-__all__ = ["Scope", "reaches_anything"]
+__all__ = ["ModuleScope", "Scope", "reaches_anything", "scope_of"]
 
 _DEPTH = 4  # of functions within functions
 
@@ -26,12 +29,17 @@ _DEPTH = 4  # of functions within functions
 class _Code:
     """What is known of code: the names that it looks up, and what its calls have shown."""
 
-    __slots__ = ("draws", "names", "trials")
+    __slots__ = ("_uses", "draws", "names", "trials")
 
-    def __init__(self, code: types.CodeType | None = None) -> None:
-        self.names = () if code is None else tuple(_names_in(code))
-        self.draws = False  # from Python's or NumPy's own generators
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.names = tuple(names)
+        self.draws = "random" in self.names  # from Python's or NumPy's own generators
         self.trials = 2
+        self._uses: dict[str, TensorUse] = {}
+
+    def use(self, name: str) -> TensorUse:
+        """What is known of the tensors that a variable leads to."""
+        return self._uses.setdefault(name, TensorUse())
 
 
 _codes: dict[types.CodeType, _Code] = {}
@@ -44,36 +52,95 @@ def _known(code: types.CodeType) -> _Code:
     if found is None:
         if len(_codes) >= _MOST:  # code that is created again and again
             _codes.clear()
-        found = _codes[code] = _Code(code)
+        found = _codes[code] = _Code(_names_in(code))
     return found
 
 
 class Scope:
-    """Modules (`roots`) and `generators` that a call of `function` with `leaves` as arguments may use. `learned`: what earlier
-    calls of the same modules, or of the same code, have shown."""
+    """What a call of `function` with `leaves` as arguments may use. `reached`: Python objects, among them modules and generators;
+    `learned`: what earlier calls of the same modules, or of the same code, have shown; `iterators`: names of those that the call
+    would use up."""
 
-    __slots__ = ("generators", "learned", "roots")
+    __slots__ = ("iterators", "learned", "reached", "roots")
 
     def __init__(self, function: Any, leaves: Iterable[Any]) -> None:
-        roots: dict[nn.Module, None] = {}
-        generators: dict[int, Any] = {}
-        for value in _reached(function, _DEPTH):
-            if isinstance(value, nn.Module):
-                roots[value] = None
-            elif is_generator(value):
-                generators[id(value)] = value
+        self.reached = Reached()
+        self.iterators: list[str] = []
+        self._function(function, _DEPTH)
         for leaf in leaves:
-            if isinstance(leaf, nn.Module):
-                roots[leaf] = None
-            elif not isinstance(leaf, torch.Tensor) and is_generator(leaf):
-                generators[id(leaf)] = leaf
-        for root in roots:
-            for generator in _generators_of(root):
-                generators[id(generator)] = generator
-        self.roots = tuple(roots)
-        self.generators = tuple(generators.values())
+            if isinstance(leaf, torch.Tensor) or (type(leaf) in STATES):
+                continue
+            if isinstance(leaf, Iterator):
+                self.iterators.append(f"{type(leaf).__name__!r} among the arguments")
+            elif isinstance(leaf, set | bytearray | np.ndarray) or not hasattr(leaf, "__dict__"):
+                self.reached.look(leaf, "argument", TensorUse())  # others are taken apart, see arguments.py
+            elif isinstance(leaf, nn.Module):
+                self.reached.modules[id(leaf)] = leaf
+            elif is_generator(leaf):
+                self.reached.generators[id(leaf)] = leaf
+        self.roots = tuple(self.reached.modules.values())
         # One piece of code may serve many modules (a loop with a lambda in it): then they are what is learned of.
-        self.learned = [_learned_of(root) for root in roots] if roots else [_learned_of(function)]
+        self.learned = [_learned_of(root) for root in self.roots] if self.roots else [_learned_of(function)]
+
+    @property
+    def generators(self) -> tuple[Any, ...]:
+        """Of random numbers: those that are reached, and those that the modules hold."""
+        found = dict(self.reached.generators)
+        for root in self.reached.modules.values():
+            found.update((id(generator), generator) for generator in scope_of(root).generators)
+        return tuple(found.values())
+
+    def _function(self, function: Any, depth: int) -> None:
+        reached = self.reached
+        if isinstance(function, nn.Module):
+            reached.modules[id(function)] = function
+            return
+        if depth == 0:
+            return
+        if isinstance(function, functools.partial):
+            self._function(function.func, depth - 1)
+            for value in (*function.args, *function.keywords.values()):
+                self._value(value, "argument", _learned_of(function), depth)
+            return
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, nn.Module):
+            reached.modules[id(owner)] = owner
+        elif owner is not None and kind_of(owner) is not ValueKind.PLAIN:
+            reached.look(owner, type(owner).__name__, _learned_of(function).use("self"))
+        function = getattr(function, "__func__", function)
+        if hasattr(function, "__wrapped__"):
+            function = inspect.unwrap(function)
+        if not isinstance(function, types.FunctionType):
+            if kind_of(function) is not ValueKind.PLAIN:  # an object that can be called
+                reached.look(function, type(function).__name__, _learned_of(function).use("self"))
+            return
+        code = _known(function.__code__)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+            reached.variable(cell, name, value, code.use(name), lasting=True)
+            self._value(value, name, code, depth, noted=True)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._value(value, "default", code, depth)
+        for name, value in _named(function.__globals__, code.names):
+            reached.variable(function.__globals__, name, value, code.use(name), lasting=True)
+
+    def _value(self, value: Any, name: str, code: _Code, depth: int, noted: bool = False) -> None:
+        """What a function gets from where it was made."""
+        if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+            self._function(value, depth - 1)
+        elif isinstance(value, Iterator):
+            self.iterators.append(f"{type(value).__name__!r} called {name!r}")
+        elif not noted:
+            self.reached.look(value, name, code.use(name))
+
+
+def _named(names: dict[str, Any], wanted: Iterable[str]) -> list[tuple[str, Any]]:
+    """Those of the globals called `wanted` that may change."""
+    found = [(name, names[name]) for name in wanted if name in names and not name.startswith("__")]
+    return [(name, value) for name, value in found if type(value) in STATES or kind_of(value) is not ValueKind.PLAIN]
 
 
 def reaches_anything(function: Any) -> bool:
@@ -97,54 +164,9 @@ def _learned_of(function: Any) -> _Code:
     key = function if isinstance(function, nn.Module) else type(function)
     found = _callables.get(key)
     if found is None:
-        found = _callables[key] = _Code()
+        functions = _functions_of(function) if isinstance(function, nn.Module) else ()
+        found = _callables[key] = _Code({name: None for f in functions for name in _names_in(f.__code__)})
     return found
-
-
-def _reached(function: Any, depth: int) -> list[Any]:
-    if isinstance(function, nn.Module):
-        return [function]
-    found: list[Any] = []
-    if depth == 0:
-        return found
-    if isinstance(function, functools.partial):
-        found += _reached(function.func, depth - 1)
-        for value in (*function.args, *function.keywords.values()):
-            found += _looked_at(value, depth)
-        return found
-    owner = getattr(function, "__self__", None)
-    if owner is not None and not isinstance(owner, types.ModuleType):
-        found.append(owner)
-    function = getattr(function, "__func__", function)
-    if hasattr(function, "__wrapped__"):
-        function = inspect.unwrap(function)
-    if not isinstance(function, types.FunctionType):
-        return found
-    for cell in function.__closure__ or ():
-        try:
-            found += _looked_at(cell.cell_contents, depth)
-        except ValueError:  # not filled yet
-            continue
-    for value in function.__defaults__ or ():
-        found += _looked_at(value, depth)
-    for value in (function.__kwdefaults__ or {}).values():
-        found += _looked_at(value, depth)
-    names = function.__globals__
-    for name in _known(function.__code__).names:
-        value = names.get(name)
-        if value is not None and (isinstance(value, nn.Module) or is_generator(value)):
-            found.append(value)
-    return found
-
-
-def _looked_at(value: Any, depth: int) -> list[Any]:
-    if isinstance(value, nn.Module) or is_generator(value):
-        return [value]
-    if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
-        return _reached(value, depth - 1)
-    if isinstance(value, list | tuple) and len(value) <= 64:
-        return [item for item in value if isinstance(item, nn.Module) or is_generator(item)]
-    return []
 
 
 def _names_in(code: types.CodeType) -> dict[str, None]:
@@ -156,10 +178,23 @@ def _names_in(code: types.CodeType) -> dict[str, None]:
     return names
 
 
-class _GeneratorSearch:
-    """Where a tree of modules keeps generators: attributes, and globals that its forwards name."""
+def _functions_of(root: nn.Module) -> list[types.FunctionType]:
+    """The functions of the classes of a tree of modules, those of torch left out."""
+    kinds = {kind: None for module in root.modules() for kind in type(module).__mro__}
+    return [
+        value
+        for kind in kinds
+        if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing")
+        for value in vars(kind).values()
+        if isinstance(value, types.FunctionType) and str(value.__module__).partition(".")[0] != "torch"
+    ]
 
-    __slots__ = ("count", "found")
+
+class ModuleScope:
+    """What a tree of modules reaches by its classes: `generators` in attributes, and in globals that its functions name; `names`
+    of globals, and of attributes of the classes, that may change."""
+
+    __slots__ = ("count", "generators", "names")
 
     def __init__(self, root: nn.Module) -> None:
         self.count = sum(1 for _ in root.modules())
@@ -168,22 +203,32 @@ class _GeneratorSearch:
             for value in module.__dict__.values():
                 if is_generator(value):
                     found[id(value)] = value
-        for kind in {type(module) for module in root.modules()}:
-            if kind.__module__.partition(".")[0] == "torch":
-                continue
-            for function in (value for base in kind.__mro__ for value in vars(base).values()):
-                if isinstance(function, types.FunctionType) and str(function.__module__).partition(".")[0] != "torch":
-                    for value in _reached(function, 1):
-                        if is_generator(value):
-                            found[id(value)] = value
-        self.found = tuple(found.values())
+        self.names: dict[tuple[int, str], tuple[Any, str, TensorUse]] = {}
+        for function in _functions_of(root):
+            for name, value in _named(function.__globals__, _known(function.__code__).names):
+                if is_generator(value):
+                    found[id(value)] = value
+                self.names[id(function.__globals__), name] = function.__globals__, name, TensorUse()
+        for kind in {kind for module in root.modules() for kind in type(module).__mro__}:
+            if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc"):
+                for name, value in list(vars(kind).items()):
+                    if (
+                        not name.startswith("__")
+                        and name not in _OF_CLASSES
+                        and type(value) in (*STATES, list, dict, set)
+                    ):
+                        self.names[id(kind), name] = kind, name, TensorUse()
+        self.generators = tuple(found.values())
 
 
-_holders: weakref.WeakKeyDictionary[nn.Module, _GeneratorSearch] = weakref.WeakKeyDictionary()
+_OF_CLASSES = frozenset({*vars(nn.Module), "__annotations__"})
+
+_holders: weakref.WeakKeyDictionary[nn.Module, ModuleScope] = weakref.WeakKeyDictionary()
 
 
-def _generators_of(root: nn.Module) -> tuple[Any, ...]:
+def scope_of(root: nn.Module) -> ModuleScope:
+    """The same for a tree that was looked at before."""
     held = _holders.get(root)
     if held is None:
-        held = _holders[root] = _GeneratorSearch(root)
-    return held.found
+        held = _holders[root] = ModuleScope(root)
+    return held
