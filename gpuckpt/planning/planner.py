@@ -14,6 +14,7 @@ from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning import strategies
 from gpuckpt.planning._host_limit import plan_within_host
 from gpuckpt.planning.chain import Chain
+from gpuckpt.planning.coverage import what_stands_in_the_way
 from gpuckpt.planning.plan import Certificate, Plan
 from gpuckpt.planning.simulate import Simulation, simulate
 from gpuckpt.planning.solver import Problem, Solution, build_problem, min_peak_tree, solve
@@ -206,7 +207,9 @@ class _Search:
         trials = list(self._read(solution))
         trials += [trial for trial in ((plain, kept), (self.smallest_tree, self.smallest)) if self.fits(trial[1])]
         if not trials:
-            hint = f"no plan of chain {self.chain.name!r} holds less; raise the budget or make its stages smaller"
+            hint = (
+                f"no plan of chain {self.chain.name!r} holds less: {what_stands_in_the_way(self.chain, self.smallest)}"
+            )
             raise BudgetExceeded(self.smallest_bytes, self.budget_bytes, hint)
         tree, simulation = min(trials, key=self._rank)
         return tree, simulation, self._gap(solution, kept, simulation), solution.grid.slot_bytes

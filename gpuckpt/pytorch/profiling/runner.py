@@ -93,7 +93,7 @@ class _Measurement:
         leaves = pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.close_outside(
-            "prefix" if self.position == 0 else f"between {self.position - 1} and {self.position}", tensors
+            "prefix" if self.position == 0 else f"between {self.stages[-1].name} and {self.names[module]}", tensors
         )
         mark_computed(tensors, self.given)
         linked = set(self.previous.unchanged())
