@@ -7,6 +7,7 @@ arguments that every block gets (masks, positions, caches) do not matter.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -72,8 +73,8 @@ def attributes(model: nn.Module, depth: int = 2) -> dict[nn.Module, str]:
 
 @dataclass
 class Call:
-    """One call of a candidate module: where in the run it began and ended, by bytes produced; ids of tensors in and out;
-    how many calls had begun when it ended."""
+    """One call of a candidate module: where in the run it began and ended, by bytes produced; numbers of the tensors in and
+    out; how many calls had begun when it ended."""
 
     module: nn.Module
     begin: int
@@ -81,6 +82,25 @@ class Call:
     end: int = -1
     outputs: frozenset[int] = frozenset()
     begun: int = 0
+
+
+class _TensorNumbers:
+    """Numbers tensors, and keeps none alive: an address may be used again."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._count = 0
+
+    def of(self, tree: Any) -> frozenset[int]:
+        """The numbers of the tensors in nested containers."""
+        return frozenset(map(self._number, tensors_in(tree)))
+
+    def _number(self, tensor: torch.Tensor) -> int:
+        ref, number = self._known.get(id(tensor), (None, 0))
+        if ref is None or ref() is not tensor:
+            self._count = number = self._count + 1
+            self._known[id(tensor)] = weakref.ref(tensor), number
+        return number
 
 
 class _CountBytes(TorchDispatchMode):
@@ -158,7 +178,7 @@ def _watch(
     """The calls of `modules` in one forward, how much work that was, and those among them that checkpoints made by hand cover.
     `groups` takes up those of collectives, by name."""
     calls: list[Call] = []
-    alive: list[Any] = []  # ids name tensors for as long as these live
+    numbers = _TensorNumbers()
     counter = _CountBytes(groups)
     inside: list[nn.Module] = []
 
@@ -166,12 +186,11 @@ def _watch(
         if in_checkpoint():
             inside.append(module)
             return run_module(module, args, kwargs)
-        record = Call(module, counter.position, frozenset(map(id, tensors_in((args, kwargs)))))
+        record = Call(module, counter.position, numbers.of((args, kwargs)))
         calls.append(record)
         out = run_module(module, args, kwargs)
-        record.end, record.outputs = counter.position, frozenset(map(id, tensors_in(out)))
+        record.end, record.outputs = counter.position, numbers.of(out)
         record.begun = len(calls)
-        alive.append((args, kwargs, out))
         return out
 
     with intercept(modules, call), counter:

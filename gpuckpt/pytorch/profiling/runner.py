@@ -155,6 +155,8 @@ class _Measurement:
             kind = self.kinds[key] = StageKind(len(saved.shapes))
         kind.calls.append(self.position)
         if len(kind.samples) <= MOST_SAMPLES * self.repeats:
+            if kind.samples and not record.choices:
+                again = kind.samples[0].inputs  # one copy for all of a kind
             kind.samples.append(Sample(module, again, fence, record, saved.shapes, name, self.inner.any()))
         self.position += 1
         self.previous = Outputs(outputs)
