@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -33,6 +34,7 @@ def fit(
     strict: bool = False,
     group: Any = None,
     plan: Plan | None = None,
+    stages: Sequence[str] = (),
 ) -> Fitted:
     """Make `model` run under a plan that keeps what autograd saves within `budget`. A fitted model is fitted anew.
 
@@ -60,6 +62,8 @@ def fit(
         group: a process group whose ranks call `fit` together, and are refused together, where the model does not show it: before
             it is wrapped. Ranks that the model connects (DistributedDataParallel, `fully_shard`, tensor parallelism, collectives
             of its own) plan together without being told.
+        stages: which modules are the stages, by patterns of their names (["encoder.layers.*", "head"]): the outermost calls of
+            those that match. By default they are found.
         plan: run this plan (`Plan.from_json`) for the example, and for whatever saves the same, instead of planning.
 
     Raises:
@@ -67,7 +71,8 @@ def fit(
         InvalidChain: the model has no chain of stages, or calls torch.utils.checkpoint itself.
         InvalidPlan: `plan` was made for other stages, or stages that save other bytes.
         TypeError: a `plan` that is none.
-        ValueError: a host budget that is not on the host, or is `budget` itself; an unknown `verify`.
+        ValueError: a name in `stages` that no module has; a host budget that is not on the host, or is `budget` itself; an
+            unknown `verify`.
 
     >>> import torch
     >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)) for _ in range(4)))
@@ -91,6 +96,7 @@ def fit(
         strict=strict,
         group=group,
         plan=plan,
+        stages=stages,
     )
     before = fitted(model)
     resume = None if before is None else before.suspend()

@@ -217,8 +217,8 @@ class PlanMaker:
             self.plans.pop(kind, None)
 
     def _measure(self, args: tuple, kwargs: dict[str, Any]) -> Measured:
-        unit_bytes, copies = self.budget.unit_bytes, self.budget.hold == "pool"
-        return run_measured(self._model, args, kwargs, unit_bytes, WallClock(), self._terms.repeats, copies)
+        terms, unit_bytes, copies = self._terms, self.budget.unit_bytes, self.budget.hold == "pool"
+        return run_measured(self._model, args, kwargs, unit_bytes, WallClock(), terms.repeats, copies, terms.stages)
 
     @property
     def _bytes_of_one(self) -> int:

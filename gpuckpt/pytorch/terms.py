@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -36,6 +37,7 @@ class Terms:
     strict: bool = False
     group: Any = None
     plan: Plan | None = None
+    stages: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.live, int) or isinstance(self.live, bool) or self.live < 1:
@@ -46,6 +48,10 @@ class Terms:
         if self.plan is not None and not isinstance(self.plan, Plan):
             raise TypeError(
                 f"plan={self.plan!r}: expected a gpuckpt.Plan; one that was saved is read by Plan.from_json(text)"
+            )
+        if isinstance(self.stages, str) or not all(isinstance(pattern, str) for pattern in self.stages):
+            raise TypeError(
+                f"stages={self.stages!r}: expected patterns of modules' names, such as ['encoder.layers.*']"
             )
         if self.share is None and not isinstance(self.budget, Budget):
             parse_bytes(self.budget)

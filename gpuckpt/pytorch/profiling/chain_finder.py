@@ -10,6 +10,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +73,33 @@ def attributes(model: nn.Module, depth: int = 2) -> dict[nn.Module, str]:
     return found
 
 
+def named(model: nn.Module, patterns: Sequence[str]) -> dict[nn.Module, str]:
+    """Modules whose names match one of `patterns` ("encoder.*"; a star stands for dots as well). Raises `ValueError` for one that
+    none matches."""
+    found: dict[nn.Module, str] = {}
+    names = {name: module for name, module in model.named_modules() if name}
+    for pattern in patterns:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            some = ", ".join(repr(name) for name in get_close_matches(pattern, names) or list(names)[:4])
+            raise ValueError(
+                f"stages names {pattern!r}, and no module of {type(model).__name__} is called so; there are {some}"
+            )
+        found.update((names[name], name) for name in matching)
+    return found
+
+
+def outermost(calls: Sequence[Call]) -> list[Call]:
+    """Calls that are not part of others."""
+    found: list[Call] = []
+    begun = 0
+    for number, call in enumerate(calls):
+        if number >= begun:
+            found.append(call)
+            begun = call.begun
+    return found
+
+
 @dataclass
 class Call:
     """One call of a candidate module: where in the run it began and ended, by bytes produced; numbers of the tensors in and
@@ -129,8 +158,10 @@ class Found(NamedTuple):
     groups: tuple[Any, ...] = ()
 
 
-def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any], grad: bool = False) -> Found:
-    """The calls that are the model's stages.
+def find_chain(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], grad: bool = False, stages: Sequence[str] = ()
+) -> Found:
+    """The calls that are the model's stages. `stages`: patterns of the names of modules whose outermost calls these are.
 
     A chain of calls that hand on a tensor, where it covers the model; otherwise any calls that do not overlap: what crosses them
     (skip connections, an encoder's output) is an argument like others. Runs one forward, or two, without autograd if not `grad`.
@@ -144,7 +175,11 @@ def find_chain(model: nn.Module, args: tuple, kwargs: dict[str, Any], grad: bool
         return tensor
 
     with torch.set_grad_enabled(grad), saved_tensors_hooks(lambda tensor: tensor.detach(), unpack):
-        modules = _find(model, args, kwargs, groups)
+        if stages:
+            calls, _, inside = _watch(model, named(model, stages), args, kwargs, groups)
+            modules = _modules_of(model, outermost(calls), inside)
+        else:
+            modules = _find(model, args, kwargs, groups)
     return Found(modules, bool(unpacked), tuple(groups.values()))
 
 
@@ -159,6 +194,10 @@ def _find(model: nn.Module, args: tuple, kwargs: dict[str, Any], groups: dict[st
         cut = disjoint_calls(calls)
         if len(cut) >= 2 and covered(cut) > covered(chain):
             chain = cut
+    return _modules_of(model, chain, inside)
+
+
+def _modules_of(model: nn.Module, chain: Sequence[Call], inside: Sequence[nn.Module]) -> list[nn.Module]:
     if len(chain) < 2 and inside:
         raise InvalidChain(
             f"{type(model).__name__} runs {type(inside[0]).__name__} and {len(inside) - 1} other modules inside "

@@ -15,7 +15,7 @@ gradients and buffers and the random number generators are afterwards as before.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -100,6 +100,7 @@ def run_measured(
     clock: Clock,
     repeats: int,
     copies: bool = False,
+    stages: Sequence[str] = (),
 ) -> Measured:
     """`measure`, and what `fit` needs to know besides."""
     if capturing():
@@ -107,4 +108,4 @@ def run_measured(
     fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
     counting = clock if isinstance(clock, Roofline) else nullcontext()
     with unchanged(model), fence.restored(fence.kept), counting:
-        return run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies)
+        return run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies, stages)

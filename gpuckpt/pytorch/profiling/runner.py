@@ -281,6 +281,7 @@ def run_chain(
     clock: Clock,
     repeats: int,
     copies: bool = False,
+    stages: Sequence[str] = (),
 ) -> Measured:
     """The measuring itself; it leaves buffers and random number generators as the model left them."""
     tensors = tensors_in((args, kwargs))
@@ -297,12 +298,12 @@ def run_chain(
     with intercept_checkpoints(refuse):
         try:
             with fence.restored(fence.kept):
-                found = find_chain(model, args, kwargs)
+                found = find_chain(model, args, kwargs, stages=stages)
         except InvalidChain:
             raise
         except Exception:  # a forward that needs autograd; any other reason is raised again
             with fence.restored(fence.kept):
-                found = find_chain(model, args, kwargs, grad=True)
+                found = find_chain(model, args, kwargs, grad=True, stages=stages)
         # What autocast remembers of a run without autograd is none of the chain's.
         torch.clear_autocast_cache()
         given = set(map(id, tensors))
