@@ -25,6 +25,7 @@ __all__ = [
     "is_taken_apart",
     "is_wrapper",
     "keep_graph",
+    "keep_sharding_state",
     "library_switches",
     "make_saved_tensor",
     "param_groups",
@@ -171,6 +172,25 @@ def sharding_of(module: nn.Module) -> Any:
     return None if state is None else state()
 
 
+def keep_sharding_state(module: nn.Module) -> Callable[[], None] | None:
+    """For a second run of a module that may be stopped half-way: what is returned lets FSDP2 know that its forward is over. None
+    where there is nothing to tell."""
+    state = sharding_of(module)
+    if state is None:
+        return None
+    forward = type(state._training_state).FORWARD
+    running = [part for part in (state, *param_groups(state)) if part._training_state == forward]
+
+    def keep() -> None:
+        for part in (state, *param_groups(state)):
+            if part._training_state == forward and part not in running:
+                part._training_state = type(forward).IDLE
+                if state._state_ctx.iter_forward_root is state:
+                    state._state_ctx.iter_forward_root = None
+
+    return keep
+
+
 def param_groups(state: Any) -> list[Any]:
     """The groups of parameters that are gathered together; one at most before torch 2.13."""
     if hasattr(state, "_fsdp_param_groups"):
@@ -189,6 +209,11 @@ class Sharded(NamedTuple):
     def tensor(self) -> torch.Tensor:
         """Its sharded form, which lasts."""
         return self.record.sharded_param
+
+    @property
+    def gathered(self) -> torch.Tensor | None:
+        """Its gathered form, whose bytes come and go; None before it was first gathered."""
+        return getattr(self.record, "_unsharded_param", None)
 
 
 def sharded_parameters(module: nn.Module) -> list[Sharded]:

@@ -70,7 +70,7 @@ def fit(
         BudgetExceeded: no plan fits; the error names the smallest budget that would do. The model is untouched.
         InvalidChain: the model has no chain of stages, or calls torch.utils.checkpoint itself.
         InvalidPlan: `plan` was made for other stages, or stages that save other bytes.
-        TypeError: a `plan` that is none.
+        TypeError: a `plan` that is none, a `group` that is none or has no part for this rank.
         ValueError: a name in `stages` that no module has; a host budget that is not on the host, or is `budget` itself; an
             unknown `verify`.
 

@@ -90,9 +90,9 @@ class PlanMaker:
         self._parts = list(self._model.modules())
         self._parameters = list(self._model.parameters())
         self._made_of = [(id(part), type(part), len(sharded_parameters(part))) for part in self._parts]
+        self.plans.clear()
         if self._shared is None or self._made_of != before:
             self._shared = None
-            self.plans.clear()
             self._observed.clear()
             self._unpredictable.clear()
 

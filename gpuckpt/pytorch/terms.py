@@ -45,6 +45,10 @@ class Terms:
                 f"live={self.live!r}: expected how many forwards wait for their backward at a time, 1 or more"
             )
         check_verify(self.verify)
+        if self.group is not None and not hasattr(self.group, "group_name"):
+            raise TypeError(
+                f"group={self.group!r}: expected a process group of torch.distributed that this rank is a part of"
+            )
         if self.plan is not None and not isinstance(self.plan, Plan):
             raise TypeError(
                 f"plan={self.plan!r}: expected a gpuckpt.Plan; one that was saved is read by Plan.from_json(text)"

@@ -8,7 +8,8 @@ arguments that every block gets (masks, positions, caches) do not matter.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -21,9 +22,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt.errors import InvalidChain
-from gpuckpt.pytorch._torch_internals import group_of, version_number
+from gpuckpt.pytorch._torch_internals import forward_inside, group_of, version_number
 from gpuckpt.pytorch.engine.kept.current import in_checkpoint
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
+from gpuckpt.pytorch.profiling.sharding import around_gathering
 
 __all__ = ["Outputs", "find_chain", "tensors_in"]
 
@@ -66,6 +68,8 @@ def candidates(model: nn.Module) -> dict[nn.Module, str]:
 
 def attributes(model: nn.Module, depth: int = 2) -> dict[nn.Module, str]:
     """Modules that a model without containers may be made of: its children by attribute, and theirs."""
+    if (inside := forward_inside(model)) is not None:
+        return {module: f"module.{name}" for module, name in attributes(inside, depth).items()}
     found: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         if name and name.count(".") < depth and not isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -140,10 +144,21 @@ class _CountBytes(TorchDispatchMode):
         super().__init__()
         self.position = 0
         self.groups = groups
+        self._counts = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the context nothing is counted: gathering parameters is no work that a stage does."""
+        before, self._counts = self._counts, False
+        try:
+            yield
+        finally:
+            self._counts = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.position += 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(out))
+        if self._counts:
+            self.position += 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(out))
         if (group := group_of(func, args, kwargs or {})) is not None:
             self.groups.setdefault(group.group_name, group)
         return out
@@ -232,7 +247,7 @@ def _watch(
         record.begun = len(calls)
         return out
 
-    with intercept(modules, call), counter:
+    with intercept(modules, call), around_gathering(model, counter.paused), counter:
         run_module(model, args, kwargs)
     return calls, counter.position, inside
 

@@ -6,15 +6,16 @@ and a run that is stopped half-way leaves its module in the middle of a forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from gpuckpt.pytorch._torch_internals import param_groups, sharded_parameters, sharding_of
 
-__all__ = ["gathered_around", "sharding_unchanged"]
+__all__ = ["around_gathering", "gathered_around", "sharding_unchanged"]
 
 _OF_A_STATE = ("_is_root", "_state_ctx", "_comm_ctx", "_training_state")
 _OF_A_GROUP = ("comm_ctx", "post_forward_mesh_info", "reduce_grads", "_training_state")
@@ -67,15 +68,19 @@ def _noted(state: Any) -> Callable[[], None]:
 
 
 @contextmanager
-def gathered_around(model: nn.Module, part: nn.Module) -> Iterator[Callable[[], None]]:
-    """Within the context, `part` of `model` runs by itself with the parameters that modules around it gather for their calls.
-    What is given has to be called before each run: a backward of the part ends with everything sharded."""
-    inside = set(part.modules())
+def gathered_around(model: nn.Module, part: nn.Module, inputs: Sequence[torch.Tensor]) -> Iterator[Callable[[], None]]:
+    """Within the context, `part` of `model` runs by itself with the parameters that modules around it gather for their calls, its
+    own and those among its `inputs`. What is given has to be called before each run: a backward of the part ends with everything
+    sharded."""
+    inside, given = set(part.modules()), set(map(id, inputs))
     around = [
         module
         for module in model.modules()
         if module not in inside
-        and any(owner in inside for found in sharded_parameters(module) for owner, _ in found.places)
+        and any(
+            id(found.gathered) in given or any(owner in inside for owner, _ in found.places)
+            for found in sharded_parameters(module)
+        )
     ]
     groups = [group for module in around for group in param_groups(sharding_of(module))]
     sharded = [group for group in groups if not group.is_unsharded]
@@ -91,3 +96,27 @@ def gathered_around(model: nn.Module, part: nn.Module) -> Iterator[Callable[[], 
     finally:
         for group in sharded:
             group.reshard()
+
+
+@contextmanager
+def around_gathering(model: nn.Module, each: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within the context, whenever a part of `model` gathers its parameters or frees them, it does so inside of `each()`."""
+    groups = [group for module in model.modules() if (state := sharding_of(module)) for group in param_groups(state)]
+    names = ("unshard", "wait_for_unshard", "reshard")
+    for group in groups:
+        for name in names:
+            setattr(group, name, _inside(each, getattr(group, name)))
+    try:
+        yield
+    finally:
+        for group in groups:
+            for name in names:
+                vars(group).pop(name, None)  # the method shows again
+
+
+def _inside(each: Callable[[], AbstractContextManager[Any]], method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with each():
+            return method(*args, **kwargs)
+
+    return call

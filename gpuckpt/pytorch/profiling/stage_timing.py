@@ -72,13 +72,13 @@ class StageKind:
     def measure(self, model: nn.Module, clock: Clock, repeats: int, inner: InnerCheckpoints) -> None:
         """Run the samples, calls in `model`, again: the first for its workspace, all for their time."""
         first = self.samples[0]
-        with gathered_around(model, first.module):
+        with gathered_around(model, first.module, tensors_in(first.inputs)):
             self.workspace_bytes = run_again(first)
             if first.checkpoints:
                 self.again_bytes = _again_bytes(first, inner)
         while self.samples:
             sample = self.samples.pop(0)
-            with gathered_around(model, sample.module) as gather:
+            with gathered_around(model, sample.module, tensors_in(sample.inputs)) as gather:
                 self.time(sample, gather, clock, repeats)
 
     @property

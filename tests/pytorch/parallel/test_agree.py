@@ -142,6 +142,18 @@ def test_a_model_of_its_own_is_planned_alone() -> None:
     on_ranks(alone)
 
 
+def not_a_member(rank: int) -> None:
+    mine = [dist.new_group([other]) for other in range(2)]
+    fit(tower(), batch(0), "1MiB", group=mine[rank])
+    with pytest.raises(TypeError, match="that this rank is a part of"):
+        fit(tower(), batch(0), "1MiB", group=mine[1 - rank])
+
+
+@needs_ranks
+def test_a_group_without_this_rank_is_refused() -> None:
+    on_ranks(not_a_member)
+
+
 def sizes(rank: int) -> list[str]:
     """Plain DDP models of ranks that see other lengths: one tree at fit, and from then on each its own."""
     x = batch(rank, 16 + 16 * rank)

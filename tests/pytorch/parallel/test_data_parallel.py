@@ -139,3 +139,29 @@ def accumulation(rank: int) -> None:
 
 def test_gradients_are_accumulated_under_no_sync() -> None:
     on_ranks(accumulation)
+
+
+class Attributes(nn.Module):
+    """Blocks by attribute, two deep, as in a model that its author wrapped once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Module()
+        self.body.first, self.body.second = Block(), Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body.second(self.body.first(x)).square().mean()
+
+
+def attributes(rank: int) -> None:
+    x = batch(rank)
+    plain = train(DistributedDataParallel(Attributes()), x)
+    wrapped = DistributedDataParallel(Attributes())
+    fitted = fit(wrapped, x, "1MiB", strategy="every")
+    assert [stage.name for stage in fitted.chain.stages][1:3] == ["module.body.first", "module.body.second"]
+    assert same(train(wrapped, x), plain)
+
+
+def test_the_wrapper_is_no_level_of_its_own() -> None:
+    on_ranks(attributes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,18 +27,25 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-WAYS = {
+WAYS: dict[str, Callable[[Tower], list[Any]]] = {
     "blocks": lambda model: [*model.blocks, model.head],
     "root": lambda model: [],
     "some": lambda model: [model.blocks[1], model.blocks[2].up, model.blocks[5]],
+    "groups": lambda model: [[model.stem, model.head], [model.blocks[0], model.blocks[1]]],
+    "prefetched": lambda model: list(model.blocks),
 }
-"""What is sharded by itself; the rest is gathered with the root."""
+"""What is sharded by itself, or in groups; the rest is gathered with the root."""
 
 
 def shard(model: Tower, way: str = "blocks", **options: Any) -> Tower:
-    for part in WAYS[way](model):
+    parts = WAYS[way](model)
+    for part in parts:
         fully_shard(part, **options)
     fully_shard(model, **options)
+    if way == "prefetched":
+        for part, after in itertools.pairwise(parts):
+            part.set_modules_to_forward_prefetch([after])
+            after.set_modules_to_backward_prefetch([part])
     return model
 
 
@@ -62,11 +71,13 @@ def every_order(rank: int, way: str, policy: str) -> None:
     ("way", "policy"),
     [
         ("blocks", "plain"),
-        ("blocks", "gathered"),
         ("blocks", "mixed"),
-        ("blocks", "mixed outputs"),
-        ("root", "plain"),
         ("some", "mixed"),
+        pytest.param("root", "plain", marks=pytest.mark.slow),
+        pytest.param("blocks", "gathered", marks=pytest.mark.slow),
+        pytest.param("blocks", "mixed outputs", marks=pytest.mark.slow),
+        pytest.param("groups", "plain", marks=pytest.mark.slow),
+        pytest.param("prefetched", "mixed", marks=pytest.mark.slow),
     ],
 )
 def test_gradients_and_bytes(way: str, policy: str) -> None:
@@ -109,6 +120,76 @@ def _trained(x: torch.Tensor) -> Tower:
 
 def test_measuring_leaves_no_trace() -> None:
     on_ranks(leaves_no_trace)
+
+
+def stage_names(rank: int) -> None:
+    """Gathering is no work that a stage does: the same stages are found as in the plain model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(*(Block(hidden=256) for _ in range(2))) for _ in range(3)))
+    x = batch(rank, 4)
+    plain = [stage.name for stage in gpuckpt.measure(model, x).stages]
+    for part in model:
+        fully_shard(part)
+    fully_shard(model)
+    assert [stage.name for stage in gpuckpt.measure(model, x).stages] == plain
+    assert "0.1" in plain
+
+
+def test_the_same_stages_are_found() -> None:
+    on_ranks(stage_names)
+
+
+class Multiply(nn.Module):
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ weight)
+
+
+class GivenWeights(nn.Module):
+    """Stages without parameters of their own, which are given those of the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = nn.ParameterList(torch.randn(WIDTH, WIDTH) / WIDTH**0.5 for _ in range(4))
+        self.parts = nn.ModuleList(Multiply() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            x = part(x, weight)
+        return x.square().mean()
+
+
+def given_weights(rank: int) -> None:
+    x = batch(rank)
+    plain = train(fully_shard(GivenWeights()), x)
+    model = fully_shard(GivenWeights())
+    fitted = fit(model, x, "1MiB", strategy="every")
+    assert same(train(model, x), plain)
+    assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+
+
+def test_sharded_parameters_as_arguments() -> None:
+    on_ranks(given_weights)
+
+
+def looked_at(rank: int) -> None:
+    """Looking at what a node saved runs the block up to there: its forward is over all the same."""
+    model = nn.Sequential(*(fully_shard(Block()) for _ in range(2)))
+    fully_shard(model)
+    model(batch(rank)).sum().backward()
+    out = gpuckpt.checkpoint(model[1], batch(rank).requires_grad_(), budget=gpuckpt.CheckpointBudget("1MiB"))
+    nodes = [out.grad_fn]
+    while not hasattr(nodes[0], "_saved_mat1"):
+        nodes = [after for after, _ in nodes[0].next_functions if after is not None] + nodes[1:]
+    assert nodes[0]._saved_mat1.shape == (ROWS, 64)
+    state = model[1]._get_fsdp_state()
+    assert state._training_state == type(state._training_state).IDLE
+    assert state._state_ctx.iter_forward_root is None
+    out.sum().backward()
+
+
+def test_a_block_that_is_run_up_to_a_tensor() -> None:
+    on_ranks(looked_at)
 
 
 class Outer(nn.Module):

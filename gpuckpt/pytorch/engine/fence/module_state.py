@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gpuckpt.errors import StateModified
-from gpuckpt.pytorch._torch_internals import forward_inside, sharded_parameters, version_number
+from gpuckpt.pytorch._torch_internals import forward_inside, keep_sharding_state, sharded_parameters, version_number
 from gpuckpt.pytorch.engine.fence.attributes import (
     ABSENT,
     ELSEWHERE,
@@ -265,11 +265,14 @@ class ModuleState:
         for tensor in refrozen:  # frozen or unfrozen since: what is saved depends on it
             tensor.requires_grad_(not tensor.requires_grad)
         norms = [module for part, module in zip(watched.parts, self._modules, strict=True) if part.is_norm]
+        stopped = [keep for module in self._modules if (keep := keep_sharding_state(module)) is not None]
         frozen = freeze(norms)
         compared = unread(buffer for norm, _, _ in frozen for buffer in norm._buffers.values() if buffer is not None)
 
         def leave() -> None:
             compared()
+            for keep in stopped:
+                keep()
             for tensor in refrozen:
                 tensor.requires_grad_(not tensor.requires_grad)
             for norm, momentum, count in frozen:
