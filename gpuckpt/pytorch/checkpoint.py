@@ -18,6 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import noop_context_fn
 
+from gpuckpt.errors import StateModified
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
 from gpuckpt.pytorch.engine.arguments import Objects
@@ -138,6 +139,11 @@ def _framed(
     record = Record()
 
     def replay(kept: list[torch.Tensor]) -> None:
+        if fence.rewritten is not None:
+            raise StateModified(
+                f"parameter {fence.rewritten!r} is changed in place by the checkpointed work itself (max_norm of nn.Embedding "
+                "does that), so that it cannot run again; leave that part outside of what is checkpointed"
+            )
         run = reading(record)
         given_back = returning(run) if keeps else nullcontext()
         if order is not None:

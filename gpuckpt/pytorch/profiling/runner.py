@@ -117,6 +117,11 @@ class _Measurement:
         with saved.hooks(), recording(record), fence.watching():
             out = run_module(module, cut_args, cut_kwargs)
         fence.learn(for_good=True)
+        if fence.rewritten is not None:
+            raise InvalidChain(
+                f"stage {name!r} ({type(module).__name__}) changes its parameter {fence.rewritten!r} in place when it runs, so "
+                "that it cannot run again: max_norm of nn.Embedding does that; do it after the optimizer's step instead"
+            )
         if hand_on is not None:
             hand_on()
         saved.loads = 0  # its own derivatives are its own affair

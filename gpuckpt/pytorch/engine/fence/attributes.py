@@ -10,7 +10,18 @@ from torch import nn
 
 from gpuckpt.pytorch.engine.fence.holders import ValueKind, kind_of
 
-__all__ = ["ABSENT", "ELSEWHERE", "INTERNAL", "PLAIN", "captured", "containers", "refill", "restore"]
+__all__ = [
+    "ABSENT",
+    "ELSEWHERE",
+    "INTERNAL",
+    "PLAIN",
+    "captured",
+    "containers",
+    "hooks_of",
+    "refill",
+    "restore",
+    "restore_hooks",
+]
 
 INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl", "forward"}
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.startswith("_forward_") and "hooks" in name)
@@ -45,6 +56,18 @@ def restore(held: dict[str, Any], names: Sequence[str], seen: list[Any]) -> None
             held[name] = value[1].copy()  # the recompute may change it; the container itself stays as it is
         elif held.get(name, ABSENT) is not value:
             held[name] = value
+
+
+def hooks_of(held: dict[str, Any]) -> list[dict[int, Any]] | None:
+    """A module's forward hooks; None where it has none."""
+    if not (held["_forward_hooks"] or held["_forward_pre_hooks"]):
+        return None
+    return [dict(held[name]) for name in _HOOKS]
+
+
+def restore_hooks(held: dict[str, Any], hooks: list[dict[int, Any]] | None) -> None:
+    for number, name in enumerate(_HOOKS):
+        refill(held[name], {} if hooks is None else hooks[number])
 
 
 def containers(held: dict[str, Any]) -> list[tuple[Any, Any]]:

@@ -91,6 +91,11 @@ class Fence:
         return self._reached.watching()
 
     @property
+    def rewritten(self) -> str | None:
+        """The name of a parameter that the work was seen to change in place itself: it cannot run again."""
+        return next((state.rewritten for state in self._states if state.rewritten), None)
+
+    @property
     def copies(self) -> list[torch.Tensor]:
         """Copies that it holds itself, of buffers that the work may write, for as long as it is not known which it does."""
         return [*self._reached.copies, *(copy for state in self._states for copy in state.copies)]

@@ -28,16 +28,8 @@ from torch.nn.parameter import is_lazy
 
 from gpuckpt.errors import StateModified
 from gpuckpt.pytorch._torch_internals import forward_inside, keep_sharding_state, sharded_parameters, version_number
-from gpuckpt.pytorch.engine.fence.attributes import (
-    ABSENT,
-    ELSEWHERE,
-    INTERNAL,
-    PLAIN,
-    captured,
-    containers,
-    refill,
-    restore,
-)
+from gpuckpt.pytorch.engine.fence import attributes as plain
+from gpuckpt.pytorch.engine.fence.attributes import ABSENT, ELSEWHERE, INTERNAL, PLAIN, captured, refill
 from gpuckpt.pytorch.engine.fence.norms import freeze, is_norm
 from gpuckpt.pytorch.engine.fence.reached import Reached, TensorUse
 from gpuckpt.pytorch.engine.verify import unread
@@ -48,7 +40,7 @@ __all__ = ["ModuleState", "Watched", "watch"]
 class _Part:
     """One module: which of its attributes are looked at. It is not held: what is learned of a module shall not keep it alive."""
 
-    __slots__ = ("children", "count", "is_norm", "kind", "names", "owner", "ref", "tensors")
+    __slots__ = ("child_names", "children", "count", "is_norm", "kind", "names", "owner", "ref", "tensors")
 
     def __init__(self, module: nn.Module) -> None:
         held = module.__dict__
@@ -58,6 +50,7 @@ class _Part:
         self.is_norm = is_norm(module)
         self.count = len(held)
         self.children = list(map(id, module._modules.values()))
+        self.child_names = tuple(module._modules)
         self.tensors = len(module._parameters), len(module._buffers)
         self.names = tuple(name for name in held if name not in INTERNAL)
 
@@ -84,10 +77,11 @@ class Watched:
     """The modules below some roots, looked up once.
 
     Attributes: `written`, places of buffers that a forward was seen to write; `trials`, forwards that are still watched for that;
+    `rewritten`, the name of a parameter that a forward was seen to change in place itself;
     `sharded`, the sharded forms of parameters that are gathered for each use, with their owner and name.
     """
 
-    __slots__ = ("parts", "places", "sharded", "trials", "uses", "written")
+    __slots__ = ("parts", "places", "rewritten", "sharded", "trials", "uses", "written")
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
@@ -111,6 +105,7 @@ class Watched:
             for module, name in found.places[:1]
         ]
         self.written: set[int] = set()
+        self.rewritten: str | None = None
         self.uses: dict[tuple[int, str], TensorUse] = {}  # of tensors that attributes lead to, by part and name
         self.trials = 2
 
@@ -141,6 +136,7 @@ class ModuleState:
         *(
             "_again",
             "_copies",
+            "_hooks",
             "_modules",
             "_seen",
             "_sharded",
@@ -167,6 +163,7 @@ class ModuleState:
                 zip(watched.parts, (module.__dict__ for module in self._modules), strict=True)
             )
         ]
+        self._hooks = [plain.hooks_of(module.__dict__) for module in self._modules]
         dicts = self._dicts()
         tensors = [dicts[part][is_buffer].get(name) for part, is_buffer, name in watched.places]
         self._versions = [None if tensor is None else version_number(tensor) for tensor in tensors]
@@ -209,6 +206,11 @@ class ModuleState:
         return set(self._modules)
 
     @property
+    def rewritten(self) -> str | None:
+        """A parameter that forward changes in place itself, so that it cannot run again."""
+        return self._watched.rewritten
+
+    @property
     def copies(self) -> list[torch.Tensor]:
         """Copies of buffers beside those in `kept`."""
         return list(self._copies.values())
@@ -222,14 +224,22 @@ class ModuleState:
         if not watched.trials:
             return
         dicts = self._dicts()
+        for number, (_, is_buffer, name) in enumerate(watched.places):
+            tensor = self._tensors[number]
+            if not is_buffer and isinstance(tensor, torch.Tensor) and version_number(tensor) != self._versions[number]:
+                watched.rewritten = name
         for number in list(self._copies):
             part, is_buffer, name = watched.places[number]
             tensor = dicts[part][is_buffer].get(name)
-            if tensor is not self._tensors[number] or version_number(tensor) != self._versions[number]:
+            if (
+                tensor is not self._tensors[number]
+                or version_number(tensor) != self._versions[number]
+                or (tensor.layout is torch.strided and not torch.equal(tensor, self._copies[number]))  # through `.data`
+            ):
                 watched.written.add(number)
             else:
                 del self._copies[number]
-        watched.trials = 0 if for_good else watched.trials - 1
+        watched.trials = 0 if for_good else max(0, watched.trials - 1)
 
     def enter(self, kept: Sequence[torch.Tensor]) -> Callable[[], None]:
         """Let the modules be as they were; returns what lets them be as they are now, with nothing in them of what ran between.
@@ -239,12 +249,16 @@ class ModuleState:
         watched = self._watched
         self._check()
         attributes = [(module.__dict__, dict(module.__dict__)) for module in self._modules]
-        held_containers = [pair for held, _ in attributes for pair in containers(held)]
+        held_containers = [pair for held, _ in attributes for pair in plain.containers(held)]
         dicts = self._dicts()
         stood = [(dicts[part][is_buffer], name) for part, is_buffer, name in watched.places]
         before = [held.get(name, ABSENT) for held, name in stood]
-        for part, (held, _), seen, module in zip(watched.parts, attributes, self._seen, self._modules, strict=True):
-            restore(held, part.names, seen)
+        rebuilt = self._rebuild()
+        for part, (held, _), seen, hooks, module in zip(
+            watched.parts, attributes, self._seen, self._hooks, self._modules, strict=True
+        ):
+            plain.restore(held, part.names, seen)
+            plain.restore_hooks(held, hooks)
             if (inside := forward_inside(module)) is not None:
                 held["forward"] = inside
         for number, (held, name) in enumerate(stood):
@@ -273,6 +287,8 @@ class ModuleState:
             compared()
             for keep in stopped:
                 keep()
+            for children, were in rebuilt:
+                refill(children, were)
             for tensor in refrozen:
                 tensor.requires_grad_(not tensor.requires_grad)
             for norm, momentum, count in frozen:
@@ -290,6 +306,19 @@ class ModuleState:
                 refill(container, content)
 
         return leave
+
+    def _rebuild(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Put submodules back where they stood; which dicts that concerns, and what is in them now."""
+        by_id: dict[int, Any] = {}
+        found = []
+        for part, module in zip(self._watched.parts, self._modules, strict=True):
+            children = module._modules
+            if list(map(id, children.values())) != part.children:
+                by_id = by_id or {id(None): None, **{id(other): other for other in self._modules}}
+                found.append((children, dict(children)))
+                children.clear()
+                children.update(zip(part.child_names, map(by_id.__getitem__, part.children), strict=True))
+        return found
 
     def _check(self) -> None:
         watched = self._watched

@@ -2,8 +2,9 @@
 
 These are the variables that its functions close over and the globals that they name, attributes that are tensors or objects, and
 what is inside of those and of lists, dicts, sets and deques. What somebody else has changed since forward is put back while the
-work runs again. What forward changed itself (a log, a count) stays as it is and is changed again, except tensors that it reads:
-a recompute reads what forward read, and writes into copies.
+work runs again. So is what forward changed itself in modules and objects, and afterwards these are as they are now. In variables
+of functions and containers there that (a log, a count) stays as it is and is changed again, except tensors that forward reads: a
+recompute reads what forward read, and writes into copies.
 
 Which tensors a forward reads is watched where one is first met: most that stand in attributes are outputs that code left there
 for others to see, and shall not be kept alive. Not looked into: what holds a lock or a thread, which others use at the same
@@ -13,14 +14,12 @@ time; instances of classes of torch, NumPy and Python's own library; more than 6
 from __future__ import annotations
 
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from operator import is_
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -121,7 +120,7 @@ class Reached:
         self._noted: dict[int, tuple[Any, list[_ReachedTensor]]] = {}
         self._tensors: dict[int, _ReachedTensor] = {}
         self._loose: list[_Loose] = []
-        self._arrays: list[tuple[Any, int, str]] = []
+        self._arrays: list[tuple[Any, Any]] = []  # arrays, and what was in them
         self._watching: _Watching | None = None
 
     def __bool__(self) -> bool:
@@ -130,15 +129,15 @@ class Reached:
     def variable(self, held: Any, name: str, value: Any, use: TensorUse, *, lasting: bool = False) -> None:
         """A variable `name` of `held`: a dict, a class or a cell. `lasting`: of a function; else of a module, whose attributes
         are all put back."""
-        noted, _ = self._note(value, use, name, _DEPTH, lasting)
+        noted, _ = self._note(value, use, name, _DEPTH, lasting, not lasting)
         self._entries.append((Variable(held, name), {name: noted}, not lasting))
 
     def look(self, value: Any, name: str, use: TensorUse) -> None:
         """Look into a value that no variable has to be put back for."""
-        self._note(value, use, name, _DEPTH, True)
+        self._note(value, use, name, _DEPTH, True, False)
 
     def _note(
-        self, value: Any, use: TensorUse, name: str, depth: int, lasting: bool
+        self, value: Any, use: TensorUse, name: str, depth: int, lasting: bool, whole: bool
     ) -> tuple[Any, list[_ReachedTensor]]:
         """What stands for a value, and the tensors below it."""
         kind = kind_of(value)
@@ -158,12 +157,12 @@ class Reached:
             self.generators[id(value)] = value
         elif kind is ValueKind.ARRAY:
             if value.nbytes <= _LARGEST_ARRAY_BYTES and value.dtype != object:
-                self._arrays.append((value, _checksum(value), name))
+                self._arrays.append((value, value.copy()))
         elif id(value) in self._noted:
             return self._noted[id(value)]
         elif depth and len(self._noted) < _MOST:
             self._noted[id(value)] = value, []  # until it is known; it may refer to itself
-            below = self._inside(value, kind, use, name, depth - 1)
+            below = self._inside(value, kind, use, name, depth - 1, whole)
             if below:
                 loose = _Loose(value, below)
                 self._loose.append(loose)
@@ -171,11 +170,13 @@ class Reached:
                 return loose, below
         return value, []
 
-    def _inside(self, value: Any, kind: ValueKind, use: TensorUse, name: str, depth: int) -> list[_ReachedTensor]:
+    def _inside(
+        self, value: Any, kind: ValueKind, use: TensorUse, name: str, depth: int, whole: bool
+    ) -> list[_ReachedTensor]:
         below: list[_ReachedTensor] = []
         if kind is ValueKind.TUPLE:
             for item in value if len(value) <= _LARGEST else ():
-                below += self._note(item, use, name, depth, False)[1]
+                below += self._note(item, use, name, depth, False, whole)[1]
             return below
         if kind is ValueKind.CONTAINER and len(value) > _LARGEST:
             return below
@@ -186,9 +187,9 @@ class Reached:
             if not isinstance(holder, set):
                 for key, item in content.items():
                     if kind_of(item) is not ValueKind.PLAIN:
-                        content[key], inner = self._note(item, use, f"{name}.{key}", depth, False)
+                        content[key], inner = self._note(item, use, f"{name}.{key}", depth, False, whole)
                         below += inner
-            self._entries.append((holder, content, False))
+            self._entries.append((holder, content, whole or holder is not value))
         return below
 
     def begin(self) -> Reached:
@@ -230,7 +231,10 @@ class Reached:
             for key, tensor in self._watching._watched.items():
                 value = tensor.strong
                 assert value is not None
-                read, written = key in self._watching.read, version_number(value) != tensor.version
+                read = key in self._watching.read
+                written = version_number(value) != tensor.version or (
+                    tensor.copy is not None and value.layout is torch.strided and not torch.equal(value, tensor.copy)
+                )
                 for use in tensor.uses:
                     use.read = bool(use.read) or read
                     use.written = use.written or (read and written)
@@ -260,38 +264,44 @@ class Reached:
         """Let everything be as it was; returns what lets it be as it is now. Raises `StateModified` for what was changed in place
         and cannot be as it was."""
         found = {id(tensor): self._as_it_was(tensor, kept) for tensor in self._tensors.values()}
-        for array, checksum, name in self._arrays:
-            if _checksum(array) != checksum:
-                raise _modified(f"array {name!r} of shape {array.shape}")
-        undo: list[tuple[Any, dict[Any, Any]]] = []
+        undo: list[tuple[Any, dict[Any, Any], bool]] = []
+        arrays = [(array, array.copy(), was) for array, was in self._arrays if array.flags.writeable]
+        for array, _, was in arrays:
+            array[...] = was
 
         def leave() -> None:
-            for holder, before in reversed(undo):
-                content = {**content_of(holder), **before}
-                fill(holder, {key: value for key, value in content.items() if value is not _ABSENT})
+            for array, now, _ in arrays:
+                array[...] = now
+            for holder, before, whole in reversed(undo):
+                present = content_of(holder)
+                content = before if whole else {**present, **before}
+                if not _same(content, present):
+                    fill(holder, {key: value for key, value in content.items() if value is not _ABSENT})
 
         unstable = self._unstable or [frozenset[Any]()] * len(self._entries)
         for (holder, content, whole), own in zip(self._entries, unstable, strict=True):
             now = content_of(holder)
+            if whole:
+                undo.append((holder, now, True))
             if _same(content, now):
                 continue
-            if isinstance(holder, list | deque | bytearray) and own and len(now) != len(content):
-                continue  # it grows as the work runs
+            if not whole and own and len(now) != len(content) and isinstance(holder, list | deque | bytearray):
+                continue  # a log, which grows as the work runs
             changed: dict[Any, Any] = {}
             for key in {**content, **now}:
                 value = content.get(key, _ABSENT)
+                known = whole
                 if isinstance(value, _ReachedTensor):
                     value, known = found[id(value)], value.index is not None or value.strong is not None
                     if value is _ABSENT:
                         continue
-                else:
-                    known = whole
-                    if isinstance(value, _Loose) and (value := value.get()) is _ABSENT:
-                        continue
+                elif isinstance(value, _Loose) and (value := value.get()) is _ABSENT:
+                    continue
                 if value is not now.get(key, _ABSENT) and (known or key not in own):
                     changed[key] = value
             if changed:
-                undo.append((holder, {key: now.get(key, _ABSENT) for key in changed}))
+                if not whole:
+                    undo.append((holder, {key: now.get(key, _ABSENT) for key in changed}, False))
                 fill(holder, {key: value for key, value in {**now, **changed}.items() if value is not _ABSENT})
         return leave
 
@@ -327,10 +337,6 @@ def _current(value: Any) -> Any:
     if isinstance(value, _ReachedTensor):
         return value.ref()
     return value.get() if isinstance(value, _Loose) else value
-
-
-def _checksum(array: Any) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
 
 def _modified(what: str) -> StateModified:

@@ -29,7 +29,7 @@ from gpuckpt import (
     once,
     simulate,
 )
-from tests.pytorch.steps import batch, bits, gradients, run
+from tests.pytorch.steps import Tally, batch, bits, gradients, run
 
 Decide = Callable[..., Any]
 
@@ -43,7 +43,15 @@ class Source:
     """Answers otherwise each time that it is asked, and counts; no fence restores it."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self._tally = Tally()
+
+    @property
+    def count(self) -> int:
+        return self._tally.count
+
+    @count.setter
+    def count(self, value: int) -> None:
+        self._tally.count = value
 
     def noise(self, like: Tensor) -> Tensor:
         self.count += 1
