@@ -388,3 +388,20 @@ def lengths_at_fit(rank: int) -> None:
 
 def test_lengths_and_budgets_that_differ_at_fit() -> None:
     on_ranks(lengths_at_fit)
+
+
+def share_of_the_first_batch(rank: int) -> int:
+    """A share is of what this rank's first batch saves: the smallest is the budget that all plan for."""
+    x = batch(rank, 8 + 8 * rank)
+    plain = train(shard(tower()), x)
+    model = shard(tower())
+    fitted = fit(model, None, "60%")
+    assert same(train(model, x), plain)
+    assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+    assert not fitted.deviations
+    return fitted.plan.budget_bytes if rank == 0 else fitted.measured_peak_bytes
+
+
+def test_a_share_of_the_first_batch() -> None:
+    smallest_bytes, most_bytes = on_ranks(share_of_the_first_batch)
+    assert most_bytes <= smallest_bytes
