@@ -11,6 +11,7 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "top_saved_tensors_hooks",
     "untraced",
     "version_number",
+    "weights_are_cached",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -78,6 +80,11 @@ storage_use_count = torch._C._storage_Use_Count
 
 set_versions = torch._C._autograd._unsafe_set_version_counter
 """Give tensors the versions that are named."""
+
+
+def weights_are_cached() -> bool:
+    """Whether `torch.nn.utils.parametrize.cached()` is entered."""
+    return bool(parametrize._cache_enabled)
 
 
 def version_number(tensor: torch.Tensor) -> int:

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 from gpuckpt import CheckpointBudget, RecomputeMismatch, SavedTensorModified, StateModified, checkpoint, fit
 from gpuckpt.errors import InvalidChain
@@ -520,3 +522,26 @@ def test_a_parameter_that_work_changes_itself_is_named() -> None:
     out = checkpoint(Normed(), x)
     with pytest.raises(StateModified, match="by the checkpointed work itself"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("way", ["fit", "checkpoint", "inside"])
+def test_weights_that_several_blocks_share_by_a_cache_are_refused(way: str) -> None:
+    class Within(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with parametrize.cached():
+                return super().forward(x)
+
+    kind = Within if way == "inside" else nn.Sequential
+    model = nn.Sequential(*[kind(weight_norm(nn.Linear(16, 16)), nn.Tanh()) for _ in range(4)])
+    x = batch()
+    if way == "inside":
+        model(x).sum().backward()
+        expected = bits(p.grad for p in model.parameters())
+        model.zero_grad(set_to_none=True)
+        checkpoint(model, x).sum().backward()
+        assert bits(p.grad for p in model.parameters()) == expected
+        return
+    budget = fit(model, x, "1MiB", strategy="sqrt").budget if way == "fit" else None
+    with parametrize.cached(), pytest.raises(NotImplementedError, match=r"parametrize\.cached"):
+        model(x) if way == "fit" else checkpoint(model, x)
+    assert budget is None or budget.used_bytes == 0

@@ -15,7 +15,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
+from gpuckpt.pytorch._torch_internals import weights_are_cached
 from gpuckpt.pytorch.engine.fence.module_state import ModuleState, watch
 from gpuckpt.pytorch.engine.fence.randomness import Generators, other_states, same_states
 from gpuckpt.pytorch.engine.fence.scope import Scope, scope_of
@@ -44,6 +46,11 @@ class Fence:
             raise TypeError(
                 f"checkpointed work is given an iterator, {scope.iterators[0]}, which forward uses up before the work runs "
                 "again; take the values out first and hand those in"
+            )
+        if weights_are_cached() and any(is_parametrized(part) for root in scope.roots for part in root.modules()):
+            raise NotImplementedError(
+                "checkpointed work inside torch.nn.utils.parametrize.cached(): whoever uses a weight first computes it for all, "
+                "so that a recompute would save other tensors than forward; enter cached() within the work, or leave it out"
             )
         self._reached = scope.reached
         self._states: list[ModuleState] = []
