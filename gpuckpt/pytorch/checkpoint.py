@@ -102,7 +102,7 @@ def checkpoint(
 
     with paused():
         frame, record, fence = _framed(fn, args, kwargs, budget, preserve_rng_state, verify, policy is not None)
-    kept = nullcontext() if policy is None else keeping(record, policy, frame.slots)
+    kept = _NOTHING if policy is None else keeping(record, policy, frame.slots)
     with frame.hooks(), recording(record), by_hand(), kept, fence.watching():
         out = fn(*args, **kwargs)
     with paused():
@@ -121,7 +121,9 @@ def _framed(
 ) -> tuple[Frame, Record, Fence]:
     """The frame to call `fn` in, which has kept what it takes to call it again; its record, and what `fn` will see. `keeps`: the
     record will have operations."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    # Nearly every call has tensors alone, for which taking them apart would be a tenth of its cost.
+    bare = not kwargs and all(type(arg) is torch.Tensor for arg in args)
+    leaves, spec = (list(args), None) if bare else pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     others = [_HERE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     fence = Fence(fn, leaves, preserve_rng_state)
@@ -145,17 +147,19 @@ def _framed(
                 "does that), so that it cannot run again; leave that part outside of what is checkpointed"
             )
         run = reading(record)
-        given_back = returning(run) if keeps else nullcontext()
+        given_back = returning(run) if keeps else _NOTHING
         if order is not None:
             kept = [kept[place] for place in order]
         given = iter(kept)
         flat = [next(given) if leaf is _HERE else leaf for leaf in others]
-        args, kwargs = pytree.tree_unflatten(objects.rebuilt(flat, kept[count:inside]) if objects else flat, spec)
+        if objects:
+            flat = objects.rebuilt(flat, kept[count:inside])
+        args, kwargs = (flat, {}) if spec is None else pytree.tree_unflatten(flat, spec)
         with fence.restored(kept[inside:]), run, given_back:
             fn(*args, **kwargs)
 
     frame = Frame(replay, current_budget() if budget is None else budget, verify)
-    with nullcontext() if budget is None else enter(budget, index_of(budget).hold):
+    with _NOTHING if budget is None else enter(budget, index_of(budget).hold):
         record.begin()
         frame.save(tensors)
     return frame, record, fence
@@ -205,4 +209,5 @@ def _kept_by(context_fn: Any) -> Keep | None:
     return getattr(contexts[0], "policy_fn", None) if isinstance(contexts, tuple) else None
 
 
+_NOTHING = nullcontext()
 _HERE = object()  # where a tensor stood among the arguments
