@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from bisect import bisect_left
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from numbers import Integral, Real
 from typing import Any
 
 from gpuckpt.errors import InvalidChain
+from gpuckpt.planning._checks import KEEP, check_bytes, check_stage, is_int
 from gpuckpt.planning._json import read_record
 from gpuckpt.planning.tables import WIDTH, cut_text, in_milliseconds, text_table
 from gpuckpt.units import format_bytes
 
 __all__ = ["KEEP", "Chain", "Stage", "Variant"]
-
-KEEP = "keep"
-"""The name of the option every stage has: save what autograd saves."""
 
 CHAIN_FORMAT = "gpuckpt.chain/1"
 
@@ -37,11 +33,13 @@ _MOST_ROWS = 40
 
 @dataclass(frozen=True)
 class Variant:
-    """Another way to keep a stage: spilled to the host, or fused.
+    """Another way to keep a stage: spilled to the host, partly kept and partly recomputed, or fused.
 
     `saves`: storage ids held in the budget under this option; `forward_s`, `backward_s`: seconds of the stage's forward and
     backward under it, transfers included. `spilled`: ids that go to host memory in its forward and come
     back, into the budget, for its backward; one that others hold in the budget already is held on there instead.
+    `remade`: ids that are made again when its backward begins, and held till that ends; `again_s`: the seconds of that, which
+    are part of `backward_s`.
 
     >>> Variant("spill", saves=(), forward_s=0.5, backward_s=0.5, spilled=(0, 1)).name
     'spill'
@@ -52,6 +50,8 @@ class Variant:
     forward_s: float
     backward_s: float
     spilled: tuple[int, ...] = ()
+    remade: tuple[int, ...] = ()
+    again_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,12 @@ class Chain:
         object.__setattr__(self, "storages", tuple(self.storages))
         if not self.stages:
             raise InvalidChain(f"chain {self.name!r} has no stages; a plan needs at least one")
-        if not _is_int(self.unit_bytes) or self.unit_bytes < 1:
+        if not is_int(self.unit_bytes) or self.unit_bytes < 1:
             raise InvalidChain(f"chain {self.name!r}: unit_bytes is {self.unit_bytes!r}; expected an int of at least 1")
         for i, size in enumerate(self.storages):
-            _check_bytes(size, f"chain {self.name!r}: storage {i}")
+            check_bytes(size, f"chain {self.name!r}: storage {i}")
         for i, stage in enumerate(self.stages):
-            _check_stage(stage, f"chain {self.name!r}: stage {i} ({stage.name!r})", len(self.storages))
+            check_stage(stage, f"chain {self.name!r}: stage {i} ({stage.name!r})", len(self.storages))
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -203,7 +203,11 @@ class Chain:
             made.update((i, maker[i]) for i in stage.extras if maker.get(i, -1) >= 0)
             for i in (*stage.inputs, *stage.extras):
                 maker.setdefault(i, -1)
-            for i in (*stage.output, *stage.saves, *(i for v in stage.variants for i in (*v.saves, *v.spilled))):
+            for i in (
+                *stage.output,
+                *stage.saves,
+                *(i for v in stage.variants for i in (*v.saves, *v.spilled, *v.remade)),
+            ):
                 maker.setdefault(i, number)
         return made
 
@@ -241,7 +245,7 @@ class Chain:
     def _fingerprint(self) -> str:
         record = [CHAIN_FORMAT, self.unit_bytes, self.storages]
         for s in self.stages:
-            variants = [(v.name, v.saves, v.spilled) for v in s.variants]
+            variants = [(v.name, v.saves, v.spilled, *((v.remade,) if v.remade else ())) for v in s.variants]
             record.append([s.name, s.saves, s.inputs, s.extras, s.output, s.output_bytes, s.recomputable, variants])
             if s.again_bytes:
                 record.append(s.again_bytes)
@@ -277,57 +281,15 @@ def _stage_from(fields: Mapping[str, Any]) -> Stage:
     for key in ("saves", "inputs", "extras", "output"):
         known[key] = tuple(known.get(key, ()))
     known["variants"] = tuple(
-        Variant(v["name"], tuple(v["saves"]), v["forward_s"], v["backward_s"], tuple(v.get("spilled", ())))
+        Variant(
+            v["name"],
+            tuple(v["saves"]),
+            v["forward_s"],
+            v["backward_s"],
+            tuple(v.get("spilled", ())),
+            tuple(v.get("remade", ())),
+            v.get("again_s", 0.0),
+        )
         for v in known.get("variants", ())
     )
     return Stage(**known)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _check_bytes(value: object, what: str) -> None:
-    if not _is_int(value) or value < 0:  # type: ignore[operator]
-        raise InvalidChain(f"{what}: bytes are {value!r}; expected an int of at least 0")
-
-
-def _check_seconds(value: object, what: str) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-        raise InvalidChain(f"{what} is {value!r}; expected finite seconds of at least 0")
-
-
-def _check_tail(tail_s: object, forward_s: float, what: str) -> None:
-    _check_seconds(tail_s, f"{what}: tail_s")
-    if tail_s > forward_s:  # type: ignore[operator]
-        raise InvalidChain(f"{what}: tail_s is {tail_s!r}, part of a forward of {forward_s!r} s; expected at most that")
-
-
-def _check_ids(ids: Sequence[int], n_storages: int, what: str) -> None:
-    for i in ids:
-        if not _is_int(i) or not 0 <= i < n_storages:
-            raise InvalidChain(f"{what} names storage {i!r}; the chain has storages 0..{n_storages - 1}")
-
-
-def _check_stage(stage: Stage, what: str, n_storages: int) -> None:
-    _check_seconds(stage.forward_s, f"{what}: forward_s")
-    _check_seconds(stage.backward_s, f"{what}: backward_s")
-    _check_bytes(stage.output_bytes, f"{what}: output_bytes")
-    _check_bytes(stage.workspace_bytes, f"{what}: workspace_bytes")
-    _check_bytes(stage.again_bytes, f"{what}: again_bytes")
-    for field in ("saves", "inputs", "extras", "output"):
-        _check_ids(getattr(stage, field), n_storages, f"{what}: {field}")
-    _check_tail(stage.tail_s, stage.forward_s, what)
-    names = {KEEP}
-    for variant in stage.variants:
-        if not variant.name or variant.name in names or any(c in "():" or c.isspace() for c in variant.name):
-            raise InvalidChain(
-                f"{what}: variant {variant.name!r}; names are unique, not {KEEP!r}, not empty, "
-                "and have no spaces, colons or parentheses"
-            )
-        names.add(variant.name)
-        _check_seconds(variant.forward_s, f"{what}: variant {variant.name!r}: forward_s")
-        _check_seconds(variant.backward_s, f"{what}: variant {variant.name!r}: backward_s")
-        _check_tail(stage.tail_s, variant.forward_s, f"{what}: variant {variant.name!r}")
-        _check_ids(variant.saves, n_storages, f"{what}: variant {variant.name!r}: saves")
-        _check_ids(variant.spilled, n_storages, f"{what}: variant {variant.name!r}: spilled")

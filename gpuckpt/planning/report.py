@@ -125,7 +125,7 @@ def explain(
         if variant == KEEP:
             fate = "recomputed" if recomputed else "kept"
         stopped_s = stage.tail_s if recomputed and steps[number].ends else 0.0
-        recompute_s = (runs - 1) * stage.forward_s - stopped_s
+        recompute_s = (runs - 1) * stage.forward_s - stopped_s + option.again_s
         spill_s = option.forward_s + option.backward_s - stage.forward_s - stage.backward_s if option.spilled else 0.0
         stages.append(
             StageReport(
@@ -173,6 +173,9 @@ def _why(chain: Chain, stage: Stage, option: Variant, fate: str, recompute_s: fl
             moved = format_bytes(sum(chain.storages[number] for number in option.spilled))
             other = f"running it again would take {_ms(1e3 * stage.forward_s)}"
             return f"{moved} to the host and back for {_ms(1e3 * extra_s)} more; {other}"
+        if option.remade:
+            held, remade = (format_bytes(chain.charge(ids)) for ids in (option.saves, option.remade))
+            return f"{held} held till its backward, which makes {remade} again for {_ms(1e3 * extra_s)} more"
         return f"{saves} held as {fate!r}, {format_bytes(chain.charge(option.saves))} of it here, for {_ms(1e3 * extra_s)} more"
     if fits:
         return "everything fits in the budget"

@@ -4,6 +4,7 @@ The rules, which the runtime follows to the byte:
 - Forward runs the top level in order. `Keep` holds what the stage saves; a frame holds its input and its stages' extras.
 - Backward runs in reverse. Before the backward of a frame's last stage the frame runs its children forward again, up to the
   last thing that is held: a frame that *ends* a sub-plan is then not run, and of a stage that ends one not its tail.
+- What an option makes again is held from before the backward of its stage to the end of that.
 - While the backward of a stage runs, what checkpoints inside of it recompute is held as well.
 - When the backward of a stage is done its saves are let go; when that of all stages of a frame is, the frame's input.
 - A storage is charged once however many hold it, and let go with its last holder.
@@ -183,11 +184,18 @@ class _Run:
         if spilled is not None:
             self._hold(spilled.away)
             self._record(f"bring back {stage.name}")
+        remade = self._anew(option.remade, stage.extras, step.first)
+        if remade:
+            self._hold(remade)
+            self.recompute_s += option.again_s
+            self._alive(f"recompute in {stage.name}", stage.output_bytes + self._transient_bytes(step.first))
+            self._record(f"recompute in {stage.name} ({option.name})")
         gradients_bytes = stage.output_bytes + (self.chain.stages[step.first - 1].output_bytes if step.first else 0)
         self._alive(f"backward {stage.name}", gradients_bytes + stage.workspace_bytes + stage.again_bytes)
         if stage.again_bytes:
             self._record(f"recompute inside {stage.name}", stage.again_bytes)
         self._release(self.kept.pop(node))
+        self._release(remade)
         if spilled is not None:
             self._release(spilled.away)
             self._release(spilled.here)

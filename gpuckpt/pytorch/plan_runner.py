@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,14 @@ from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidPlan
 from gpuckpt.memory import Budget
-from gpuckpt.planning import KEEP, Node, Recompute
+from gpuckpt.planning import KEEP, Keep, Node, Recompute
 from gpuckpt.pytorch._torch_internals import version_number
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.kept.current import paused, reading, recording
+from gpuckpt.pytorch.engine.kept.operations import keeping, returning
+from gpuckpt.pytorch.engine.kept.options import is_option, option_policy
 from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.offload import SPILL, Spill
 from gpuckpt.pytorch.engine.verify import Verify
@@ -77,16 +79,17 @@ class _Arrival:
 class _Open:
     """A frame whose stages are still arriving."""
 
-    def __init__(self, node: Recompute, walk: Walk) -> None:
+    def __init__(self, node: Node, walk: Walk) -> None:
         self.program: list[_Arrival] = []
         self.last = _last(node)
+        self.option = option = "" if isinstance(node, Recompute) else node.variant  # of the one stage that it covers
         # By id and version: what is kept already, and its number.
         self._known: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int]] = {}
         self._count = 0
         self._loose: set[int] = set()  # numbers of kept tensors that are cut from their graph
         program, loose, verify, preserve = self.program, self._loose, walk.verify, walk.preserve_rng_state
         budget, host, evictable = walk.budget, walk.host, walk.evictable
-        children = node.children
+        children = node.children if isinstance(node, Recompute) else (Keep(node.stage),)
 
         record = self.record = Record()
 
@@ -94,7 +97,8 @@ class _Open:
             kept = [connected(tensor) if number in loose else tensor for number, tensor in enumerate(kept)]
             arrivals = [call.rewritten(_FromFrame, lambda leaf: kept[leaf.index]) for call in program]
             inner = Walk(children, budget, verify, preserve, arrivals, host, evictable)
-            with reading(record):
+            run = reading(record)
+            with returning(run) if option else nullcontext(), run:
                 for call in arrivals:
                     leaves = call.rewritten(_FromStage, lambda leaf: inner.previous.tensors[leaf.index]).leaves
                     count = call.spec.num_leaves
@@ -160,20 +164,20 @@ class Walk:
         self._ahead = ahead
         self._stages = [] if ahead is None else [call.stage for call in ahead]
         self._calls = 0
-        self._opens: dict[int, list[Recompute]] = {}
+        self._opens: dict[int, list[Node]] = {}
         self._spilled: dict[int, Spill] = {}
         self._collect(tuple(nodes))
         self._open: list[_Open] = []
 
     def _collect(self, nodes: tuple[Node, ...]) -> None:
         """Which frames begin at which stage, outermost first, and which stages are spilled here; those within a frame are when
-        it replays them. Plans nest deeply: no recursion."""
+        it replays them. A stage of which only products are kept is a frame. Plans nest deeply: no recursion."""
         for node in nodes:
-            if not isinstance(node, Recompute) and node.variant != KEEP:
+            if not isinstance(node, Recompute) and node.variant != KEEP and not is_option(node.variant):
                 if node.variant != SPILL or self.host is None or self.budget is None:
                     raise InvalidPlan(
                         f"the plan keeps stage {node.stage} under the option {node.variant!r}; what can be run is {KEEP!r}, "
-                        f"and {SPILL!r} with a host_budget"
+                        f"products that are kept (such as 'products-6'), and {SPILL!r} with a host_budget"
                     )
                 self._spilled[node.stage] = Spill(self.budget, self.host)
         waiting = list(nodes[::-1])
@@ -182,6 +186,8 @@ class Walk:
             if isinstance(node, Recompute):
                 self._opens.setdefault(_first(node), []).append(node)
                 waiting.extend(reversed(node.children))
+            elif is_option(node.variant):
+                self._opens.setdefault(node.stage, []).append(node)
 
     def step(
         self,
@@ -209,6 +215,10 @@ class Walk:
                 with paused():
                     self._announce(call, opening, hooks)
                 hooks.enter_context(recording(*[opened.record for opened in self._open]))
+                for opened in opening:
+                    if opened.option:
+                        policy = option_policy(opened.option)
+                        hooks.enter_context(keeping(opened.record, policy, opened.frame.slots))
                 del leaves, call
             if stage in self._spilled:
                 linked = self.previous.unchanged()

@@ -50,7 +50,9 @@ def test_a_chain_file_under_a_budget_as_json(tmp_path: Path) -> None:
     report = json.loads(text)
     assert report["budget_bytes"] == half
     assert report["promised_peak_bytes"] <= half
-    assert {stage["fate"] for stage in report["stages"]} == {"kept", "recomputed"}
+    fates = {stage["fate"].partition("-")[0] for stage in report["stages"]}
+    assert "kept" in fates
+    assert fates & {"recomputed", "attention", "narrow", "products"}
     assert not (tmp_path / "half" / "frontier.svg").exists()
     total = json.loads(run(file, "--budget", half * 4, "--total", "--json", "--points", 0, out=tmp_path))
     assert total["budget_bytes"] == half * 4
@@ -59,7 +61,9 @@ def test_a_chain_file_under_a_budget_as_json(tmp_path: Path) -> None:
 def test_spilling_over_a_link_is_an_option(tmp_path: Path) -> None:
     text = run(*SIZES, "--spill", "nvlink-c2c", "--json", out=tmp_path)
     chain = Chain.from_json((tmp_path / "chain.json").read_text())
-    assert all([option.name for option in stage.options] == ["keep", "spill"] for stage in chain.stages[1:-1])
+    for stage in chain.stages[1:-1]:
+        names = [option.name for option in stage.options]
+        assert (names[0], names[-1]) == ("keep", "spill")
     assert json.loads(text)["model"] == "Transformer"
 
 

@@ -42,7 +42,11 @@ def make_chain(
             if rng.random() < spills:  # some of it, or all; extras stay
                 spilled = tuple(x for x in kept if x not in extras and rng.random() < 0.8)
                 kept = tuple(x for x in kept if x not in spilled)
-            variants.append(Variant(f"v{len(variants)}", kept, forward, backward, spilled))
+            remade, again_s = (), 0
+            if rng.random() < 0.5:  # some of what it may save is made again, with or without what is kept
+                remade = tuple(x for x in saves() if x not in extras)
+                again_s = rng.randint(0, backward)
+            variants.append(Variant(f"v{len(variants)}", kept, forward, backward, spilled, remade, again_s))
         stages.append(
             Stage(
                 f"s{i}",
@@ -83,7 +87,9 @@ def make_wild_chain(rng: random.Random, n: int) -> Chain:
             rng.randint(0, 2000),
             rng.randint(0, 2000),
             rng.random() < 0.9,
-            (Variant("v", some(3), 1 + rng.random(), rng.random(), some(3)),) if rng.random() < 0.3 else (),
+            (Variant("v", some(3), 1 + rng.random(), 1 + rng.random(), some(3), some(3), 0.5),)
+            if rng.random() < 0.3
+            else (),
             tail_s=rng.random(),
             again_bytes=rng.choice([0, rng.randint(0, 3000) // unit_bytes * unit_bytes]),
         )
@@ -162,7 +168,10 @@ def play(chain: Chain, tree: tuple) -> Played:
         for i, stage in enumerate(chain.stages):
             if x in stage.inputs or x in stage.extras:
                 return None
-            if any(x in (*option.saves, *option.spilled) for option in stage.options) or x in stage.output:
+            if (
+                any(x in (*option.saves, *option.spilled, *option.remade) for option in stage.options)
+                or x in stage.output
+            ):
                 return i if any(x in later.extras for later in chain.stages[i + 1 :]) else None
         return None
 
@@ -200,6 +209,9 @@ def play(chain: Chain, tree: tuple) -> Played:
         seen.counts[i] += 1
         seen.seconds += seconds
         seen.again_s += seconds if again else 0.0
+        alive_while_it_runs(i, gradient_bytes, leaving)
+
+    def alive_while_it_runs(i: int, gradient_bytes: int, leaving: Iterable[int] = ()) -> None:
         stage = chain.stages[i]
         touched = {*stage.inputs, *stage.output, *leaving}
         loose_bytes = 0 if stage.output else stage.output_bytes
@@ -245,6 +257,14 @@ def play(chain: Chain, tree: tuple) -> Played:
                 gradients = stage.output_bytes + (chain.stages[node.stage - 1].output_bytes if node.stage else 0)
                 back = [x for owner, x in on_host if owner is node]
                 hold(node, tuple(back))
+                if option.remade:  # the stage itself runs again, and makes twins of what later stages had from it
+                    twins = [
+                        x not in stage.extras and (-1 if maker(x) is None else maker(x)) >= node.stage
+                        for x in option.remade
+                    ]
+                    hold(node, tuple(("again", x) if twin else x for x, twin in zip(option.remade, twins, strict=True)))
+                    seen.again_s += option.again_s
+                    alive_while_it_runs(node.stage, stage.output_bytes)
                 alive(set(), gradients + stage.workspace_bytes + stage.again_bytes)
                 if stage.again_bytes:
                     seen.events += [("alloc", ("inside", node), stage.again_bytes), ("free", ("inside", node))]

@@ -36,6 +36,8 @@ GOOD = Stage("block", 1.0, 2.0, (0,), (1,), (), (0,), 4, 8)
         (replace(GOOD, variants=(Variant("a", (), 0, 0), Variant("a", (), 0, 0))), "variant 'a'"),
         (replace(GOOD, variants=(Variant("a", (), math.nan, 0),)), "variant 'a': forward_s is nan"),
         (replace(GOOD, variants=(Variant("a", (9,), 0, 0),)), "variant 'a': saves names storage 9"),
+        (replace(GOOD, variants=(Variant("a", (), 0, 0, (), (9,)),)), "variant 'a': remade names storage 9"),
+        (replace(GOOD, variants=(Variant("a", (), 0, 1, again_s=2),)), "again_s is 2, part of a backward of 1 s"),
     ],
 )
 def test_costs_that_make_no_sense_are_refused_by_name(stage: Stage, message: str) -> None:

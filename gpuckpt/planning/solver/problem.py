@@ -37,7 +37,7 @@ class Problem:
         extras_bytes: bytes of all extras together; uses_extras: (n,), stages whose frames hold them.
         forward_s, tail_s: (n,); recomputable: (n,).
         option_need, back_need: (2, n, v); bytes alive beyond what keeping holds while a kept stage runs forward, and in its
-            backward, where what was spilled is back and held as well, and what checkpoints inside of it recompute.
+            backward, where what was spilled or is made again is held as well, and what checkpoints inside of it recompute.
         first_need, run_need: (n,); the same for a stage that runs forward in a frame, as its first stage and further on.
         gradient_bytes: (n,); gradient of the stage's output, alive while a frame that ends with it recomputes.
         exact: the arrays charge every byte once.
@@ -101,14 +101,20 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
             option_covers[1, i, o] = saves | inputs[i] >= following - extras
             option_extras[i, o] = not saves.isdisjoint(extras)
             spilled = frozenset(option.spilled) - saves
+            back = spilled | frozenset(option.remade) - saves
             for c in (0, 1):
-                back_bytes = chain.charge(tuple(spilled - (inputs[i] - extras if c else frozenset())))
-                back_need[c, i, o] = back_bytes + stage.again_bytes
+                before = inputs[i] - extras if c else frozenset[int]()
+                alive_bytes = stage.again_bytes
                 if objective == "total":
                     held = saves | spilled | (inputs[i] if c else frozenset())
-                    option_need[c, i, o] = back_bytes + stage.workspace_bytes + chain.running_bytes(i, held)
+                    away_bytes = chain.charge(tuple(spilled - before))
+                    option_need[c, i, o] = away_bytes + stage.workspace_bytes + chain.running_bytes(i, held)
                     gradients_bytes = stage.output_bytes + (stages[i - 1].output_bytes if i else 0)
-                    back_need[c, i, o] += stage.workspace_bytes + gradients_bytes
+                    alive_bytes += stage.workspace_bytes + gradients_bytes
+                    if option.remade:
+                        again_bytes = stage.workspace_bytes + chain.running_bytes(i, held | back)
+                        alive_bytes = max(alive_bytes, stage.output_bytes + again_bytes)
+                back_need[c, i, o] = chain.charge(tuple(back - before)) + alive_bytes
         uses_extras[i] |= bool(option_extras[i].any()) or not inputs[i].isdisjoint(extras)
 
     first_need, run_need, gradient_bytes = (np.zeros(n, np.int64) for _ in range(3))
@@ -159,9 +165,9 @@ def _charges_once(chain: Chain, inputs: list[frozenset[int]], extras: frozenset[
             if not (saves >= following or saves.isdisjoint(following)):
                 return False
             spilled = frozenset(option.spilled)
-            if not spilled.isdisjoint(extras):
+            if not extras.isdisjoint((*spilled, *option.remade)):
                 return False
-            for x in (saves | spilled) - extras:
+            for x in (saves | spilled | frozenset(option.remade)) - extras:
                 boundary = boundary_of.get(x)
                 if boundary is None:
                     if owner_of.setdefault(x, i) != i:

@@ -152,5 +152,5 @@ def _named(chain: Chain) -> str:
 
 def _holders(stage: Stage) -> tuple[Any, ...]:
     """Which storages a stage holds, whatever their sizes."""
-    variants = [(variant.name, variant.saves, variant.spilled) for variant in stage.variants]
+    variants = [(variant.name, variant.saves, variant.spilled, variant.remade) for variant in stage.variants]
     return stage.saves, stage.inputs, stage.extras, stage.output, tuple(variants)

@@ -6,6 +6,9 @@ dropped before the next one. So measuring needs the memory of one stage, not of 
 after the last, or between two becomes a stage that can only be kept. A call that changes in place what the one before returned
 (ReLU(inplace=True)) is one stage with it: run again from the input of the first, both do the same.
 
+Of products (see engine/kept/options.py) it is noted what keeping their outputs would hold, and the rest of the stage is timed
+without them: up to three options of each kind of stage.
+
 Bytes held are exact: those of the storages autograd saves, parameters and buffers left out. Workspace is what operators were
 seen to bring to life (see live.py), gradients of parameters left out. Seconds are medians after a warm-up, shared by stages
 of one kind (same code, same shapes); the prefix is timed once, and its backward taken as twice its forward. The model, its

@@ -99,13 +99,20 @@ def _scaled(stage: Stage, ratio: float, again_bytes: int) -> Stage:
         workspace_bytes=math.ceil(stage.workspace_bytes * ratio),
         output_bytes=math.ceil(stage.output_bytes * ratio),
         again_bytes=again_bytes,
+        variants=tuple(
+            [
+                replace(v, forward_s=v.forward_s * ratio, backward_s=v.backward_s * ratio, again_s=v.again_s * ratio)
+                for v in stage.variants
+            ]
+        ),
     )
 
 
 def _structure(chain: Chain) -> list[Any]:
     """What of a chain does not depend on sizes."""
-    stages = [(s.name, s.saves, s.inputs, s.extras, s.output, s.recomputable, s.variants) for s in chain.stages]
-    return [len(chain.storages), *stages]
+    options = [[(v.name, v.saves, v.spilled, v.remade) for v in s.variants] for s in chain.stages]
+    stages = [(s.name, s.saves, s.inputs, s.extras, s.output, s.recomputable) for s in chain.stages]
+    return [len(chain.storages), *zip(stages, options, strict=True)]
 
 
 def _variables(rows: list[tuple[int, ...]]) -> list[tuple[int, ...]] | None:

@@ -23,6 +23,7 @@ from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.hooks import enter
 from gpuckpt.pytorch.engine.kept.current import in_checkpoint, recording
+from gpuckpt.pytorch.engine.kept.options import ProductTrace
 from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
@@ -32,7 +33,7 @@ from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
 from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, unpack
-from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Sample, StageKind, kind_key
+from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Sample, StageKind, kind_key, offered
 
 __all__ = ["Measured", "run_chain"]
 
@@ -114,7 +115,8 @@ class _Measurement:
         before, states = _versions(given), random_states()
         self.inner.watch()
         record = Record()
-        with saved.hooks(), recording(record), fence.watching():
+        trace = ProductTrace(record, saved.shapes)
+        with saved.hooks(), recording(record), fence.watching(), trace:
             out = run_module(module, cut_args, cut_kwargs)
         fence.learn(for_good=True)
         if fence.rewritten is not None:
@@ -152,6 +154,9 @@ class _Measurement:
                 recomputable=not changed,  # an input that is changed in place cannot be read again as it was
             )
         )
+        if not (changed or saved.dropped or self.whole or self.inner.any()):
+            self.stages[-1] = replace(self.stages[-1], variants=offered(self.stages[-1], trace, self.storages))
+        options = tuple([variant.name for variant in self.stages[-1].variants])
         if changed and linked.issuperset(map(id, changed)):
             self.join(set(self.storages.of(changed)))
         key = kind_key(module, again, [self.storages.sizes[i] for i in saves])
@@ -162,7 +167,7 @@ class _Measurement:
         if len(kind.samples) <= MOST_SAMPLES * self.repeats:
             if kind.samples and not record.choices:
                 again = kind.samples[0].inputs  # one copy for all of a kind
-            kind.samples.append(Sample(module, again, fence, record, saved.shapes, name, self.inner.any()))
+            kind.samples.append(Sample(module, again, fence, record, saved.shapes, name, self.inner.any(), options))
         self.position += 1
         self.previous = Outputs(outputs)
         self.inner.share((*tensors, *outputs))
@@ -182,6 +187,7 @@ class _Measurement:
                     name=f"{first.name}+{last.name}",
                     saves=tuple(dict.fromkeys((*first.saves, *last.saves))),
                     inputs=first.inputs,
+                    variants=(),
                     extras=tuple(dict.fromkeys((*first.extras, *last.extras))),
                     # Where the first returns its own input (a flatten, a dropout that is off), that was changed as well.
                     recomputable=first.recomputable and remade,
@@ -263,7 +269,7 @@ class _Measurement:
             for call in kind.calls:
                 number = self.owned[call]
                 stage = stages[number]
-                stages[number] = replace(
+                stages[number] = stage = replace(
                     stage,
                     forward_s=stage.forward_s + forward_s,
                     backward_s=stage.backward_s + backward_s,
@@ -271,7 +277,11 @@ class _Measurement:
                     again_bytes=max(stage.again_bytes, kind.again_bytes),
                     tail_s=kind.tail_s if last_calls[number] == call else stage.tail_s,
                 )
-        return tuple(stages)
+                stages[number] = replace(stage, variants=kind.options_of(stage))
+        made = Chain(tuple(stages), tuple(self.storages.sizes)).made_extras
+        return tuple(
+            [stage if made.keys().isdisjoint(stage.saves) else replace(stage, variants=()) for stage in stages]
+        )
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:

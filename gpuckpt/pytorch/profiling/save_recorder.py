@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,18 @@ class Storages:
                 ids[number] = None
         return tuple(ids)
 
+    def of_gone(self, storages: Iterable[tuple[StorageWeakRef, int]]) -> tuple[int, ...]:
+        """The same of storages that may be gone, given with their bytes, as they were when they were made."""
+        ids: dict[int, None] = {}
+        for ref, nbytes in storages:
+            number = self._number.get((ref.cdata, 0))
+            if number is None:
+                number = self._number[ref.cdata, 0] = len(self.sizes)
+                self._refs.append(ref)
+                self.sizes.append(nbytes)
+            ids[number] = None
+        return tuple(ids)
+
 
 class _Token:
     """Stands in the graph for a saved tensor, and dies with the node that saved it."""
@@ -85,6 +97,7 @@ class SaveRecorder:
         self.shapes: list[tuple[int, ...]] = []
         self._events: list[tuple[int, bool]] = []  # (number in `tensors`, saved or let go), in order
         self._refs: list[weakref.ref[_Token]] = []
+        self.dropped = False  # whether more was held on the way than at the end
         self.loads = 0  # how often a backward has asked for one of them
 
     def hooks(self) -> saved_tensors_hooks:
@@ -130,6 +143,7 @@ class SaveRecorder:
         self.tensors.clear()
         self._events.clear()
         if peak_bytes > held_bytes:
+            self.dropped = True
             ids.append(len(numbers.sizes))
             numbers.sizes.append(peak_bytes - held_bytes)
         return tuple(ids)

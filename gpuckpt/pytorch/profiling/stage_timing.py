@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
+from gpuckpt.planning import Stage, Variant
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.early_stop import replaying
 from gpuckpt.pytorch.engine.fence.fence import Fence
-from gpuckpt.pytorch.engine.kept.current import reading
+from gpuckpt.pytorch.engine.kept.current import reading, recording
+from gpuckpt.pytorch.engine.kept.operations import keeping, returning
+from gpuckpt.pytorch.engine.kept.options import OPTIONS, ProductTrace, option_policy
 from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import run_module
@@ -29,17 +32,17 @@ from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
 from gpuckpt.pytorch.profiling.isolation import fresh
-from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, identity
+from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, identity
 from gpuckpt.pytorch.profiling.sharding import gathered_around, sharding_unchanged
 
-__all__ = ["MOST_SAMPLES", "Sample", "StageKind", "kind_key", "run_again"]
+__all__ = ["MOST_SAMPLES", "Sample", "StageKind", "kind_key", "offered", "run_again"]
 
 MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
 
 
 class Sample(NamedTuple):
     """A call of a stage that can be run again: its inputs, what it saw, what it decided, and the shapes of what it saved.
-    `checkpoints`: whether it made some of its own."""
+    `checkpoints`: whether it made some of its own; `options`: names of those that keep some of its products."""
 
     module: nn.Module
     inputs: Any
@@ -48,6 +51,7 @@ class Sample(NamedTuple):
     shapes: list[tuple[int, ...]]
     name: str
     checkpoints: bool
+    options: tuple[str, ...] = ()
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
@@ -67,6 +71,8 @@ class StageKind:
     calls: list[int] = field(default_factory=list)  # which of the chain's calls
     forward_s: list[float] = field(default_factory=list)
     backward_s: list[float] = field(default_factory=list)
+    # By option: seconds beyond a plain forward, and of the recompute.
+    option_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
     stopped_s: list[float] = field(default_factory=list)  # of the forward up to the last saved tensor
 
     def measure(self, model: nn.Module, clock: Clock, repeats: int, inner: InnerCheckpoints) -> None:
@@ -80,6 +86,50 @@ class StageKind:
             sample = self.samples.pop(0)
             with gathered_around(model, sample.module, tensors_in(sample.inputs)) as gather:
                 self.time(sample, gather, clock, repeats)
+        with gathered_around(model, first.module, tensors_in(first.inputs)) as gather:
+            for option in first.options:
+                seconds = [self._option_s(first, option, gather, clock) for _ in range(repeats)]
+                self.option_s[option] = tuple(map(statistics.median, zip(*seconds, strict=True)))
+
+    def options_of(self, stage: Stage) -> tuple[Variant, ...]:
+        """The options of a stage of this kind, with their seconds."""
+        found = []
+        for option in stage.variants:
+            if option.name in self.option_s and stage.recomputable:
+                more_s, again_s = self.option_s[option.name]
+                found.append(
+                    replace(
+                        option,
+                        forward_s=stage.forward_s + max(0.0, more_s),
+                        backward_s=stage.backward_s + again_s,
+                        again_s=again_s,
+                    )
+                )
+        return tuple(found)
+
+    def _option_s(self, sample: Sample, option: str, gather: Callable[[], None], clock: Clock) -> tuple[float, float]:
+        """Seconds by which a forward that keeps what `option` does takes longer than others, and of the recompute that is given
+        it back."""
+        record, saved = Record(), SaveRecorder()
+        args, kwargs = fresh(sample.inputs)
+        gather()
+        with sample.as_it_was():
+            began_s = clock.now()
+            out = run_module(sample.module, args, kwargs)
+            plain_s = clock.now() - began_s
+        del out
+        args, kwargs = fresh(sample.inputs)
+        gather()
+        with sample.as_it_was(), saved.hooks(), recording(record), keeping(record, option_policy(option), saved.shapes):
+            began_s = clock.now()
+            out = run_module(sample.module, args, kwargs)
+            more_s = clock.now() - began_s - plain_s
+        del out
+        saved.tensors.clear()
+        gather()
+        again = reading(record)
+        with sample.fence.restored(sample.fence.kept), again, returning(again):
+            return more_s, _stopped_s(sample.module, sample.inputs, clock, self.saved)
 
     @property
     def tail_s(self) -> float:
@@ -191,6 +241,19 @@ def _ends(module: nn.Module, inputs: Any, out: Any) -> tuple[list[torch.Tensor],
     given = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return roots, list({id(tensor): tensor for tensor in [*given, *trained]}.values())
+
+
+def offered(stage: Stage, trace: ProductTrace, storages: Storages) -> tuple[Variant, ...]:
+    """What the stage may keep of its products, its input held and the rest made again; without their seconds."""
+    found: dict[tuple[int, ...], Variant] = {}
+    for option in OPTIONS:
+        name, outputs = trace.kept_by(option)
+        kept = storages.of_gone(outputs)
+        held = tuple(dict.fromkeys((*stage.inputs, *stage.extras, *kept)))
+        remade = tuple([i for i in stage.saves if i not in held])
+        if name and remade and not set(stage.output).intersection(kept):
+            found.setdefault(held, Variant(name, held, 0.0, 0.0, remade=remade))
+    return tuple(found.values())
 
 
 def kind_key(module: nn.Module, inputs: Any, saved_bytes: list[int]) -> Any:

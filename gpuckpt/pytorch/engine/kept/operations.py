@@ -9,7 +9,7 @@ operation and shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.saved_storage import Geometry, flat_bytes
 from gpuckpt.pytorch.engine.subclasses import detached, parts_of
 
-__all__ = ["keeping", "returning"]
+__all__ = ["changed_by", "keeping", "returning"]
 
 _UNWATCHED = frozenset({torch.ops.aten.detach.default})  # of which autograd calls as many as it likes
 
@@ -153,7 +153,10 @@ class keeping(TorchDispatchMode):
             return op(*args, **kwargs)
         if can_be_kept(op) is not None:
             if op._schema.is_mutable:
-                self._will_change(op, args, kwargs)
+                # What is kept of these would not be what it was.
+                for storage in changed_by(op, args, kwargs):
+                    for operation in record.operations:
+                        operation.will_change(storage, op, record)
             output = op(*args, **kwargs)
             with paused():
                 self._policy(op, output, args, kwargs)  # which may refuse
@@ -170,17 +173,18 @@ class keeping(TorchDispatchMode):
         record.operations.append(call)
         return output
 
-    def _will_change(self, op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
-        """`op` is about to change arguments in place: what is kept of them would not be what it was."""
-        for position, argument in enumerate(op._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            given = args[position] if position < len(args) else kwargs.get(argument.name)
-            for tensor in pytree.tree_leaves(given):
-                if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
-                    for storage in [part.untyped_storage() for part in parts_of(tensor)]:
-                        for operation in self._record.operations:
-                            operation.will_change(storage, op, self._record)
+
+def changed_by(op: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> list[torch.UntypedStorage]:
+    """The storages that `op` writes into, as far as its schema tells."""
+    found = []
+    for position, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[position] if position < len(args) else kwargs.get(argument.name)
+        for tensor in pytree.tree_leaves(given):
+            if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+                found += [part.untyped_storage() for part in parts_of(tensor)]
+    return found
 
 
 class returning(TorchDispatchMode):

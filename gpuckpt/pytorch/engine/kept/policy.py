@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from gpuckpt.pytorch._torch_internals import is_taken_apart
 
-__all__ = ["MUST", "NEVER", "Keep", "OperationContext", "Policy", "can_be_kept", "policy_of"]
+__all__ = ["MUST", "NEVER", "PREFER", "Keep", "OperationContext", "Policy", "can_be_kept", "policy_of"]
 
 MUST, PREFER, NEVER = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
 

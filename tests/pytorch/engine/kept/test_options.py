@@ -1,0 +1,256 @@
+"""Options inside of blocks: plans that keep some products of a stage hold to the byte what they promise, gradients bitwise."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpuckpt import Chain, CheckpointBudget, InvalidPlan, Keep, Recompute, fit, measure, once, plan_chain
+from gpuckpt.planning import Node, tree_text
+from gpuckpt.planning.planner import certify
+from gpuckpt.pytorch.engine.kept.options import OPTIONS
+from tests.pytorch.steps import bits
+
+D = 16
+
+
+class Attention(nn.Module):
+    """A decoder's block with a mask that all blocks share: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D, bias=False)
+        self.gate, self.up, self.down = (nn.Linear(D, 3 * D), nn.Linear(D, 3 * D), nn.Linear(3 * D, D))
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q.sin(), k.cos(), v, attn_mask=mask)
+        x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
+        y = self.norms[1](x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(D, D), nn.Linear(D, 4)
+        self.blocks = nn.ModuleList(Attention() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1]).tril().log()
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(x).logsumexp(-1).square().sum()
+
+
+class Convolutions(nn.Module):
+    """(B, C, L) -> (B, C, L); the activation changes what the convolution put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv1d(4, 12, 3, padding=1), nn.Conv1d(12, 4, 1)
+        self.norm = nn.BatchNorm1d(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(self.norm(F.relu(self.wide(x), inplace=True)).tanh()).sin()
+
+
+class Chosen(nn.Module):
+    """Its experts are decided once; what they put out is squared twice: (B, D) -> (B, D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(D, 4), nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).tanh()
+        chosen = once(lambda: (scores + torch.rand_like(scores)).argmax(-1, keepdim=True))
+        out = torch.stack([expert(x).square().sin() for expert in self.experts], 1)
+        return x + out.gather(1, chosen[..., None].expand(-1, 1, D))[:, 0] * scores.gather(-1, chosen)
+
+
+class Skips(nn.Module):
+    """Later blocks are given what earlier ones put out."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+
+        def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+            return self.down(torch.tanh(self.up(x)) * self.up(skip)).sigmoid()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Skips.Block() for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [x * 1, x * 2]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1], outputs[-2]))
+        return outputs[-1].square().sum()
+
+
+class Bfloat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Decoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.inner(x)
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "decoder": (Decoder, rows(2, 6, D)),
+    "convolutions": (lambda: nn.Sequential(*(Convolutions() for _ in range(4))), rows(2, 4, 10)),
+    "chosen": (lambda: nn.Sequential(*(Chosen() for _ in range(4))), rows(5, D)),
+    "skips": (Skips, rows(5, D)),
+    "bfloat16": (Bfloat, rows(2, 6, D)),
+}
+
+
+def random_nodes(generator: random.Random, chain: Chain, first: int, last: int, depth: int = 0) -> tuple[Node, ...]:
+    """Stages first..last, framed at random, each kept under a random option."""
+    nodes: list[Node] = []
+    while first <= last:
+        end = first
+        while end < last and chain.stages[end + 1].recomputable and generator.random() < 0.6:
+            end += 1
+        if chain.stages[first].recomputable and depth < 3 and generator.random() < 0.5:
+            nodes.append(Recompute(random_nodes(generator, chain, first, end, depth + 1)))
+        else:
+            end = first
+            nodes.append(Keep(first, generator.choice(chain.stages[first].options).name))
+        first = end + 1
+    return tuple(nodes)
+
+
+def train(model: Any, x: Tensor) -> list[Any]:
+    torch.manual_seed(4)
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss = model(x).square().sum()
+    loss.backward()
+    return bits([loss, *(parameter.grad for parameter in model.parameters()), torch.rand(3)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("hold", ["account", "pool"])
+def test_random_plans_hold_what_they_promise(name: str, hold: str) -> None:
+    make, x = MODELS[name]
+    torch.manual_seed(3)
+    model = make()
+    expected = train(model, x)
+    model = model.apply(lambda module: module.reset_running_stats() if isinstance(module, nn.BatchNorm1d) else None)
+    generator, met = random.Random(5), Counter()
+    chain = fit(model, x, CheckpointBudget("1MiB", device="cpu", hold=hold), repeats=1).chain
+    for _ in range(14):
+        tree = random_nodes(generator, chain, 0, len(chain) - 1)
+        met.update(option for option in OPTIONS if option in tree_text(tree))
+        plan = certify(chain, tree, 1 << 20, "by hand")
+        budget = CheckpointBudget(plan.certificate.peak_bytes, device="cpu", hold=hold)
+        fitted = fit(model, x, budget, plan=plan, strict=True, repeats=1)
+        assert train(fitted, x) == expected, tree_text(tree)
+        assert budget.peak_bytes == plan.certificate.peak_bytes, tree_text(tree)
+        assert budget.used_bytes == 0
+        assert fitted.plan.tree == tree
+    fitted.unfit()
+    assert met["narrow"] or name == "skips", met  # what a later stage is given is held as it is
+
+
+def test_what_is_offered() -> None:
+    """Attention with its statistics; also products that are not wider than what they are given; all of them."""
+    torch.manual_seed(0)
+    chain = measure(Decoder(), rows(2, 6, D))
+    names = [[variant.name for variant in stage.variants] for stage in chain.stages]
+    assert names == [[], *[["attention-1", "narrow-2", "products-5"]] * 4, []]
+    activation = 2 * 6 * D * 4
+    stage = chain.stages[2]
+    held = {variant.name: chain.charge(variant.saves) for variant in stage.variants}
+    shared = chain.charge(stage.inputs) + chain.charge(stage.extras)
+    assert held["attention-1"] == shared + activation + 2 * 2 * 6 * 4  # its output, and a number for each row and head
+    assert held["narrow-2"] == held["attention-1"] + activation
+    assert held["products-5"] == held["narrow-2"] + (3 + 3 + 3) * activation
+    assert all(chain.charge((*v.saves, *v.remade)) >= chain.charge(stage.saves) for v in stage.variants)
+
+
+class Products(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        self.count[op._schema.name] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def test_products_that_are_kept_do_not_run_again() -> None:
+    torch.manual_seed(0)
+    model, x = Decoder(), rows(2, 6, D)
+    chain = fit(model, x, "1MiB").chain
+
+    def count(option: str) -> Counter[str]:
+        tree = (Keep(0), *(Keep(stage, option) for stage in range(1, 5)), Keep(5))
+        fitted = fit(model, x, "1MiB", plan=certify(chain, tree, 1 << 20, "by hand"))
+        loss = fitted(x)
+        with Products() as ran:
+            loss.backward()
+        return ran.count
+
+    kept, products, attention = count("keep"), count("products-5"), count("attention-1")
+    for op in ("aten::addmm", "aten::mm"):
+        assert products[op] == kept[op]
+    assert attention["aten::addmm"] == kept["aten::addmm"] + 4 * 3  # all but the last of each block
+    assert attention["aten::_scaled_dot_product_flash_attention_for_cpu"] == 0
+    assert products["aten::silu"] == 4
+
+
+def test_planned_budgets_use_them() -> None:
+    """Where products are what takes time, as they are at sizes that matter."""
+    torch.manual_seed(0)
+    model, x = Decoder(), rows(2, 6, D)
+    expected = train(model, x)
+    fitted = fit(model, x, "1MiB")
+    chain, peak_bytes = fitted.chain, fitted.plan.certificate.peak_bytes
+    seconds = {"attention-1": 7.0, "narrow-2": 6.0, "products-5": 2.0}
+    stages = []
+    for stage in chain.stages:
+        variants = [(variant, seconds[variant.name]) for variant in stage.variants]
+        variants = [replace(v, forward_s=10.0, backward_s=20.0 + again_s, again_s=again_s) for v, again_s in variants]
+        stages.append(replace(stage, forward_s=10.0, backward_s=20.0, tail_s=1.0, variants=tuple(variants)))
+    timed = replace(chain, stages=tuple(stages))
+    plain = replace(timed, stages=tuple(replace(stage, variants=()) for stage in stages))
+    used: Counter[str] = Counter()
+    for percent in (50, 60, 70, 80, 90):
+        max_bytes = peak_bytes * percent // 100
+        plan = plan_chain(timed, max_bytes)
+        fitted = fit(model, x, max_bytes, plan=plan, strict=True)
+        assert train(fitted, x) == expected
+        assert fitted.measured_peak_bytes == fitted.promised_peak_bytes <= max_bytes
+        assert plan.certificate.recompute_s <= plan_chain(plain, max_bytes).certificate.recompute_s
+        used.update(option for option in OPTIONS if option in tree_text(plan.tree))
+    assert used["products"] >= 3
+
+
+def test_an_option_that_is_none() -> None:
+    model, x = Decoder(), rows(2, 6, D)
+    chain = fit(model, x, "1MiB").chain
+    with pytest.raises(InvalidPlan):
+        certify(chain, (*(Keep(n, "products-9" if n == 2 else "keep") for n in range(6)),), 1 << 20, "by hand")
