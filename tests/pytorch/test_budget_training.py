@@ -58,11 +58,11 @@ def test_the_certified_peak_passes_and_one_byte_less_is_refused(hold, activation
     assert step(model) == undisturbed
     assert (budget.peak_bytes, budget.used_bytes) == (promised, 0)
 
-    fitted.budget = CheckpointBudget(promised, device="cpu", hold=hold)
+    fitted._maker.budget = CheckpointBudget(promised, device="cpu", hold=hold)
     assert step(model) == undisturbed
     assert (fitted.budget.peak_bytes, fitted.budget.used_bytes) == (promised, 0)
 
-    fitted.budget = CheckpointBudget(promised - 1, device="cpu", hold=hold)
+    fitted._maker.budget = CheckpointBudget(promised - 1, device="cpu", hold=hold)
     with pytest.raises(BudgetExceeded):
         step(model)
     assert fitted.budget.used_bytes == 0

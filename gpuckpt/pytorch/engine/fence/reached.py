@@ -189,7 +189,8 @@ class Reached:
                     if kind_of(item) is not ValueKind.PLAIN:
                         content[key], inner = self._note(item, use, f"{name}.{key}", depth, False, whole)
                         below += inner
-            self._entries.append((holder, content, whole or holder is not value))
+            # What can be called is like a function: a count of its calls counts recomputes.
+            self._entries.append((holder, content, whole or (holder is not value and not callable(value))))
         return below
 
     def begin(self) -> Reached:
