@@ -13,7 +13,7 @@ from gpuckpt.pytorch._torch_internals import version_number
 from gpuckpt.pytorch.engine.kept.current import paused
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
-__all__ = ["Verify", "check_verify", "compare", "seen", "unread", "version_of"]
+__all__ = ["Verify", "check_verify", "checksum", "compare", "seen", "unread", "version_of"]
 
 Verify = Literal["metadata", "bitwise"]
 
@@ -38,7 +38,7 @@ def seen(tensor: torch.Tensor, verify: Verify | None) -> tuple[Any, ...]:
         return shape, tensor.dtype, tensor.device
     stride = tensor.stride() if tensor.layout is torch.strided else None
     details = shape, tensor.dtype, tensor.device, stride
-    return (*details, _checksum(tensor)) if verify == "bitwise" else details
+    return (*details, checksum(tensor)) if verify == "bitwise" else details
 
 
 _unread = (
@@ -81,12 +81,12 @@ def version_of(tensor: torch.Tensor) -> tuple[int, int] | None:
     return (tensor.untyped_storage()._cdata, version_number(tensor)) if tensor.layout is torch.strided else None
 
 
-def _checksum(tensor: torch.Tensor) -> int:
+def checksum(tensor: torch.Tensor) -> int:
     """64 bits that change with any byte of the tensor and, unlike an exclusive or, with their order."""
     if tensor.is_meta:
         return 0
     if tensor.layout is not torch.strided:
-        return hash(tuple(map(_checksum, parts_of(tensor))))
+        return hash(tuple(map(checksum, parts_of(tensor))))
     with paused():
         flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)

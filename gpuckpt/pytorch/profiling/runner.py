@@ -82,7 +82,7 @@ class _Measurement:
         self.owned: list[int] = []
         self.random: list[str] = []
         self.kinds: dict[Any, StageKind] = {}
-        self.outside = SaveRecorder()  # since the last stage ended
+        self.outside = SaveRecorder(storages.stamp)  # since the last stage ended
         self.held: set[int] = set()  # storages that a stage so far, or a frame around it, may hold
         self.inside = False
         self.outside_began_s = clock.now()
@@ -109,7 +109,7 @@ class _Measurement:
         torch.clear_autocast_cache()
 
         self.inside = True
-        saved = SaveRecorder()
+        saved = SaveRecorder(self.storages.stamp)
         cut_args, cut_kwargs, hand_on = (args, kwargs, None) if self.whole else cut_call(args, kwargs)
         given = tensors_in((cut_args, cut_kwargs))
         before, states = _versions(given), random_states()
@@ -212,7 +212,7 @@ class _Measurement:
             self.outside_again = True
             roots = [tensor for tensor in ends if tensor.grad_fn is not None]
             again_bytes = self.inner.again_bytes(lambda: self.backward(roots, retain_graph=True))
-        saves, self.outside = self.outside.storages(self.storages, self.held), SaveRecorder()
+        saves, self.outside = self.outside.storages(self.storages, self.held), SaveRecorder(self.storages.stamp)
         self.held.update(saves)
         if saves or again_bytes or name in ("prefix", "suffix"):
             self.stages.append(Stage(name, seconds, 2 * seconds, saves, recomputable=False, again_bytes=again_bytes))

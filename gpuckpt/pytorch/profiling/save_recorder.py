@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpuckpt.pytorch._torch_internals import untraced, version_number
 from gpuckpt.pytorch.engine.residency import charged_bytes, is_copied, is_movable, is_resident
+from gpuckpt.pytorch.engine.saved_storage import flat_bytes
 from gpuckpt.pytorch.engine.subclasses import parts_of
+from gpuckpt.pytorch.engine.verify import checksum
 
 __all__ = ["SaveRecorder", "Storages", "identity"]
 
@@ -21,7 +23,8 @@ __all__ = ["SaveRecorder", "Storages", "identity"]
 class Storages:
     """Numbers storages; parameters, buffers and leaves that the caller trains have none.
 
-    `copies`: a budget with hold="pool" holds copies, so that a storage that is changed in place counts once for each version.
+    `copies`: a budget with hold="pool" holds copies, so that a storage that is changed in place counts once for each content:
+    kernels of RNNs write into storages without a new version.
     `unit_bytes`: what the budget counts in.
     """
 
@@ -30,7 +33,7 @@ class Storages:
         self._unit_bytes = unit_bytes
         parts = [part for tensor in residents for part in parts_of(tensor)]
         self._resident = {part.untyped_storage()._cdata for part in parts}
-        self._number: dict[tuple[int, int], int] = {}
+        self._number: dict[tuple[int, Any], int] = {}
         # Weak references keep an address from naming two storages, and no memory alive.
         self._refs: list[StorageWeakRef] = []
         self.sizes: list[int] = []
@@ -42,20 +45,24 @@ class Storages:
 
     def of(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         """Ids of the storages of `tensors`, each once, in order."""
-        return self.of_versions([(tensor, version_number(tensor)) for tensor in tensors])
+        return self.of_stamped([(tensor, self.stamp(tensor)) for tensor in tensors])
 
-    def of_versions(self, tensors: Sequence[tuple[torch.Tensor, int]]) -> tuple[int, ...]:
-        """The same for tensors as they were in a version."""
+    def stamp(self, tensor: torch.Tensor) -> Any:
+        """What tells a tensor as it is now from what it was before and will be, as far as that counts."""
+        if not (self._copies and is_copied(tensor)):
+            return 0
+        return version_number(tensor), checksum(flat_bytes(tensor.untyped_storage(), tensor.device))
+
+    def of_stamped(self, tensors: Sequence[tuple[torch.Tensor, Any]]) -> tuple[int, ...]:
+        """The same for tensors as they were when they got their stamps."""
         ids: dict[int, None] = {}
-        for tensor, version in tensors:
+        for tensor, stamp in tensors:
             parts = parts_of(tensor)
-            # A pool leaves subclasses, sparse tensors and the caller's own where they are.
-            copied = self._copies and is_copied(tensor)
             for part in parts:
                 storage = part.untyped_storage()
                 if storage._cdata in self._resident:
                     continue
-                key = storage._cdata, version if copied else 0
+                key = storage._cdata, stamp
                 number = self._number.get(key)
                 if number is None:
                     number = self._number[key] = len(self.sizes)
@@ -90,10 +97,12 @@ class _Token:
 
 
 class SaveRecorder:
-    """What a piece of code saves: the tensors that are nobody's parameters, and the shapes of all."""
+    """What a piece of code saves: the tensors that are nobody's parameters, and the shapes of all. `stamp`: that of the
+    `Storages` which are to number them."""
 
-    def __init__(self) -> None:
-        self.tensors: list[tuple[torch.Tensor, int]] = []  # with the version that was saved
+    def __init__(self, stamp: Callable[[torch.Tensor], Any] = lambda tensor: 0) -> None:
+        self.tensors: list[tuple[torch.Tensor, Any]] = []  # with their stamps
+        self._stamp = stamp
         self.shapes: list[tuple[int, ...]] = []
         self._events: list[tuple[int, bool]] = []  # (number in `tensors`, saved or let go), in order
         self._refs: list[weakref.ref[_Token]] = []
@@ -114,7 +123,7 @@ class SaveRecorder:
         token = _Token(tensor.detach())
         if not is_resident(tensor):
             number, events = len(self.tensors), self._events
-            self.tensors.append((token.tensor, tensor._version))
+            self.tensors.append((token.tensor, self._stamp(tensor)))
             events.append((number, True))
             self._refs.append(weakref.ref(token, lambda _: events.append((number, False))))
         return token
@@ -126,7 +135,7 @@ class SaveRecorder:
         on the way more than they are now, the difference stands in the list, under an id of its own. `held`: what others may hold
         the whole time, so that it is part of no peak.
         """
-        storages = [numbers.of_versions([pair]) for pair in self.tensors]
+        storages = [numbers.of_stamped([pair]) for pair in self.tensors]
         kept: Counter[int] = Counter()
         for number, saved in self._events:
             kept.update(dict.fromkeys(storages[number], 1 if saved else -1))

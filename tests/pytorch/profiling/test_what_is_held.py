@@ -122,3 +122,37 @@ def _of_nothing(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("share", [None, 0.6])
 def test_leaves_that_a_forward_makes(make, to_all: bool, share: float | None) -> None:
     beside_plain(LeavesOfItsOwn(make, to_all), rows(), share=share)
+
+
+class Recurrent(nn.Module):
+    """A recurrence over sequences of several lengths: its kernels write into what they have saved, without a new version."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.cells, self.out = kind(WIDTH, WIDTH, batch_first=True), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        found, _ = nn.utils.rnn.pad_packed_sequence(self.cells(packed)[0], batch_first=True, total_length=x.shape[1])
+        return x + self.out(found)
+
+
+class Recurrences(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Recurrent(kind) for _ in range(4))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, lengths)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("hold", ["account", "pool"])
+@pytest.mark.parametrize("budget", [None, 1 << 20])
+def test_packed_sequences(kind: type[nn.RNNBase], hold: str, budget: int | None) -> None:
+    torch.manual_seed(0)
+    x, lengths = torch.randn(3, 6, WIDTH), torch.tensor([6, 4, 2])
+    options = {"hold": hold}
+    assert not beside_plain(Recurrences(kind), x, lengths, share=None, budget=budget, fit_options=options).deviations
