@@ -29,11 +29,10 @@ _CORE = {
     "gpuckpt.pytorch.fit": ("Fitted", "fit", "fitted", "unfit"),
     "gpuckpt.pytorch.graph": ("checkpoint_graph",),
     "gpuckpt.pytorch.profiling.measure": ("measure",),
-    "gpuckpt.units": ("format_bytes", "parse_bytes"),
 }
 _NAMES = {name: home for home, names in _CORE.items() for name in names}
 _ROOMS = ("errors", "functional", "kernels", "memory", "nn", "planning", "segments")
-_OPEN_ROOMS = ("errors", "memory", "segments")
+_OPEN_ROOMS = ("errors", "memory", "segments", "units")
 """What these show can be imported from here too. Here it is not shown."""
 
 __all__ = ["__version__", *_ROOMS, *sorted(_NAMES)]
@@ -52,7 +51,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from gpuckpt.pytorch.graph import checkpoint_graph
     from gpuckpt.pytorch.profiling.measure import measure
     from gpuckpt.segments import *
-    from gpuckpt.units import format_bytes, parse_bytes
+    from gpuckpt.units import *
 
 
 def __getattr__(name: str) -> Any:
