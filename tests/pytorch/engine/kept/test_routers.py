@@ -86,7 +86,7 @@ def test_as_they_are_they_choose_the_same_again(made: Callable[[], nn.Module]) -
     expected, chosen = step(model, train)
     torch.manual_seed(0)
     got, again = step(made(), recompute_all)
-    assert got == expected
+    assert (got == expected) is True
     forward, recomputed = again[:4], again[4:]
     assert all(map(torch.equal, forward, chosen))
     assert len(recomputed) >= 3
@@ -103,12 +103,15 @@ def test_routers_whose_choices_flip(made: Callable[[], nn.Module], decide: Calla
             layer.mlp.gate = OnceRouter(layer.mlp.gate, decide)
         return found
 
+    def is_as_plain() -> bool:  # a bool: to show where so many bytes differ takes an hour
+        return step(model(), recompute_all)[0] == expected
+
     expected, _ = step(model(), train)
     if decide is gpuckpt.once:
-        assert step(model(), recompute_all)[0] == expected
+        assert is_as_plain()
     else:  # other experts, or as many tokens to an expert as no plan and no forward had
         with pytest.raises((gpuckpt.CheckpointError, AssertionError)):
-            assert step(model(), recompute_all)[0] == expected
+            assert is_as_plain()
 
 
 @pytest.mark.parametrize("made", [mixtral, qwen3])
