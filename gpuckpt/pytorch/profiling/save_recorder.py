@@ -34,6 +34,8 @@ class Storages:
         parts = [part for tensor in residents for part in parts_of(tensor)]
         self._resident = {part.untyped_storage()._cdata for part in parts}
         self._number: dict[tuple[int, Any], int] = {}
+        self._first: dict[int, int] = {}  # of each storage, as it was first
+        self._made: dict[int, int] = {}  # those of them that have no stamp yet
         # Weak references keep an address from naming two storages, and no memory alive.
         self._refs: list[StorageWeakRef] = []
         self.sizes: list[int] = []
@@ -64,8 +66,11 @@ class Storages:
                     continue
                 key = storage._cdata, stamp
                 number = self._number.get(key)
+                if number is None and (known := self._made.pop(storage._cdata, None)) is not None:
+                    number = self._number[key] = known
                 if number is None:
                     number = self._number[key] = len(self.sizes)
+                    self._first.setdefault(storage._cdata, number)
                     self._refs.append(StorageWeakRef(storage))
                     self.sizes.append(charged_bytes(storage))
                     if not is_movable(tensor):
@@ -77,9 +82,9 @@ class Storages:
         """The same of storages that may be gone, given with their bytes, as they were when they were made."""
         ids: dict[int, None] = {}
         for ref, nbytes in storages:
-            number = self._number.get((ref.cdata, 0))
+            number = self._first.get(ref.cdata)
             if number is None:
-                number = self._number[ref.cdata, 0] = len(self.sizes)
+                number = self._first[ref.cdata] = self._made[ref.cdata] = len(self.sizes)
                 self._refs.append(ref)
                 self.sizes.append(nbytes)
             ids[number] = None
