@@ -179,12 +179,10 @@ def sharding_of(module: nn.Module) -> Any:
     return None if state is None else state()
 
 
-def keep_sharding_state(module: nn.Module) -> Callable[[], None] | None:
-    """For a second run of a module that may be stopped half-way: what is returned lets FSDP2 know that its forward is over. None
-    where there is nothing to tell."""
+def keep_sharding_state(module: nn.Module) -> Callable[[], None]:
+    """For a second run of a sharded module that may be stopped half-way: what is returned lets FSDP2 know that its forward is
+    over."""
     state = sharding_of(module)
-    if state is None:
-        return None
     forward = type(state._training_state).FORWARD
     running = [part for part in (state, *param_groups(state)) if part._training_state == forward]
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from gpuckpt.pytorch.engine.fence.holders import ValueKind, kind_of
+from gpuckpt.pytorch.engine.fence.holders import LARGEST, PLAIN, ValueKind, kind_of
 
 __all__ = [
     "ABSENT",
     "ELSEWHERE",
     "INTERNAL",
-    "PLAIN",
     "captured",
     "containers",
     "hooks_of",
@@ -25,8 +23,6 @@ __all__ = [
 
 INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl", "forward"}
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.startswith("_forward_") and "hooks" in name)
-PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
-_LARGEST = 64  # entries of a list or dict that is looked into
 ABSENT: Any = object()
 ELSEWHERE: Any = object()
 """What is put back by reached.py."""
@@ -37,7 +33,7 @@ def captured(value: Any) -> Any:
     if value is ABSENT or kind_of(value) is ValueKind.PLAIN:
         return value
     if type(value) in (list, dict, set, tuple):
-        if len(value) > _LARGEST:
+        if len(value) > LARGEST:
             return ABSENT
         if all(_harmless(item) for item in (value.values() if type(value) is dict else value)):
             return (value, value.copy()) if type(value) is not tuple else value
@@ -66,6 +62,8 @@ def hooks_of(held: dict[str, Any]) -> list[dict[int, Any]] | None:
 
 
 def restore_hooks(held: dict[str, Any], hooks: list[dict[int, Any]] | None) -> None:
+    if hooks is None and hooks_of(held) is None:
+        return
     for number, name in enumerate(_HOOKS):
         refill(held[name], {} if hooks is None else hooks[number])
 
@@ -76,7 +74,7 @@ def containers(held: dict[str, Any]) -> list[tuple[Any, Any]]:
     found = [
         (value, value.copy())
         for name, value in held.items()
-        if type(value) in (list, dict, set) and name not in INTERNAL and len(value) <= _LARGEST
+        if type(value) in (list, dict, set) and name not in INTERNAL and len(value) <= LARGEST
     ]
     return found + [(held[name], held[name].copy()) for name in _HOOKS]
 

@@ -18,10 +18,11 @@ import torch
 from torch.nn.utils.parametrize import is_parametrized
 
 from gpuckpt.pytorch._torch_internals import weights_are_cached
-from gpuckpt.pytorch.engine.fence.module_state import ModuleState, watch
+from gpuckpt.pytorch.engine.fence.module_state import ModuleState
 from gpuckpt.pytorch.engine.fence.randomness import Generators, other_states, same_states
 from gpuckpt.pytorch.engine.fence.scope import Scope, scope_of
 from gpuckpt.pytorch.engine.fence.switches import Switches
+from gpuckpt.pytorch.engine.fence.watched import watch
 
 __all__ = ["Fence"]
 
@@ -58,15 +59,15 @@ class Fence:
         while roots:  # and those that stand in attributes without being submodules
             met = set(scope.reached.modules)
             for root in roots:
-                for held, name, use in scope_of(root).names.values():
-                    if name in (vars(held) if isinstance(held, type) else held):
-                        scope.reached.variable(
-                            held, name, vars(held)[name] if isinstance(held, type) else held[name], use, lasting=True
-                        )
+                for variable, use in scope_of(root).names.values():
+                    for value in variable.read().values():
+                        scope.reached.variable(variable, value, use, lasting=True)
             state = ModuleState(watch(roots), scope.reached)
             self._states.append(state)
-            known = state.modules
-            roots = tuple(m for key, m in scope.reached.modules.items() if key not in met and m not in known)
+            roots = tuple(module for key, module in scope.reached.modules.items() if key not in met)
+            if roots:
+                known = state.modules
+                roots = tuple(module for module in roots if module not in known)
         self._reached.begin()
         self.kept: list[torch.Tensor] = [
             *self._reached.kept,

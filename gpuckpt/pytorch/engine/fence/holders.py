@@ -16,11 +16,23 @@ from torch import nn
 
 from gpuckpt.pytorch.engine.fence.randomness import GENERATORS
 
-__all__ = ["STATES", "Slots", "ValueKind", "Variable", "content_of", "fill", "holders_in", "kind_of"]
+__all__ = [
+    "LARGEST",
+    "PLAIN",
+    "STATES",
+    "Slots",
+    "ValueKind",
+    "Variable",
+    "content_of",
+    "fill",
+    "holders_in",
+    "kind_of",
+]
 
-_PLAIN = frozenset(
-    {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, slice, range}
-)
+PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
+LARGEST = 64
+"""Entries of a container that is looked into."""
+
 STATES = (int, float, bool, str, complex, type(None))
 """Kinds of plain values that a variable may change between."""
 
@@ -58,7 +70,7 @@ def kind_of(value: Any) -> ValueKind:
 
 
 def _kind_of(cls: type) -> ValueKind:
-    if cls in _PLAIN or issubclass(cls, _CODE):
+    if cls in PLAIN or issubclass(cls, _CODE):
         return ValueKind.PLAIN
     for kind, classes in (
         (ValueKind.TENSOR, torch.Tensor),

@@ -19,133 +19,47 @@ Attributes that are tensors or objects: see reached.py.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parameter import is_lazy
 
 from gpuckpt.errors import StateModified
-from gpuckpt.pytorch._torch_internals import forward_inside, keep_sharding_state, sharded_parameters, version_number
-from gpuckpt.pytorch.engine.fence import attributes as plain
-from gpuckpt.pytorch.engine.fence.attributes import ABSENT, ELSEWHERE, INTERNAL, PLAIN, captured, refill
-from gpuckpt.pytorch.engine.fence.norms import freeze, is_norm
+from gpuckpt.pytorch._torch_internals import forward_inside, keep_sharding_state, version_number
+from gpuckpt.pytorch.engine.fence.attributes import (
+    ABSENT,
+    ELSEWHERE,
+    captured,
+    containers,
+    hooks_of,
+    refill,
+    restore,
+    restore_hooks,
+)
+from gpuckpt.pytorch.engine.fence.holders import PLAIN, Variable
+from gpuckpt.pytorch.engine.fence.norms import freeze
 from gpuckpt.pytorch.engine.fence.reached import Reached, TensorUse
+from gpuckpt.pytorch.engine.fence.watched import Watched
 from gpuckpt.pytorch.engine.verify import unread
 
-__all__ = ["ModuleState", "Watched", "watch"]
-
-
-class _Part:
-    """One module: which of its attributes are looked at. It is not held: what is learned of a module shall not keep it alive."""
-
-    __slots__ = ("child_names", "children", "count", "is_norm", "kind", "names", "owner", "ref", "tensors")
-
-    def __init__(self, module: nn.Module) -> None:
-        held = module.__dict__
-        self.ref = weakref.ref(module)
-        self.kind = type(module)  # fully_shard gives a module another
-        self.owner = type(module).__name__
-        self.is_norm = is_norm(module)
-        self.count = len(held)
-        self.children = list(map(id, module._modules.values()))
-        self.child_names = tuple(module._modules)
-        self.tensors = len(module._parameters), len(module._buffers)
-        self.names = tuple(name for name in held if name not in INTERNAL)
-
-    def current(self) -> bool:
-        module = self.ref()
-        return (
-            module is not None
-            and type(module) is self.kind
-            and len(module.__dict__) == self.count
-            and (len(module._parameters), len(module._buffers)) == self.tensors
-            and list(map(id, module._modules.values())) == self.children
-        )
-
-
-class _Place(NamedTuple):
-    """Where a parameter or buffer stands: module number `part`, and the name there."""
-
-    part: int
-    is_buffer: bool
-    name: str
-
-
-class Watched:
-    """The modules below some roots, looked up once.
-
-    Attributes: `written`, places of buffers that a forward was seen to write; `trials`, forwards that are still watched for that;
-    `rewritten`, the name of a parameter that a forward was seen to change in place itself;
-    `sharded`, the sharded forms of parameters that are gathered for each use, with their owner and name.
-    """
-
-    __slots__ = ("parts", "places", "rewritten", "sharded", "trials", "uses", "written")
-
-    def __init__(self, roots: Iterable[nn.Module]) -> None:
-        modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
-        self.parts = [_Part(module) for module in modules]
-        # Sharded parameters come and go with their gathered form: torch's FSDP sees to it that a recompute finds them.
-        sharded = [found for module in modules for found in sharded_parameters(module)]
-        gathered = {(id(module), name) for found in sharded for module, name in found.places}
-        self.places = [
-            _Place(part, held is module._buffers, name)
-            for part, module in enumerate(modules)
-            for held in (module._parameters, module._buffers)
-            for name, tensor in held.items()
-            if tensor is not None
-            and not is_lazy(tensor)
-            and not (held is module._buffers and is_norm(module))
-            and (id(module), name) not in gathered
-        ]
-        self.sharded = [
-            (weakref.ref(found.tensor), type(module).__name__, name)
-            for found in sharded
-            for module, name in found.places[:1]
-        ]
-        self.written: set[int] = set()
-        self.rewritten: str | None = None
-        self.uses: dict[tuple[int, str], TensorUse] = {}  # of tensors that attributes lead to, by part and name
-        self.trials = 2
-
-    def current(self) -> bool:
-        """Whether the modules are still made up as they were."""
-        return all(part.current() for part in self.parts)
-
-
-_watched: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Watched]] = weakref.WeakKeyDictionary()
-_MOST_TOGETHER = 64
-
-
-def watch(roots: Sequence[nn.Module]) -> Watched:
-    """What is watched of `roots`, of which there is one at least."""
-    known, others = _watched.setdefault(roots[0], {}), tuple(map(id, roots[1:]))
-    watched = known.get(others)
-    if watched is None or not watched.current():
-        if len(known) >= _MOST_TOGETHER:  # modules that are called with ever other ones
-            known.clear()
-        watched = known[others] = Watched(roots)
-    return watched
+__all__ = ["ModuleState"]
 
 
 class ModuleState:
     """What a forward that begins now sees. `kept`: tensors that belong to no model, which a frame has to keep with its inputs."""
 
     __slots__ = (
-        *(
-            "_again",
-            "_copies",
-            "_hooks",
-            "_modules",
-            "_seen",
-            "_sharded",
-            "_storages",
-            "_tensors",
-            "_trained",
-            "_versions",
-            "_watched",
-        ),
+        "_again",
+        "_copies",
+        "_hooks",
+        "_modules",
+        "_seen",
+        "_sharded",
+        "_storages",
+        "_tensors",
+        "_trained",
+        "_versions",
+        "_watched",
         "kept",
     )
 
@@ -163,7 +77,7 @@ class ModuleState:
                 zip(watched.parts, (module.__dict__ for module in self._modules), strict=True)
             )
         ]
-        self._hooks = [plain.hooks_of(module.__dict__) for module in self._modules]
+        self._hooks = [hooks_of(module.__dict__) for module in self._modules]
         dicts = self._dicts()
         tensors = [dicts[part][is_buffer].get(name) for part, is_buffer, name in watched.places]
         self._versions = [None if tensor is None else version_number(tensor) for tensor in tensors]
@@ -197,7 +111,7 @@ class ModuleState:
         use = uses.get((number, name))
         if use is None:
             use = uses[number, name] = TensorUse()
-        reached.variable(held, name, value, use)
+        reached.variable(Variable(held, name), value, use)
         return ABSENT
 
     @property
@@ -249,7 +163,7 @@ class ModuleState:
         watched = self._watched
         self._check()
         attributes = [(module.__dict__, dict(module.__dict__)) for module in self._modules]
-        held_containers = [pair for held, _ in attributes for pair in plain.containers(held)]
+        held_containers = [pair for held, _ in attributes for pair in containers(held)]
         dicts = self._dicts()
         stood = [(dicts[part][is_buffer], name) for part, is_buffer, name in watched.places]
         before = [held.get(name, ABSENT) for held, name in stood]
@@ -257,8 +171,8 @@ class ModuleState:
         for part, (held, _), seen, hooks, module in zip(
             watched.parts, attributes, self._seen, self._hooks, self._modules, strict=True
         ):
-            plain.restore(held, part.names, seen)
-            plain.restore_hooks(held, hooks)
+            restore(held, part.names, seen)
+            restore_hooks(held, hooks)
             if (inside := forward_inside(module)) is not None:
                 held["forward"] = inside
         for number, (held, name) in enumerate(stood):
@@ -279,7 +193,11 @@ class ModuleState:
         for tensor in refrozen:  # frozen or unfrozen since: what is saved depends on it
             tensor.requires_grad_(not tensor.requires_grad)
         norms = [module for part, module in zip(watched.parts, self._modules, strict=True) if part.is_norm]
-        stopped = [keep for module in self._modules if (keep := keep_sharding_state(module)) is not None]
+        stopped = [
+            keep_sharding_state(module)
+            for part, module in zip(watched.parts, self._modules, strict=True)
+            if part.is_sharded
+        ]
         frozen = freeze(norms)
         compared = unread(buffer for norm, _, _ in frozen for buffer in norm._buffers.values() if buffer is not None)
 

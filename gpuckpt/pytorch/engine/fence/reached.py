@@ -27,12 +27,11 @@ from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import StateModified
 from gpuckpt.pytorch._torch_internals import version_number
-from gpuckpt.pytorch.engine.fence.holders import ValueKind, Variable, content_of, fill, holders_in, kind_of
+from gpuckpt.pytorch.engine.fence.holders import LARGEST, ValueKind, Variable, content_of, fill, holders_in, kind_of
 from gpuckpt.pytorch.engine.residency import is_resident
 
 __all__ = ["Reached", "TensorUse"]
 
-_LARGEST = 64  # entries of a container that is looked into
 _MOST = 256  # holders that are looked into
 _DEPTH = 5
 _LARGEST_ARRAY_BYTES = 1 << 20
@@ -126,11 +125,10 @@ class Reached:
     def __bool__(self) -> bool:
         return bool(self._entries or self._arrays)
 
-    def variable(self, held: Any, name: str, value: Any, use: TensorUse, *, lasting: bool = False) -> None:
-        """A variable `name` of `held`: a dict, a class or a cell. `lasting`: of a function; else of a module, whose attributes
-        are all put back."""
-        noted, _ = self._note(value, use, name, _DEPTH, lasting, not lasting)
-        self._entries.append((Variable(held, name), {name: noted}, not lasting))
+    def variable(self, variable: Variable, value: Any, use: TensorUse, *, lasting: bool = False) -> None:
+        """A variable and its value. `lasting`: of a function; else of a module, whose attributes are all put back."""
+        noted, _ = self._note(value, use, variable.name, _DEPTH, lasting, not lasting)
+        self._entries.append((variable, {variable.name: noted}, not lasting))
 
     def look(self, value: Any, name: str, use: TensorUse) -> None:
         """Look into a value that no variable has to be put back for."""
@@ -175,10 +173,10 @@ class Reached:
     ) -> list[_ReachedTensor]:
         below: list[_ReachedTensor] = []
         if kind is ValueKind.TUPLE:
-            for item in value if len(value) <= _LARGEST else ():
+            for item in value if len(value) <= LARGEST else ():
                 below += self._note(item, use, name, depth, False, whole)[1]
             return below
-        if kind is ValueKind.CONTAINER and len(value) > _LARGEST:
+        if kind is ValueKind.CONTAINER and len(value) > LARGEST:
             return below
         for holder in holders_in(value):
             content = content_of(holder)

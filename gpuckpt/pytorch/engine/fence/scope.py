@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gpuckpt.pytorch.engine.fence.holders import STATES, ValueKind, kind_of
+from gpuckpt.pytorch.engine.fence.holders import STATES, ValueKind, Variable, kind_of
 from gpuckpt.pytorch.engine.fence.randomness import is_generator
 from gpuckpt.pytorch.engine.fence.reached import Reached, TensorUse
 
@@ -120,12 +120,12 @@ class Scope:
                 value = cell.cell_contents
             except ValueError:  # not filled yet
                 continue
-            reached.variable(cell, name, value, code.use(name), lasting=True)
+            reached.variable(Variable(cell, name), value, code.use(name), lasting=True)
             self._value(value, name, code, depth, noted=True)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._value(value, "default", code, depth)
         for name, value in _named(function.__globals__, code.names):
-            reached.variable(function.__globals__, name, value, code.use(name), lasting=True)
+            reached.variable(Variable(function.__globals__, name), value, code.use(name), lasting=True)
 
     def _value(self, value: Any, name: str, code: _Code, depth: int, noted: bool = False) -> None:
         """What a function gets from where it was made."""
@@ -194,21 +194,20 @@ class ModuleScope:
     """What a tree of modules reaches by its classes: `generators` in attributes, and in globals that its functions name; `names`
     of globals, and of attributes of the classes, that may change."""
 
-    __slots__ = ("count", "generators", "names")
+    __slots__ = ("generators", "names")
 
     def __init__(self, root: nn.Module) -> None:
-        self.count = sum(1 for _ in root.modules())
         found: dict[int, Any] = {}
         for module in root.modules():
             for value in module.__dict__.values():
                 if is_generator(value):
                     found[id(value)] = value
-        self.names: dict[tuple[int, str], tuple[Any, str, TensorUse]] = {}
+        self.names: dict[tuple[int, str], tuple[Variable, TensorUse]] = {}
         for function in _functions_of(root):
             for name, value in _named(function.__globals__, _known(function.__code__).names):
                 if is_generator(value):
                     found[id(value)] = value
-                self.names[id(function.__globals__), name] = function.__globals__, name, TensorUse()
+                self.names[id(function.__globals__), name] = Variable(function.__globals__, name), TensorUse()
         for kind in {kind for module in root.modules() for kind in type(module).__mro__}:
             if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc"):
                 for name, value in list(vars(kind).items()):
@@ -217,7 +216,7 @@ class ModuleScope:
                         and name not in _OF_CLASSES
                         and type(value) in (*STATES, list, dict, set)
                     ):
-                        self.names[id(kind), name] = kind, name, TensorUse()
+                        self.names[id(kind), name] = Variable(kind, name), TensorUse()
         self.generators = tuple(found.values())
 
 

@@ -1,0 +1,121 @@
+"""Which modules are looked at, and what of them: looked up once, and learned from their forwards."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from gpuckpt.pytorch._torch_internals import sharded_parameters, sharding_of
+from gpuckpt.pytorch.engine.fence.attributes import INTERNAL
+from gpuckpt.pytorch.engine.fence.norms import is_norm
+from gpuckpt.pytorch.engine.fence.reached import TensorUse
+
+__all__ = ["Watched", "watch"]
+
+
+class _Part:
+    """One module: which of its attributes are looked at. It is not held: what is learned of a module shall not keep it alive."""
+
+    __slots__ = (
+        "child_names",
+        "children",
+        "count",
+        "is_norm",
+        "is_sharded",
+        "kind",
+        "names",
+        "owner",
+        "ref",
+        "tensors",
+    )
+
+    def __init__(self, module: nn.Module) -> None:
+        held = module.__dict__
+        self.ref = weakref.ref(module)
+        self.kind = type(module)  # fully_shard gives a module another
+        self.owner = type(module).__name__
+        self.is_norm = is_norm(module)
+        self.is_sharded = sharding_of(module) is not None
+        self.count = len(held)
+        self.children = list(map(id, module._modules.values()))
+        self.child_names = tuple(module._modules)
+        self.tensors = len(module._parameters), len(module._buffers)
+        self.names = tuple(name for name in held if name not in INTERNAL)
+
+    def current(self) -> bool:
+        module = self.ref()
+        return (
+            module is not None
+            and type(module) is self.kind
+            and len(module.__dict__) == self.count
+            and (len(module._parameters), len(module._buffers)) == self.tensors
+            and list(map(id, module._modules.values())) == self.children
+        )
+
+
+class _Place(NamedTuple):
+    """Where a parameter or buffer stands: module number `part`, and the name there."""
+
+    part: int
+    is_buffer: bool
+    name: str
+
+
+class Watched:
+    """The modules below some roots, looked up once.
+
+    Attributes: `written`, places of buffers that a forward was seen to write; `trials`, forwards that are still watched for that;
+    `rewritten`, the name of a parameter that a forward was seen to change in place itself;
+    `sharded`, the sharded forms of parameters that are gathered for each use, with their owner and name.
+    """
+
+    __slots__ = ("parts", "places", "rewritten", "sharded", "trials", "uses", "written")
+
+    def __init__(self, roots: Iterable[nn.Module]) -> None:
+        modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+        self.parts = [_Part(module) for module in modules]
+        # Sharded parameters come and go with their gathered form: torch's FSDP sees to it that a recompute finds them.
+        sharded = [found for module in modules for found in sharded_parameters(module)]
+        gathered = {(id(module), name) for found in sharded for module, name in found.places}
+        self.places = [
+            _Place(part, held is module._buffers, name)
+            for part, module in enumerate(modules)
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+            if tensor is not None
+            and not is_lazy(tensor)
+            and not (held is module._buffers and is_norm(module))
+            and (id(module), name) not in gathered
+        ]
+        self.sharded = [
+            (weakref.ref(found.tensor), type(module).__name__, name)
+            for found in sharded
+            for module, name in found.places[:1]
+        ]
+        self.written: set[int] = set()
+        self.rewritten: str | None = None
+        self.uses: dict[tuple[int, str], TensorUse] = {}  # of tensors that attributes lead to, by part and name
+        self.trials = 2
+
+    def current(self) -> bool:
+        """Whether the modules are still made up as they were."""
+        return all(part.current() for part in self.parts)
+
+
+_watched: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Watched]] = weakref.WeakKeyDictionary()
+_MOST_TOGETHER = 64
+
+
+def watch(roots: Sequence[nn.Module]) -> Watched:
+    """What is watched of `roots`, of which there is one at least."""
+    known, others = _watched.setdefault(roots[0], {}), tuple(map(id, roots[1:]))
+    watched = known.get(others)
+    if watched is None or not watched.current():
+        if len(known) >= _MOST_TOGETHER:  # modules that are called with ever other ones
+            known.clear()
+        watched = known[others] = Watched(roots)
+    return watched
