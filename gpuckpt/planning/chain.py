@@ -104,6 +104,12 @@ class Stage:
         raise KeyError(name)
 
     @property
+    def ids(self) -> tuple[Any, ...]:
+        """The storages that it names and what it does with them, whatever their sizes."""
+        variants = tuple([(v.name, v.saves, v.spilled, v.remade) for v in self.variants])
+        return self.saves, self.inputs, self.extras, self.output, variants
+
+    @property
     def options(self) -> tuple[Variant, ...]:
         """Every way to keep this stage, the plain one first."""
         return (self.option(KEEP), *self.variants)
@@ -160,12 +166,9 @@ class Chain:
                     also if stage.recomputable else "kept always",
                 )
             )
-        saved_bytes = self.charge([number for stage in self.stages for number in stage.saves])
         step_s = sum(stage.forward_s + stage.backward_s for stage in self.stages)
         lines = text_table(rows, (True, False, True, True, True, True, False), most_rows=_MOST_ROWS)
-        summary = (
-            f"{self.name}: {len(self)} stages that save {format_bytes(saved_bytes)}, step {in_milliseconds(step_s)}"
-        )
+        summary = f"{self.name}: {len(self)} stages that save {format_bytes(self.saved_bytes)}, step {in_milliseconds(step_s)}"
         return "\n".join(cut_text(line, WIDTH) for line in (summary, *lines))
 
     @cached_property
@@ -177,6 +180,11 @@ class Chain:
     def charge(self, ids: Sequence[int]) -> int:
         """Bytes that holding `ids` charges, each id once."""
         return sum(self.footprints[i] for i in set(ids))
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that keeping every stage holds at the end of forward."""
+        return self.charge([number for stage in self.stages for number in stage.saves])
 
     def frame_holds(self, first: int, last: int) -> tuple[int, ...]:
         """Ids that a frame over stages `first..last` holds: its input and the extras of all its stages, each once."""

@@ -14,7 +14,7 @@ _MOST_NAMED = 3
 def what_stands_in_the_way(chain: Chain, smallest: Simulation) -> str:
     """How much of what a step saves lies in stages that can be recomputed, which stages are kept always, and which is the largest
     that has to run again at once; with what to do about each. `smallest`: the plan that holds the least."""
-    total_bytes = chain.charge([i for stage in chain.stages for i in stage.saves])
+    total_bytes = chain.saved_bytes
     fixed = [stage for stage in chain.stages if not stage.recomputable and chain.charge(stage.saves)]
     fixed_bytes = chain.charge([i for stage in fixed for i in stage.saves])
     share = 100 if not total_bytes else round(100 * (total_bytes - fixed_bytes) / total_bytes)

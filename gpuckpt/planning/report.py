@@ -113,7 +113,7 @@ def explain(
     """The report of `plan` for `chain`. Raises `InvalidPlan` where the plan is not for the chain."""
     plan.check(chain)
     simulation = simulate(chain, plan.tree)
-    keep_all_bytes = _keep_all_bytes(chain)
+    keep_all_bytes = chain.saved_bytes
     fits = keep_all_bytes <= plan.budget_bytes
     steps = {step.first: step for step in check_tree(chain, plan.tree) if step.variant is not None}
     stages = []
@@ -182,10 +182,6 @@ def _why(chain: Chain, stage: Stage, option: Variant, fate: str, recompute_s: fl
     if not stage.saves:
         return "it saves nothing"
     return f"there is room for its {saves}; running it again would take {_ms(1e3 * stage.forward_s)}"
-
-
-def _keep_all_bytes(chain: Chain) -> int:
-    return chain.charge([number for stage in chain.stages for number in stage.saves])
 
 
 def _ms(value: float) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain, InvalidPlan
-from gpuckpt.planning import Chain, Plan, Stage, certify, simulate
+from gpuckpt.planning import Chain, Plan, certify, simulate
 from gpuckpt.pytorch._torch_internals import sharded_parameters
 
 __all__ = ["Ranks", "ranks_of"]
@@ -125,7 +125,7 @@ def _plan_for_all(chains: dict[int, Chain], max_bytes: int, make: Callable[[Chai
                 f"rank {rank} measured {len(other)} stages, {_named(other)}, where rank {first} measured {len(chain)}, "
                 f"{_named(chain)}; ranks that plan together run the same stages"
             )
-    if len({tuple(map(_holders, other.stages)) for other in chains.values()}) == 1:
+    if len({tuple([stage.ids for stage in other.stages]) for other in chains.values()}) == 1:
         most = tuple(map(max, *(other.storages for other in chains.values()))) if len(chains) > 1 else chain.storages
         columns = zip(*(other.stages for other in chains.values()), strict=True)  # of each stage what every rank has
         stages = [replace(column[0], recomputable=all(stage.recomputable for stage in column)) for column in columns]
@@ -148,9 +148,3 @@ def _plan_for_all(chains: dict[int, Chain], max_bytes: int, make: Callable[[Chai
 
 def _named(chain: Chain) -> str:
     return f"{chain.stages[0].name!r} to {chain.stages[-1].name!r}"
-
-
-def _holders(stage: Stage) -> tuple[Any, ...]:
-    """Which storages a stage holds, whatever their sizes."""
-    variants = [(variant.name, variant.saves, variant.spilled, variant.remade) for variant in stage.variants]
-    return stage.saves, stage.inputs, stage.extras, stage.output, tuple(variants)

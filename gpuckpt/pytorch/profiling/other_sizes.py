@@ -64,15 +64,12 @@ def predict(observed: Sequence[Observed], sizes: tuple[int, ...]) -> Measured | 
 
     Bytes of storages are exact if the laws are; seconds and temporaries are those of the most similar measurement, in proportion.
     """
-    first = observed[0].measured
-    alike = all(
-        _structure(each.measured.chain) == _structure(first.chain)
-        and (each.measured.modules, each.measured.owned, each.measured.random)
-        == (first.modules, first.owned, first.random)
-        for each in observed[1:]
-    )
+    first, *others = [
+        (_structure(each.measured.chain), each.measured.modules, each.measured.owned, each.measured.random)
+        for each in observed
+    ]
     variables = _variables([*(each.sizes for each in observed), sizes])
-    if not alike or variables is None:
+    if any(other != first for other in others) or variables is None:
         return None
     laws = _Laws([values[:-1] for values in variables], [values[-1] for values in variables])
     chains = [each.measured.chain for each in observed]
@@ -110,9 +107,7 @@ def _scaled(stage: Stage, ratio: float, again_bytes: int) -> Stage:
 
 def _structure(chain: Chain) -> list[Any]:
     """What of a chain does not depend on sizes."""
-    options = [[(v.name, v.saves, v.spilled, v.remade) for v in s.variants] for s in chain.stages]
-    stages = [(s.name, s.saves, s.inputs, s.extras, s.output, s.recomputable) for s in chain.stages]
-    return [len(chain.storages), *zip(stages, options, strict=True)]
+    return [len(chain.storages), *((stage.name, stage.recomputable, stage.ids) for stage in chain.stages)]
 
 
 def _variables(rows: list[tuple[int, ...]]) -> list[tuple[int, ...]] | None:
