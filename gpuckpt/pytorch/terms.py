@@ -27,17 +27,17 @@ class Terms:
     """The arguments of `fit`, by their names there. Raises what `fit` raises for those that make no sense."""
 
     budget: Budget | int | str
-    strategy: str = "optimal"
-    hold: str = "account"
-    preserve_rng_state: bool = True
-    verify: Verify | None = None
-    repeats: int = 3
-    host_budget: Budget | int | str | None = None
-    live: int = 1
-    strict: bool = False
-    group: Any = None
-    plan: Plan | None = None
-    stages: Sequence[str] = ()
+    strategy: str
+    hold: str
+    preserve_rng_state: bool
+    verify: Verify | None
+    repeats: int
+    host_budget: Budget | int | str | None
+    live: int
+    strict: bool
+    group: Any
+    plan: Plan | None
+    stages: Sequence[str]
 
     def __post_init__(self) -> None:
         if not isinstance(self.live, int) or isinstance(self.live, bool) or self.live < 1:

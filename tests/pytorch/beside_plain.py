@@ -75,14 +75,18 @@ def assert_same(ours: Trained, plain: Trained) -> None:
 
 
 def plain_peak_bytes(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], around: Callable[[], Any] = nullcontext
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    around: Callable[[], Any] = nullcontext,
+    loss_of: Callable[[Any], Any] = default_loss,
 ) -> int:
     """What autograd saves in a plain step, by a budget's ledger."""
     model = copy.deepcopy(model)
     mark_resident([*model.parameters(), *model.buffers()])
     budget = CheckpointBudget(1 << 40, device="cpu")
     with budget, around():
-        loss = default_loss(model(*args, **kwargs))
+        loss = loss_of(model(*args, **kwargs))
     del loss
     return budget.peak_bytes
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuckpt import BudgetExceeded, CheckpointBudget, CheckpointError, fit, fitted, unfit
-from gpuckpt.pytorch.engine.residency import mark_resident
+from tests.pytorch.beside_plain import plain_peak_bytes
 from tests.pytorch.steps import Block, bits
 
 
@@ -24,13 +24,8 @@ def rows(count: int = 32, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def plain_bytes(m: nn.Module, x: Tensor) -> int:
-    """What autograd saves in a plain forward, by a ledger."""
-    mark_resident(m.parameters())
-    budget = CheckpointBudget("1GiB", device="cpu")
-    with budget:
-        out = m(x)
-    del out
-    return budget.peak_bytes
+    """What autograd saves in a plain forward, without a loss."""
+    return plain_peak_bytes(m, (x,), {}, loss_of=lambda out: out)
 
 
 def gradients(m: nn.Module, *batches: Tensor) -> list[bytes | None]:

@@ -39,19 +39,8 @@ def again(fn: Callable[..., Any], *args: Any) -> Any:
     return fn(*args)
 
 
-class Source:
+class Source(Tally):
     """Answers otherwise each time that it is asked, and counts; no fence restores it."""
-
-    def __init__(self) -> None:
-        self._tally = Tally()
-
-    @property
-    def count(self) -> int:
-        return self._tally.count
-
-    @count.setter
-    def count(self, value: int) -> None:
-        self._tally.count = value
 
     def noise(self, like: Tensor) -> Tensor:
         self.count += 1
