@@ -69,14 +69,12 @@ def restore_hooks(held: dict[str, Any], hooks: list[dict[int, Any]] | None) -> N
 
 
 def containers(held: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Containers among a module's attributes, with copies of what is in them; and its forward hooks, which code installs when
-    it first runs, and notes that in an attribute."""
-    found = [
+    """Containers among a module's attributes, with copies of what is in them."""
+    return [
         (value, value.copy())
         for name, value in held.items()
         if type(value) in (list, dict, set) and name not in INTERNAL and len(value) <= LARGEST
     ]
-    return found + [(held[name], held[name].copy()) for name in _HOOKS]
 
 
 def refill(container: Any, content: Any) -> None:

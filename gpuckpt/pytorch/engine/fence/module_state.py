@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class ModuleState:
         "_copies",
         "_hooks",
         "_modules",
+        "_others",
+        "_plain",
         "_seen",
         "_sharded",
         "_storages",
@@ -66,23 +69,22 @@ class ModuleState:
     def __init__(self, watched: Watched, reached: Reached) -> None:
         self._watched = watched
         self._modules: list[Any] = [part.ref() for part in watched.parts]
-        self._seen = [
-            [
-                value
-                if type(value := held.get(name, ABSENT)) in PLAIN
-                else self._look(number, held, name, value, reached)
-                for name in part.names
-            ]
-            for number, (part, held) in enumerate(
-                zip(watched.parts, (module.__dict__ for module in self._modules), strict=True)
-            )
+        # Nearly all attributes are plain, and none of them changes: each loop here costs every checkpoint.
+        held_by = [module.__dict__ for module in self._modules]
+        self._seen: list[list[Any]] = [
+            [held.get(name, ABSENT) for name in part.names] for part, held in zip(watched.parts, held_by, strict=True)
         ]
-        self._hooks = [hooks_of(module.__dict__) for module in self._modules]
+        self._plain = [
+            part.known(seen) or self._look_at(number, seen, held, reached)
+            for number, (part, seen, held) in enumerate(zip(watched.parts, self._seen, held_by, strict=True))
+        ]
+        self._hooks = [
+            hooks_of(held) if held["_forward_hooks"] or held["_forward_pre_hooks"] else None for held in held_by
+        ]
         dicts = self._dicts()
         tensors = [dicts[part][is_buffer].get(name) for part, is_buffer, name in watched.places]
-        self._versions = [None if tensor is None else version_number(tensor) for tensor in tensors]
+        self._versions, self._storages = _stamps(tensors)
         self._trained = [tensor is not None and tensor.requires_grad for tensor in tensors]
-        self._storages = [None if tensor is None else _storage(tensor) for tensor in tensors]
         self._sharded = [_version_of(ref) for ref, _, _ in watched.sharded]
         self._copies: dict[int, torch.Tensor] = {}  # of buffers that may be written; while that is not known, of all
         if watched.trials or watched.written:
@@ -102,6 +104,20 @@ class ModuleState:
             self._again = {number: len(self.kept) + place for place, number in enumerate(self._copies)}
             self.kept += self._copies.values()
             self._copies = {}
+        # Whether there is something else to put in a place than what stood there.
+        self._others = bool(computed or self._copies or self._again)
+
+    def _look_at(self, number: int, values: list[Any], held: dict[str, Any], reached: Reached) -> bool:
+        """Take down the attributes of module `number`; whether all of them are to be put back as they are."""
+        part = self._watched.parts[number]
+        looked = self._seen[number] = [
+            value if type(value) in PLAIN else self._look(number, held, name, value, reached)
+            for name, value in zip(part.names, values, strict=True)
+        ]
+        plain = all(map(is_, looked, values))
+        if plain:
+            part.know(values)
+        return plain
 
     def _look(self, number: int, held: dict[str, Any], name: str, value: Any, reached: Reached) -> Any:
         taken = captured(value)
@@ -162,43 +178,42 @@ class ModuleState:
         """
         watched = self._watched
         self._check()
-        attributes = [(module.__dict__, dict(module.__dict__)) for module in self._modules]
-        held_containers = [pair for held, _ in attributes for pair in containers(held)]
+        held_by = [module.__dict__ for module in self._modules]
+        attributes = [held.copy() for held in held_by]
+        unlike = [
+            number
+            for number, (held, part, seen, plain) in enumerate(
+                zip(held_by, watched.parts, self._seen, self._plain, strict=True)
+            )
+            if not plain or len(held) != part.count or not all(map(is_, map(held.get, part.names), seen))
+        ]
+        held_containers = [pair for number in unlike for pair in containers(held_by[number])]
+        hooked = [
+            (number, hooks_of(held), was)
+            for number, (held, was) in enumerate(zip(held_by, self._hooks, strict=True))
+            if was is not None or held["_forward_hooks"] or held["_forward_pre_hooks"]
+        ]
         dicts = self._dicts()
         stood = [(dicts[part][is_buffer], name) for part, is_buffer, name in watched.places]
         before = [held.get(name, ABSENT) for held, name in stood]
         rebuilt = self._rebuild()
-        for part, (held, _), seen, hooks, module in zip(
-            watched.parts, attributes, self._seen, self._hooks, self._modules, strict=True
-        ):
-            restore(held, part.names, seen)
-            restore_hooks(held, hooks)
-            if (inside := forward_inside(module)) is not None:
-                held["forward"] = inside
-        for number, (held, name) in enumerate(stood):
-            tensor = self._tensors[number]
-            if number in self._copies:
-                held[name] = self._copies[number].clone()
-            elif number in self._again:
-                held[name] = kept[self._again[number]].clone()
-            elif isinstance(tensor, int):
-                held[name] = kept[tensor]
-            elif tensor is not None:
-                held[name] = tensor
+        for number in unlike:
+            restore(held_by[number], watched.parts[number].names, self._seen[number])
+        for number, _, was in hooked:
+            restore_hooks(held_by[number], was)
+        for number in watched.wrappers:
+            held_by[number]["forward"] = forward_inside(self._modules[number])
+        if self._others or not all(map(is_, before, self._tensors)):
+            self._place(stood, kept)
         refrozen = [
             tensor
             for tensor, trained in zip(self._tensors, self._trained, strict=True)
-            if isinstance(tensor, torch.Tensor) and tensor.is_leaf and tensor.requires_grad != trained
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad != trained and tensor.is_leaf
         ]
         for tensor in refrozen:  # frozen or unfrozen since: what is saved depends on it
             tensor.requires_grad_(not tensor.requires_grad)
-        norms = [module for part, module in zip(watched.parts, self._modules, strict=True) if part.is_norm]
-        stopped = [
-            keep_sharding_state(module)
-            for part, module in zip(watched.parts, self._modules, strict=True)
-            if part.is_sharded
-        ]
-        frozen = freeze(norms)
+        stopped = [keep_sharding_state(self._modules[number]) for number in watched.with_shards]
+        frozen = freeze(self._modules[number] for number in watched.norms)
         compared = unread(buffer for norm, _, _ in frozen for buffer in norm._buffers.values() if buffer is not None)
 
         def leave() -> None:
@@ -211,19 +226,38 @@ class ModuleState:
                 tensor.requires_grad_(not tensor.requires_grad)
             for norm, momentum, count in frozen:
                 norm.momentum, norm.num_batches_tracked = momentum, count
-            for (held, name), tensor in zip(stood, before, strict=True):
-                if tensor is ABSENT:
-                    held.pop(name, None)
-                else:
-                    held[name] = tensor
-            for held, was in attributes:
-                if len(held) != len(was) or any(held.get(name, ABSENT) is not value for name, value in was.items()):
+            now = [held.get(name, ABSENT) for held, name in stood]
+            if not all(map(is_, now, before)):
+                for (held, name), tensor in zip(stood, before, strict=True):
+                    if tensor is ABSENT:
+                        held.pop(name, None)
+                    else:
+                        held[name] = tensor
+            for held, was in zip(held_by, attributes, strict=True):
+                if len(held) != len(was) or not all(map(is_, held.values(), was.values())):
                     held.clear()
                     held.update(was)
             for container, content in held_containers:
                 refill(container, content)
+            known = {number: hooks for number, hooks, _ in hooked}
+            for number, held in enumerate(held_by):
+                if held["_forward_hooks"] or held["_forward_pre_hooks"] or number in known:
+                    restore_hooks(held, known.get(number))
 
         return leave
+
+    def _place(self, stood: Sequence[tuple[dict[str, Any], str]], kept: Sequence[torch.Tensor]) -> None:
+        """Let parameters and buffers be those of forward; for buffers that forward writes, copies of what they were."""
+        for number, (held, name) in enumerate(stood):
+            tensor = self._tensors[number]
+            if number in self._copies:
+                held[name] = self._copies[number].clone()
+            elif number in self._again:
+                held[name] = kept[self._again[number]].clone()
+            elif isinstance(tensor, int):
+                held[name] = kept[tensor]
+            elif tensor is not None:
+                held[name] = tensor
 
     def _rebuild(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Put submodules back where they stood; which dicts that concerns, and what is in them now."""
@@ -240,15 +274,31 @@ class ModuleState:
 
     def _check(self) -> None:
         watched = self._watched
-        for number, tensor in enumerate(self._tensors):
-            if tensor is None or isinstance(tensor, int) or number in self._copies or number in self._again:
-                continue  # a copy, or kept, which autograd watches
-            if version_number(tensor) != self._versions[number] or _storage(tensor) != self._storages[number]:
-                part, is_buffer, name = watched.places[number]
-                raise _modified("buffer" if is_buffer else "parameter", name, watched.parts[part].owner, tensor)
+        looked_at = self._tensors
+        if self._others:  # a copy, or kept, which autograd watches
+            unseen = self._copies.keys() | self._again.keys()
+            looked_at = [
+                None if number in unseen or isinstance(tensor, int) else tensor
+                for number, tensor in enumerate(self._tensors)
+            ]
+        versions, storages = _stamps(looked_at)
+        if versions != self._versions or storages != self._storages:
+            for number, tensor in enumerate(looked_at):
+                was, now = (self._versions[number], self._storages[number]), (versions[number], storages[number])
+                if tensor is not None and was != now:
+                    part, is_buffer, name = watched.places[number]
+                    raise _modified("buffer" if is_buffer else "parameter", name, watched.parts[part].owner, tensor)
         for (ref, owner, name), version in zip(watched.sharded, self._sharded, strict=True):
             if _version_of(ref) != version:
                 raise _modified("sharded parameter", name, owner, ref())
+
+
+def _stamps(tensors: Sequence[torch.Tensor | None]) -> tuple[list[int | None], list[int | None]]:
+    """Of each how often it was changed in place, and which storage it is in."""
+    return (
+        [None if tensor is None else version_number(tensor) for tensor in tensors],
+        [None if tensor is None else _storage(tensor) for tensor in tensors],
+    )
 
 
 def _version_of(ref: weakref.ref[torch.Tensor]) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from operator import is_
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gpuckpt.pytorch._torch_internals import sharded_parameters, sharding_of
+from gpuckpt.pytorch._torch_internals import forward_inside, sharded_parameters, sharding_of
 from gpuckpt.pytorch.engine.fence.attributes import INTERNAL
+from gpuckpt.pytorch.engine.fence.holders import PLAIN
 from gpuckpt.pytorch.engine.fence.norms import is_norm
 from gpuckpt.pytorch.engine.fence.reached import TensorUse
 
@@ -21,6 +23,7 @@ class _Part:
     """One module: which of its attributes are looked at. It is not held: what is learned of a module shall not keep it alive."""
 
     __slots__ = (
+        "_values",
         "child_names",
         "children",
         "count",
@@ -45,6 +48,15 @@ class _Part:
         self.child_names = tuple(module._modules)
         self.tensors = len(module._parameters), len(module._buffers)
         self.names = tuple(name for name in held if name not in INTERNAL)
+        self._values: list[Any] | None = None
+
+    def know(self, values: list[Any]) -> None:
+        """These attributes are all to be put back as they are. Not noted where there may be references to the module in them."""
+        self._values = values if all(type(value) in PLAIN or type(value) is tuple for value in values) else None
+
+    def known(self, values: list[Any]) -> bool:
+        """Whether the very same attributes were known before."""
+        return self._values is not None and all(map(is_, values, self._values))
 
     def current(self) -> bool:
         module = self.ref()
@@ -69,15 +81,30 @@ class Watched:
     """The modules below some roots, looked up once.
 
     Attributes: `written`, places of buffers that a forward was seen to write; `trials`, forwards that are still watched for that;
+    `norms`, `with_shards`, `wrappers`: the numbers of modules of these kinds, the last of those that another module is inside of;
     `rewritten`, the name of a parameter that a forward was seen to change in place itself;
     `sharded`, the sharded forms of parameters that are gathered for each use, with their owner and name.
     """
 
-    __slots__ = ("parts", "places", "rewritten", "sharded", "trials", "uses", "written")
+    __slots__ = (
+        "norms",
+        "parts",
+        "places",
+        "rewritten",
+        "sharded",
+        "trials",
+        "uses",
+        "with_shards",
+        "wrappers",
+        "written",
+    )
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
         self.parts = [_Part(module) for module in modules]
+        self.norms = [number for number, part in enumerate(self.parts) if part.is_norm]
+        self.with_shards = [number for number, part in enumerate(self.parts) if part.is_sharded]
+        self.wrappers = [number for number, module in enumerate(modules) if forward_inside(module) is not None]
         # Sharded parameters come and go with their gathered form: torch's FSDP sees to it that a recompute finds them.
         sharded = [found for module in modules for found in sharded_parameters(module)]
         gathered = {(id(module), name) for found in sharded for module, name in found.places}
