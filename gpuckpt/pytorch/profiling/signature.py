@@ -64,6 +64,43 @@ class Fingerprint:
         self._sharded = [found for module in model.modules() for found in sharded_parameters(module)]
         self._gathered = {(id(module), name) for found in self._sharded for module, name in found.places}
         self._latest = self._take()
+        self._seen = self._glance()
+
+    def _glance(self) -> list[Any] | None:
+        """All that `_take` takes, without names and in less than half of the time: while this is the same, so is that. None: look at
+        it by name."""
+        if self._sharded:
+            return None
+        found: list[Any] = []
+        waiting = [self._model]
+        met = {id(self._model)}
+        while waiting:
+            module = waiting.pop()
+            held = module.__dict__
+            found += held
+            found += [value for value in held.values() if type(value) in _PLAIN]
+            found += (
+                type(module),
+                len(held),
+                len(held["_forward_hooks"]),
+                len(held["_forward_pre_hooks"]),
+                id(held.get("forward")),
+            )
+            for tensor in held["_parameters"].values():
+                if tensor is not None:
+                    found += (id(tensor), type(tensor), tensor.shape, tensor.dtype, tensor.device)
+            for buffer in held["_buffers"].values():
+                if buffer is not None:
+                    found += (buffer.shape, buffer.dtype, *(part.untyped_storage()._cdata for part in parts_of(buffer)))
+            for child in held["_modules"].values():
+                if child is not None and id(child) not in met:
+                    met.add(id(child))
+                    waiting.append(child)
+        return found
+
+    def _unchanged(self) -> bool:
+        before, self._seen = self._seen, self._glance()
+        return before is not None and before == self._seen
 
     def _take(self) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
@@ -91,16 +128,20 @@ class Fingerprint:
 
     def changed(self) -> bool:
         """Whether the model was changed since the last look."""
+        if self._unchanged():
+            return False
         now = self._take()
         before, self._latest = self._latest, now
         return now != before
 
     def refresh(self) -> None:
         """What the model is now is what it is compared with."""
-        self._latest = self._take()
+        self._latest, self._seen = self._take(), self._glance()
 
     def learn(self) -> None:
         """A forward is over: what it changed of the model is its own business."""
+        if self._unchanged():
+            return
         now = self._take()
         if now != self._latest:
             both = now.keys() & self._latest.keys()
