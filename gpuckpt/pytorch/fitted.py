@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from gpuckpt.memory import Budget
 from gpuckpt.planning import Chain, Plan
 from gpuckpt.planning.report import PlanReport, explain
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
+from gpuckpt.pytorch.checkpoint import checkpoint
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes
 from gpuckpt.pytorch.engine.hooks import enter, plain_call
 from gpuckpt.pytorch.engine.kept.current import in_checkpoint
@@ -30,23 +32,12 @@ from gpuckpt.pytorch.plan_runner import Walk
 from gpuckpt.pytorch.profiling.call_hooks import Bypass, Interception, run_module, set_call
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.signature import Fingerprint
+from gpuckpt.pytorch.step_progress import StepProgress
 from gpuckpt.pytorch.terms import Terms
 
 __all__ = ["Fitted"]
 
 _NOTHING_YET = "nothing is planned yet: call the model, or plan_for(*inputs)"
-
-
-class _StepProgress:
-    """One forward of a fitted model: the walk along the plan, how far along it is, and how many calls of stages have come."""
-
-    __slots__ = ("count", "given", "planned", "position", "walk")
-
-    def __init__(self, planned: Planned, walk: Walk, given: frozenset[int]) -> None:
-        self.planned = planned
-        self.walk = walk
-        self.given = given  # ids of the model's own arguments
-        self.position = self.count = 0
 
 
 class Fitted:
@@ -158,19 +149,19 @@ class Fitted:
             self._made = PlanMaker(self.model, self._terms)
         if self._peaks.deviated:
             self._peaks.deviated = False
-            self._maker.deviated()
+            self._maker.deviated(self.latest)
         kind = self._maker.kind_of(args, kwargs)
         planned = self._maker.known(kind) or self._maker.predicted(kind)
         if planned is None:
             before = self._unwrap()  # measured as it runs without us
             try:
                 planned = self._maker.make(kind, args, kwargs)
-                before += [self.model, *planned.measured.modules]
+                before += self._watched(planned)
             finally:
                 self._wrap(before)
                 self._fingerprint.refresh()  # our own hook is no change
         elif not self._intercepted:  # changed, and under the plan that all ranks share
-            self._wrap([self.model, *planned.measured.modules])
+            self._wrap(self._watched(planned))
             self._fingerprint.refresh()
         self._latest = planned
         return planned
@@ -195,6 +186,10 @@ class Fitted:
                 f"plans for two at a time. {error.hint}"
             )
             raise
+
+    def _watched(self, planned: Planned) -> list[nn.Module]:
+        """The modules whose calls are planned, and those like them that did not run when the model was measured."""
+        return [self.model, *planned.measured.modules, *planned.measured.idle]
 
     def _wrap(self, modules: list[nn.Module]) -> None:
         try:
@@ -267,13 +262,16 @@ class Fitted:
         walk = Walk(
             tree, self.budget, self._terms.verify, self._terms.preserve_rng_state, None, self.host_budget, evictable
         )
-        step = _StepProgress(planned, walk, frozenset(map(id, given)))
+        spare_bytes = self.budget.max_bytes - self._peaks.held.promised_bytes
+        step = StepProgress(planned, walk, frozenset(map(id, given)), spare_bytes)
         self._local.step = step
+        failed = True
         try:
             self.budget.ledger.check_open()
             with enter(self.budget):
                 self.budget.step("forward")
                 out = run_module(model, args, kwargs)
+                failed = False
             if self._terms.strict and step.count != len(planned.measured.modules):
                 raise InvalidChain(
                     f"{type(model).__name__} ran {step.count} stages and {len(planned.measured.modules)} when it was measured "
@@ -288,24 +286,37 @@ class Fitted:
             raise
         finally:
             self._local.step = None
+            if step.extra and not self._maker.shared:
+                self._maker.called_more(planned, step.extra, failed=failed)
         self._fingerprint.learn()
+        if step.count < len(planned.measured.modules) and (fewer := step.fewer_calls()) is not None:
+            self._peaks.amend(fewer.peak_bytes, fewer.host_peak_bytes)
         self.budget.step("backward")
         self._peaks.watch(tensors_in(out))
         return out
 
     @untraced
     def _stage_call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        step: _StepProgress | None = getattr(self._local, "step", None)
-        if step is None or not torch.is_grad_enabled() or in_checkpoint():
+        step: StepProgress | None = getattr(self._local, "step", None)
+        if step is None or not torch.is_grad_enabled() or step.running or in_checkpoint():
             return run_module(module, args, kwargs)
         measured = step.planned.measured
-        # A call of something else is outside of the plan and simply kept; blocks that are skipped leave a gap in it.
-        number = next((n for n in range(step.position, len(measured.modules)) if measured.modules[n] is module), None)
-        if number is None:
+        number = step.planned_call(module)
+        if number is None and (self._maker.shared or not step.extra_call(module)):
             return run_module(module, args, kwargs)
-        step.position = number + 1
-        step.count += 1
         mark_computed((*args, *kwargs.values()), step.given)
+        if number is None:
+            return self._recomputed(module, args, kwargs)
         stage = measured.owned[number]
         self.budget.step(measured.chain.stages[stage].name)
-        return step.walk.step(stage, module, args, kwargs)
+        step.running = True
+        try:
+            return step.walk.step(stage, module, args, kwargs)
+        finally:
+            step.running = False
+
+    def _recomputed(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A call that was not planned, in a frame of its own."""
+        terms = self._terms
+        rng, verify = terms.preserve_rng_state, terms.verify
+        return checkpoint(partial(run_module, module), args, kwargs, preserve_rng_state=rng, verify=verify)

@@ -36,6 +36,7 @@ class Promise:
         self.measured_bytes = 0
         self._name = name
         self._others_bytes = 0  # held by others when the latest step began
+        self._earlier_bytes = self._begun_bytes = 0  # when the latest step began: promised, and held for others
         self._refusals = budget.ledger.refusals
 
     @property
@@ -51,7 +52,12 @@ class Promise:
 
     def add(self, peak_bytes: int) -> None:
         """A step that holds that much at most begins. The backward of an earlier one, whose tensors wait, comes after its own."""
-        self.promised_bytes = max(self.promised_bytes, self.budget.used_bytes - self._others_bytes + peak_bytes)
+        self._earlier_bytes, self._begun_bytes = self.promised_bytes, self.budget.used_bytes - self._others_bytes
+        self.amend(peak_bytes)
+
+    def amend(self, peak_bytes: int) -> None:
+        """The step that began last holds that much, as its forward has shown."""
+        self.promised_bytes = max(self._earlier_bytes, self._begun_bytes + peak_bytes)
 
     def broken(self) -> bool:
         """Measure: was more held than promised?"""
@@ -107,6 +113,11 @@ class StepPeaks:
         self.began = True
         self.held.add(peak_bytes)
         self.offloaded.add(host_peak_bytes)
+
+    def amend(self, peak_bytes: int, host_peak_bytes: int) -> None:
+        """The forward of the latest step has shown what the step holds."""
+        self.held.amend(peak_bytes)
+        self.offloaded.amend(host_peak_bytes)
 
     @untraced
     def check(self) -> None:

@@ -11,6 +11,7 @@ modes run under it, and are promised no more than the cap.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ from gpuckpt.planning.tree import flatten
 from gpuckpt.pytorch._torch_internals import sharded_parameters
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_given, mark_resident
+from gpuckpt.pytorch.other_calls import ExtraCall, skipped_calls, with_calls
 from gpuckpt.pytorch.parallel.agree import Ranks, ranks_of
 from gpuckpt.pytorch.peak_check import StepPeaks
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
@@ -75,6 +77,7 @@ class PlanMaker:
         self._shared: Planned | None = None  # the one plan of ranks that meet inside of the model
         self._observed: dict[Any, OrderedDict[tuple[int, ...], Measured]] = {}  # by kind without sizes, and by sizes
         self._unpredictable: set[Any] = set()  # kinds
+        self._longer: dict[Any, Planned] = {}  # by kind, with calls that were seen later
         self._link: Link | None = None
         self._numbers_matter: set[Any] = set()  # kinds in which another int was seen to take other bytes
         self._replanned: dict[Any, int] = {}
@@ -91,6 +94,7 @@ class PlanMaker:
         self._parameters = list(self._model.parameters())
         self._made_of = [(id(part), type(part), len(sharded_parameters(part))) for part in self._parts]
         self.plans.clear()
+        self._longer.clear()
         if self._shared is None or self._made_of != before:
             self._shared = None
             self._observed.clear()
@@ -161,6 +165,9 @@ class PlanMaker:
         ranks = ranks_of(self._model, measured.groups, self._terms.group)
         alone = self._planned_before and not ranks.inside
         planned = self._add(kind, measured, predicted=False, ranks=Ranks() if alone else ranks)
+        longer = self._longer.get(kind)
+        if longer is not None and _part_of(measured.modules, longer.measured.modules):
+            planned = self._keep(kind, longer)  # a step that calls fewer than others did
         self._planned_before = True
         self._shared = planned if ranks.inside else None
         return planned
@@ -202,13 +209,29 @@ class PlanMaker:
             raise BudgetExceeded(planned.plan.certificate.peak_bytes, max_bytes, hint)
         return replace(planned, plan=self._plan(planned.chain, max_bytes))
 
-    def deviated(self) -> None:
-        """The latest step held other bytes than expected: other contents, or another int. Measure again, but not for ever."""
+    def called_more(self, planned: Planned, extra: Sequence[ExtraCall], *, failed: bool) -> None:
+        """The latest step called stages more often than they were measured, or others like them: plan for these as well, where it
+        is known what they hold and that fits. Steps that call fewer leave gaps. `failed`: it did not get to its end, and is
+        measured if it is run again."""
+        longer = with_calls(planned.measured, extra, self._names())
+        if longer is not None and self._latest in self.plans:
+            with suppress(BudgetExceeded):
+                plan = self._plan(longer.chain, self._bytes_of_one)
+                found = self._longer[self._latest] = Planned(longer, plan, predicted=True)
+                if not failed:
+                    self._keep(self._latest, found)
+
+    def deviated(self, planned: Planned) -> None:
+        """The latest step, under `planned`, held other bytes than expected: other contents, or another int. Measure again, though
+        not for ever."""
         kind = self._latest
         if self.shared:  # and measured together, once
             return
+        now = self.plans.get(kind)
+        if now is not None and now is not planned and now is self._longer.get(kind):
+            return  # made since, for what this step called
         self._unpredictable.add(kind)
-        if (planned := self.plans.get(kind)) is not None and planned.predicted:
+        if now is not None and now.predicted:
             del self.plans[kind]
             return
         self._numbers_matter.add(kind)
@@ -216,9 +239,14 @@ class PlanMaker:
         if self._replanned[kind] <= _MOST_REPLANS:
             self.plans.pop(kind, None)
 
+    def _names(self) -> dict[nn.Module, str]:
+        return {module: name for name, module in self._model.named_modules()}
+
     def _measure(self, args: tuple, kwargs: dict[str, Any]) -> Measured:
         terms, unit_bytes, copies = self._terms, self.budget.unit_bytes, self.budget.hold == "pool"
-        return run_measured(self._model, args, kwargs, unit_bytes, WallClock(), terms.repeats, copies, terms.stages)
+        measured = run_measured(self._model, args, kwargs, unit_bytes, WallClock(), terms.repeats, copies, terms.stages)
+        skipped = skipped_calls(measured, self._model)
+        return with_calls(measured, skipped, self._names()) or measured
 
     @property
     def _bytes_of_one(self) -> int:
@@ -234,6 +262,12 @@ class PlanMaker:
 
     def _describe(self, args: tuple, kwargs: dict[str, Any], *, numbers: bool) -> Any:
         return describe_call(args, kwargs, numbers=numbers), describe_model(self._parts, self._parameters)
+
+
+def _part_of(calls: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
+    """Whether `calls` are among `others`, in their order."""
+    remaining = iter(others)
+    return all(any(module is other for other in remaining) for module in calls)
 
 
 def _misfit(plan: Plan, chain: Chain) -> InvalidPlan | None:

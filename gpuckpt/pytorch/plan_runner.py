@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -164,14 +165,14 @@ class Walk:
         self._ahead = ahead
         self._stages = [] if ahead is None else [call.stage for call in ahead]
         self._calls = 0
-        self._opens: dict[int, list[Node]] = {}
+        self._opens: deque[Node] = deque()
         self._spilled: dict[int, Spill] = {}
         self._collect(tuple(nodes))
         self._open: list[_Open] = []
 
     def _collect(self, nodes: tuple[Node, ...]) -> None:
-        """Which frames begin at which stage, outermost first, and which stages are spilled here; those within a frame are when
-        it replays them. A stage of which only products are kept is a frame. Plans nest deeply: no recursion."""
+        """Which frames there are, in the order in which they begin, and which stages are spilled here; those within a frame are
+        when it replays them. A stage of which only products are kept is a frame. Plans nest deeply: no recursion."""
         for node in nodes:
             if not isinstance(node, Recompute) and node.variant != KEEP and not is_option(node.variant):
                 if node.variant != SPILL or self.host is None or self.budget is None:
@@ -184,10 +185,19 @@ class Walk:
         while waiting:
             node = waiting.pop()
             if isinstance(node, Recompute):
-                self._opens.setdefault(_first(node), []).append(node)
+                self._opens.append(node)
                 waiting.extend(reversed(node.children))
             elif is_option(node.variant):
-                self._opens.setdefault(node.stage, []).append(node)
+                self._opens.append(node)
+
+    def _opening(self, stage: int) -> list[_Open]:
+        """The frames that begin with a call of `stage`, outermost first: also where stages before it were skipped."""
+        found = []
+        while self._opens and _first(self._opens[0]) <= stage:
+            node = self._opens.popleft()
+            if _last(node) >= stage:
+                found.append(_Open(node, self))
+        return found
 
     def step(
         self,
@@ -202,7 +212,7 @@ class Walk:
         calls in a row. In a replay everything is as forward saw it: `fence` is forward's, and `kept` what that wanted kept."""
         while self._open and self._open[-1].last < stage:
             self._open.pop()
-        opening = [_Open(node, self) for node in self._opens.pop(stage, ())]
+        opening = self._opening(stage)
         learning = None
         with ExitStack() as hooks:
             if opening or self._open:

@@ -27,7 +27,7 @@ from gpuckpt.pytorch.engine.kept.current import in_checkpoint
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 from gpuckpt.pytorch.profiling.sharding import around_gathering
 
-__all__ = ["Outputs", "find_chain", "tensors_in"]
+__all__ = ["Outputs", "find_chain", "idle_siblings", "tensors_in"]
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
@@ -64,6 +64,19 @@ def candidates(model: nn.Module) -> dict[nn.Module, str]:
                 if not isinstance(child, nn.ModuleList | nn.ModuleDict):  # these are not called
                     found.setdefault(child, f"{name}.{child_name}" if name else child_name)
     return found
+
+
+def idle_siblings(model: nn.Module, modules: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+    """Modules that did not run, of the class of one of `modules` that is called from the same container: another step may call
+    them (LayerDrop, early exits)."""
+    running = set(modules)
+    found: dict[nn.Module, None] = {}
+    for container in model.modules():
+        if isinstance(container, _CONTAINERS):
+            children = list(container.children())
+            classes = {type(child) for child in children if child in running}
+            found.update((child, None) for child in children if type(child) in classes and child not in running)
+    return tuple(found)
 
 
 def attributes(model: nn.Module, depth: int = 2) -> dict[nn.Module, str]:

@@ -28,7 +28,7 @@ from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
-from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, tensors_in
+from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, idle_siblings, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
 from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
@@ -41,8 +41,8 @@ __all__ = ["Measured", "run_chain"]
 @dataclass(frozen=True)
 class Measured:
     """A chain, the modules whose calls make up its stages (in calling order), the number of each call's stage, the names of calls
-    that draw random numbers, the ids of storages that cannot go to the host, and the process groups of the collectives that the
-    forward calls."""
+    that draw random numbers, the ids of storages that cannot go to the host, the process groups of the collectives that the
+    forward calls, and modules like those that did not run (see `chain_finder.idle_siblings`)."""
 
     chain: Chain
     modules: tuple[nn.Module, ...]
@@ -50,6 +50,7 @@ class Measured:
     random: tuple[str, ...]
     staying: frozenset[int] = frozenset()
     groups: tuple[Any, ...] = ()
+    idle: tuple[nn.Module, ...] = ()
 
 
 class _Measurement:
@@ -340,4 +341,5 @@ def run_chain(
         )
     chain = Chain(run.finished(), tuple(run.storages.sizes), unit_bytes, type(model).__name__)
     staying = frozenset(run.storages.staying)
-    return Measured(chain, tuple(found.modules), tuple(run.owned), tuple(run.random), staying, found.groups)
+    idle = () if stages else idle_siblings(model, found.modules)
+    return Measured(chain, tuple(found.modules), tuple(run.owned), tuple(run.random), staying, found.groups, idle)
