@@ -27,9 +27,11 @@ Trial = tuple[Tree, Simulation]
 
 # Parameters worth trying on a long chain: every small one, then ever wider steps.
 _MOST_PARAMETERS = 64
-# How many of the plans beyond the budget's slots are put before the simulator.
+# How many of the plans beyond the budget's slots are put before the simulator, and how many stages all of them may have: one of
+# 10,000 stages takes a second to read and to simulate.
 _MOST_TRIALS = 12
-# A second solve proves how far an inexact one can be from the optimum; beyond this many additions it is left out.
+_MOST_STAGES_TRIED = 40_000
+# A second solve proves how far an inexact one can be from the optimum; it has no more slots than this many additions allow.
 _BOUND_SUMS = 1_000_000_000
 
 
@@ -231,7 +233,7 @@ class _Search:
         """Plans that fit: the one within the budget's slots, and better ones beyond if rounding left room."""
         grid = solution.grid
         low, high = min(self.budget_bytes // grid.slot_bytes, grid.slots), grid.slots
-        for _ in range(_MOST_TRIALS):
+        for _ in range(max(3, min(_MOST_TRIALS, _MOST_STAGES_TRIED // len(self.chain)))):
             if low > high:
                 return
             middle = (low + high + 1) // 2 if solution.exact or low < high else low
@@ -239,21 +241,23 @@ class _Search:
             if not np.isfinite(solution.seconds_by_slots[middle]):
                 low = middle + 1
                 continue
-            tree = solution.tree(solution.least_slots(middle))
+            least = solution.least_slots(middle)
+            tree = solution.tree(least)
             simulation = simulate(self.chain, tree)
             if self.fits(simulation):
                 yield tree, simulation
                 low = middle + 1
             else:
-                high = middle - 1
+                high = least - 1
 
-    def _gap(self, solution: Solution, kept: Simulation, found: Simulation) -> float | None:
+    def _gap(self, solution: Solution, kept: Simulation, found: Simulation) -> float:
         if solution.exact:
             return 0.0
-        if solution.pieces.sums * solution.grid.slots > _BOUND_SUMS:
-            return None
-        bound = solve(
-            self.chain, self.problem, self.budget_bytes, slots=self.slots, engine=self.engine, optimistic=True
-        )
-        least_s = kept.step_s + float(bound.seconds_by_slots[-1])
+        least_s = kept.step_s
+        if self.problem.exact:
+            slots = min(solution.grid.slots, max(1, _BOUND_SUMS // max(1, solution.pieces.sums)))
+            bound = solve(self.chain, self.problem, self.budget_bytes, slots=slots, engine=self.engine, optimistic=True)
+            least_s += float(bound.seconds_by_slots[-1])
+        else:  # where the problem charges bytes twice its optimum bounds nothing, and what no recompute takes does
+            least_s += float(np.nanmin(self.problem.option_s, axis=1).sum())
         return max(0.0, found.step_s / least_s - 1.0) if least_s > 0 else 0.0

@@ -46,11 +46,11 @@ class Traceback:
         c = 1
         while i <= j:
             option, best = -1, np.inf
+            following = int(self.pieces.row(i + 1, j)) if i < j else -1
             for o, charge in self._options(i, c, m, gradient):
                 seconds = float(self.option_s[i, o])
                 if i < j:
-                    row = self.pieces.row(i + 1, j)
-                    seconds += float(rows[int(self.problem.option_covers[c, i, o]), row, m - charge])
+                    seconds += float(rows[int(self.problem.option_covers[c, i, o]), following, m - charge])
                 if seconds < best:
                     option, best = o, seconds
             free = m - (0 if c else int(grid.input[i]))
