@@ -18,6 +18,8 @@ Not here: class weights, probabilities as targets, allocation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor, int64
@@ -26,7 +28,7 @@ from .device.activations import activate
 from .device.casts import INTERPRETED, narrow, widen
 from .host.arguments import check_out, check_shape
 from .host.dtypes import dtype_name
-from .host.hardware import on_device
+from .host.launch import PreparedLaunch, launch
 from .host.tiles import BlockTile
 
 __all__ = ["choose_rows", "cross_entropy_bwd", "cross_entropy_fwd"]
@@ -174,23 +176,18 @@ def cross_entropy_fwd(
 
     logits (M, V): fp32, fp16 or bf16, contiguous along V. target (M): int64. loss (M): fp32, contiguous.
     """
-    M, V = _check(logits, target, label_smoothing, softcap)
+    launch(_prepare_fwd, (logits, target, loss), (ignore_index, label_smoothing, z_loss, softcap, tile))
+
+
+def _prepare_fwd(logits: Tensor, target: Tensor, loss: Tensor, *options: Any) -> PreparedLaunch | None:
+    M, V = _check(logits, target, *options)
     check_shape({"loss": (loss, (M,))}, logits)
     if dtype_name(loss) != "fp32" or not loss.is_contiguous():
         raise TypeError(f"loss must be a contiguous float32 vector; got {loss.dtype} with strides {loss.stride()}")
     if M == 0:
-        return
-    tile = tile or choose_rows(V)
-    with on_device(logits):
-        cross_entropy_fwd_kernel[(M,)](
-            logits,
-            target,
-            loss,
-            V,
-            logits.stride(0),
-            target.stride(0),
-            **_options(tile, ignore_index, label_smoothing, z_loss, softcap),
-        )
+        return None
+    sizes = V, logits.stride(0), target.stride(0)
+    return _prepared(cross_entropy_fwd_kernel, M, V, sizes, *options)
 
 
 def cross_entropy_bwd(
@@ -208,26 +205,28 @@ def cross_entropy_bwd(
 
     dloss (M): any stride, also zero, any of the three float types. The rest as in `cross_entropy_fwd`, with the same values.
     """
-    M, V = _check(logits, target, label_smoothing, softcap)
+    launch(_prepare_bwd, (logits, target, dloss), (ignore_index, label_smoothing, z_loss, softcap, tile))
+
+
+def _prepare_bwd(logits: Tensor, target: Tensor, dloss: Tensor, *options: Any) -> PreparedLaunch | None:
+    M, V = _check(logits, target, *options)
     check_shape({"dloss": (dloss, (M,))}, logits)
     check_out(logits=logits)
     if M == 0:
-        return
-    tile = tile or choose_rows(V)
-    with on_device(logits):
-        cross_entropy_bwd_kernel[(M,)](
-            logits,
-            target,
-            dloss,
-            V,
-            logits.stride(0),
-            target.stride(0),
-            dloss.stride(0),
-            **_options(tile, ignore_index, label_smoothing, z_loss, softcap),
-        )
+        return None
+    sizes = V, logits.stride(0), target.stride(0), dloss.stride(0)
+    return _prepared(cross_entropy_bwd_kernel, M, V, sizes, *options)
 
 
-def _check(logits: Tensor, target: Tensor, label_smoothing: float, softcap: float | None) -> tuple[int, int]:
+def _check(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    tile: BlockTile | None,
+) -> tuple[int, int]:
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must be a matrix with at least one column; got shape {tuple(logits.shape)}")
     M, V = logits.shape
@@ -246,15 +245,20 @@ def _check(logits: Tensor, target: Tensor, label_smoothing: float, softcap: floa
     return M, V
 
 
-def _options(
-    tile: BlockTile, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None
-) -> dict[str, object]:
-    return {
-        "ignore_index": ignore_index,
-        "smoothing": float(label_smoothing),
-        "z_weight": float(z_loss),
-        "inv_softcap": 1.0 / softcap if softcap is not None else 0.0,
-        "softcap": float(softcap) if softcap is not None else 0.0,
+def _prepared(
+    kernel: Any,
+    M: int,
+    V: int,
+    sizes: tuple[int, ...],
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    tile: BlockTile | None,
+) -> PreparedLaunch:
+    tile = tile or choose_rows(V)
+    caps = (0.0, 0.0) if softcap is None else (1.0 / softcap, float(softcap))
+    constants = {
         "SOFTCAP": softcap is not None,
         "SMOOTH": label_smoothing != 0.0,
         "BLOCK": tile.columns,
@@ -262,3 +266,4 @@ def _options(
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
+    return PreparedLaunch(kernel, (M,), (*sizes, ignore_index, float(label_smoothing), float(z_loss), *caps), constants)

@@ -23,7 +23,7 @@ from .device.activations import activate, derivative
 from .device.casts import narrow, widen
 from .device.gemm import accumulate, accumulate_two, halves, tile_of
 from .host.arguments import strides
-from .host.hardware import on_device
+from .host.launch import PreparedLaunch, launch
 from .host.problem import GemmProblem, partials_shape
 from .host.tiles import TileConfig
 
@@ -106,7 +106,7 @@ def _emit_gradients(
             tl.store(p_dbg + o_n * stride_dbgn, tl.sum(tl.where(m, dz_g, 0.0), axis=0), mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gated_fwd_kernel(
     p_x, p_wg, p_wu, p_bg, p_bu, p_h, M, N, K, strides_x, strides_wg, strides_wu, stride_bg, stride_bu, strides_h,
     multiplier, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPILOGUE_N: tl.constexpr,
@@ -124,9 +124,9 @@ def gated_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gated_recompute_bwd_kernel(
-    p_x, p_wg, p_wu, p_bg, p_bu, p_dy, p_wd, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, K, D, strides_x, strides_wg,
+    p_x, p_wg, p_wu, p_dy, p_wd, p_bg, p_bu, p_h, p_dzg, p_dzu, p_dbg, p_dbu, M, N, K, D, strides_x, strides_wg,
     strides_wu, stride_bg, stride_bu, strides_dy, strides_wd, strides_h, strides_dzg, strides_dzu, strides_dbg,
     strides_dbu, multiplier, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
@@ -178,28 +178,29 @@ def gated_fwd(
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
+    launch(_prepare_fwd, (x, wg, wu, bg, bu, h), (activation, float(gate_multiplier), tile, tma))
+
+
+def _prepare_fwd(
+    x: Tensor,
+    wg: Tensor,
+    wu: Tensor,
+    bg: Tensor | None,
+    bu: Tensor | None,
+    h: Tensor,
+    activation: str,
+    multiplier: float,
+    tile: TileConfig | None,
+    tma: bool | None,
+) -> PreparedLaunch | None:
     gemm = GemmProblem.checked("gated_fwd", activation, tile, x, {"wg": wg, "wu": wu})
     gemm.check(biases={"bg": bg, "bu": bu}, outputs={"h": h})
     if not gemm.tiles:
-        return
-    tma, operands = gemm.operands(tma)
-    with on_device(x):
-        gated_fwd_kernel[(gemm.tiles,)](
-            *operands,
-            bg,
-            bu,
-            h,
-            *gemm.sizes,
-            x.stride(),
-            wg.stride(),
-            wu.stride(),
-            *strides(bg, 1),
-            *strides(bu, 1),
-            h.stride(),
-            float(gate_multiplier),
-            TMA=tma,
-            **gemm.options(),
-        )
+        return None
+    blocks = gemm.blocks(tma)
+    operands = x.stride(), wg.stride(), wu.stride(), *strides(bg, 1), *strides(bu, 1)
+    sizes = *gemm.sizes, *operands, h.stride(), multiplier
+    return PreparedLaunch(gated_fwd_kernel, (gemm.tiles,), sizes, {"TMA": bool(blocks)} | gemm.options(), blocks)
 
 
 def gated_recompute_bwd(
@@ -229,42 +230,38 @@ def gated_recompute_bwd(
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
+    tensors = x, wg, wu, dy, wd, bg, bu, h, dz_g, dz_u, dbg_partials, dbu_partials
+    launch(_prepare_recompute_bwd, tensors, (activation, float(gate_multiplier), tile, tma))
+
+
+def _prepare_recompute_bwd(
+    x: Tensor,
+    wg: Tensor,
+    wu: Tensor,
+    dy: Tensor,
+    wd: Tensor,
+    bg: Tensor | None,
+    bu: Tensor | None,
+    h: Tensor | None,
+    dz_g: Tensor,
+    dz_u: Tensor,
+    dbg_partials: Tensor | None,
+    dbu_partials: Tensor | None,
+    activation: str,
+    multiplier: float,
+    tile: TileConfig | None,
+    tma: bool | None,
+) -> PreparedLaunch | None:
     gemm = GemmProblem.checked("gated_bwd", activation, tile, x, {"wg": wg, "wu": wu}, {"dy": dy, "wd": wd})
     outputs = {"h": h, "dz_g": dz_g, "dz_u": dz_u}
     sums = {"dbg_partials": dbg_partials, "dbu_partials": dbu_partials}
     gemm.check(biases={"bg": bg, "bu": bu}, outputs=outputs, sums=sums)
     if not gemm.tiles:
-        return
-    tma, (x_in, wg_in, wu_in, dy_in, wd_in) = gemm.operands(tma)
-    with on_device(x):
-        gated_recompute_bwd_kernel[(gemm.tiles,)](
-            x_in,
-            wg_in,
-            wu_in,
-            bg,
-            bu,
-            dy_in,
-            wd_in,
-            h,
-            dz_g,
-            dz_u,
-            dbg_partials,
-            dbu_partials,
-            *gemm.sizes,
-            gemm.D,
-            x.stride(),
-            wg.stride(),
-            wu.stride(),
-            *strides(bg, 1),
-            *strides(bu, 1),
-            dy.stride(),
-            wd.stride(),
-            strides(h, 2),
-            dz_g.stride(),
-            dz_u.stride(),
-            strides(dbg_partials, 2),
-            strides(dbu_partials, 2),
-            float(gate_multiplier),
-            TMA=tma,
-            **gemm.options(),
-        )
+        return None
+    blocks = gemm.blocks(tma)
+    operands = x.stride(), wg.stride(), wu.stride(), *strides(bg, 1), *strides(bu, 1), dy.stride(), wd.stride()
+    results = strides(h, 2), dz_g.stride(), dz_u.stride(), strides(dbg_partials, 2), strides(dbu_partials, 2)
+    sizes = *gemm.sizes, gemm.D, *operands, *results, multiplier
+    return PreparedLaunch(
+        gated_recompute_bwd_kernel, (gemm.tiles,), sizes, {"TMA": bool(blocks)} | gemm.options(), blocks
+    )

@@ -27,14 +27,15 @@ from .device.dropout import NO_DROPOUT, Dropout
 from .device.epilogue import emit_backward, emit_forward
 from .device.gemm import accumulate, tile_of
 from .host.arguments import strides
-from .host.hardware import multiprocessors, on_device
+from .host.hardware import multiprocessors
+from .host.launch import PreparedLaunch, launch
 from .host.problem import GemmProblem, partials_shape
 from .host.tiles import TileConfig
 
 __all__ = ["db_partials_shape", "linear_fwd", "linear_recompute_bwd"]
 
-# A new seed or offset must not compile a new kernel.
-_DROPOUT_ARGS = ["seed", "offset", "first_row", "threshold"]
+# Neither a new seed or offset nor another number of rows must compile a new kernel.
+_NOT_SPECIALIZED = ["M", "seed", "offset", "first_row", "threshold"]
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def _forward_tile(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_DROPOUT_ARGS)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def linear_fwd_kernel(
     p_x, p_w, p_b, p_res, p_y, M, N, K, strides_x, strides_w, stride_b, strides_res, strides_y, seed, offset,
     first_row, threshold, scale, ACT: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -79,7 +80,7 @@ def linear_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_DROPOUT_ARGS)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def linear_recompute_bwd_kernel(
     p_x, p_w, p_b, p_dy, p_dz, p_h, p_db, M, N, K, strides_x, strides_w, stride_b, strides_dy, strides_dz, strides_h,
     strides_db, seed, offset, first_row, threshold, scale, ACT: tl.constexpr, RECOMPUTE: tl.constexpr,
@@ -103,15 +104,20 @@ def linear_recompute_bwd_kernel(
     )  # fmt: skip
 
 
-def _kind(dropout: Dropout | None) -> str:
-    return "linear" if dropout is None else "linear_dropout"
+def _kind(dropped: bool) -> str:
+    return "linear_dropout" if dropped else "linear"
+
+
+def _fixed_numbers(dropped: bool) -> tuple[float, ...]:
+    """Dropout's arguments where there is none; else they come with each launch."""
+    return () if dropped else NO_DROPOUT.kernel_args()
 
 
 def db_partials_shape(
     x: Tensor, weight: Tensor, tile: TileConfig | None = None, dropout: Dropout | None = None
 ) -> tuple[int, int]:
     """Shape of the fp32 buffer `linear_recompute_bwd` wants for db: one row for each row of tiles, (ceil(M / bm), N)."""
-    return partials_shape(_kind(dropout), x, weight, tile=tile)
+    return partials_shape(_kind(dropout is not None), x, weight, tile=tile)
 
 
 def linear_fwd(
@@ -135,29 +141,31 @@ def linear_fwd(
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
-    gemm = GemmProblem.checked(_kind(dropout), activation, tile, x, {"weight": weight})
+    options = activation, dropout is not None, tile, tma
+    launch(_prepare_fwd, (x, weight, bias, residual, out), options, () if dropout is None else dropout.kernel_args())
+
+
+def _prepare_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    activation: str,
+    dropped: bool,
+    tile: TileConfig | None,
+    tma: bool | None,
+) -> PreparedLaunch | None:
+    gemm = GemmProblem.checked(_kind(dropped), activation, tile, x, {"weight": weight})
     gemm.check(biases={"bias": bias}, inputs={"residual": residual}, outputs={"out": out})
     if not gemm.tiles:
-        return
-    tma, operands = gemm.operands(tma)
-    with on_device(x):
-        linear_fwd_kernel[(min(gemm.tiles, multiprocessors(x)) if tma else gemm.tiles,)](
-            *operands,
-            bias,
-            residual,
-            out,
-            *gemm.sizes,
-            x.stride(),
-            weight.stride(),
-            *strides(bias, 1),
-            strides(residual, 2),
-            out.stride(),
-            *(dropout or NO_DROPOUT).kernel_args(),
-            DROPOUT=dropout is not None,
-            TMA=tma,
-            PERSISTENT=tma,
-            **gemm.options(dropout=dropout is not None),
-        )
+        return None
+    blocks = gemm.blocks(tma)
+    grid = min(gemm.tiles, multiprocessors(x)) if blocks else gemm.tiles
+    vectors = *strides(bias, 1), strides(residual, 2)
+    sizes = *gemm.sizes, x.stride(), weight.stride(), *vectors, out.stride(), *_fixed_numbers(dropped)
+    own = {"DROPOUT": dropped, "TMA": bool(blocks), "PERSISTENT": bool(blocks)}
+    return PreparedLaunch(linear_fwd_kernel, (grid,), sizes, own | gemm.options(dropout=dropped), blocks)
 
 
 def linear_recompute_bwd(
@@ -183,31 +191,33 @@ def linear_recompute_bwd(
 
     Raises ValueError for shapes, devices or activations that do not fit, TypeError for dtypes.
     """
-    gemm = GemmProblem.checked(_kind(dropout), activation, tile, x, {"weight": weight})
+    options = activation, dropout is not None, tile, tma
+    tensors = x, weight, bias, dy, dz, h, db_partials
+    launch(_prepare_recompute_bwd, tensors, options, () if dropout is None else dropout.kernel_args())
+
+
+def _prepare_recompute_bwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dy: Tensor,
+    dz: Tensor,
+    h: Tensor | None,
+    db_partials: Tensor | None,
+    activation: str,
+    dropped: bool,
+    tile: TileConfig | None,
+    tma: bool | None,
+) -> PreparedLaunch | None:
+    gemm = GemmProblem.checked(_kind(dropped), activation, tile, x, {"weight": weight})
     outputs, sums = {"dz": dz, "h": h}, {"db_partials": db_partials}
     gemm.check(biases={"bias": bias}, inputs={"dy": dy}, outputs=outputs, sums=sums)
     if not gemm.tiles:
-        return
-    tma, operands = gemm.operands(tma)
-    with on_device(x):
-        linear_recompute_bwd_kernel[(gemm.tiles,)](
-            *operands,
-            bias,
-            dy,
-            dz,
-            h,
-            db_partials,
-            *gemm.sizes,
-            x.stride(),
-            weight.stride(),
-            *strides(bias, 1),
-            dy.stride(),
-            dz.stride(),
-            strides(h, 2),
-            strides(db_partials, 2),
-            *(dropout or NO_DROPOUT).kernel_args(),
-            RECOMPUTE=needs_z(activation) or h is not None,
-            DROPOUT=dropout is not None,
-            TMA=tma,
-            **gemm.options(dropout=dropout is not None),
-        )
+        return None
+    blocks = gemm.blocks(tma)
+    results = dy.stride(), dz.stride(), strides(h, 2), strides(db_partials, 2)
+    sizes = *gemm.sizes, x.stride(), weight.stride(), *strides(bias, 1), *results, *_fixed_numbers(dropped)
+    own = {"RECOMPUTE": needs_z(activation) or h is not None, "DROPOUT": dropped, "TMA": bool(blocks)}
+    return PreparedLaunch(
+        linear_recompute_bwd_kernel, (gemm.tiles,), sizes, own | gemm.options(dropout=dropped), blocks
+    )

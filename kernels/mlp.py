@@ -24,7 +24,8 @@ from .device.epilogue import emit_backward
 from .device.gemm import accumulate, tile_of
 from .host.arguments import check_out, check_shape, strides
 from .host.dtypes import dtype_name
-from .host.hardware import arch_of, on_device
+from .host.hardware import arch_of
+from .host.launch import PreparedLaunch, launch
 from .host.problem import GemmProblem, check_operands, partials_shape
 from .host.tiles import TileConfig, backward_form
 from .linear import db_partials_shape as plain_db_partials_shape
@@ -33,9 +34,9 @@ from .linear import linear_recompute_bwd
 __all__ = ["db_partials_shape", "mlp_dual_bwd", "mlp_recompute_bwd"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def mlp_dual_bwd_kernel(
-    p_x, p_w1, p_b, p_dy, p_w2, p_h, p_dz, p_db, M, N, K, D, strides_x, strides_w1, stride_b, strides_dy, strides_w2,
+    p_x, p_w1, p_dy, p_w2, p_b, p_h, p_dz, p_db, M, N, K, D, strides_x, strides_w1, stride_b, strides_dy, strides_w2,
     strides_h, strides_dz, strides_db, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EPILOGUE_N: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -135,31 +136,27 @@ def mlp_dual_bwd(
     tma: bool | None = None,
 ) -> None:
     """The dual form of `mlp_recompute_bwd`, whose arguments these are. tma: as in `linear_fwd`."""
+    launch(_prepare_dual_bwd, (x, w1, dy, w2, b1, h, dz, db_partials), (activation, tile, tma))
+
+
+def _prepare_dual_bwd(
+    x: Tensor,
+    w1: Tensor,
+    dy: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    h: Tensor | None,
+    dz: Tensor,
+    db_partials: Tensor | None,
+    activation: str,
+    tile: TileConfig | None,
+    tma: bool | None,
+) -> PreparedLaunch | None:
     gemm = GemmProblem.checked("dual", activation, tile, x, {"w1": w1}, {"dy": dy, "w2": w2})
     gemm.check(biases={"b1": b1}, outputs={"h": h, "dz": dz}, sums={"db_partials": db_partials})
     if not gemm.tiles:
-        return
-    tma, (x_in, w1_in, dy_in, w2_in) = gemm.operands(tma)
-    with on_device(x):
-        mlp_dual_bwd_kernel[(gemm.tiles,)](
-            x_in,
-            w1_in,
-            b1,
-            dy_in,
-            w2_in,
-            h,
-            dz,
-            db_partials,
-            *gemm.sizes,
-            gemm.D,
-            x.stride(),
-            w1.stride(),
-            *strides(b1, 1),
-            dy.stride(),
-            w2.stride(),
-            strides(h, 2),
-            dz.stride(),
-            strides(db_partials, 2),
-            TMA=tma,
-            **gemm.options(),
-        )
+        return None
+    blocks = gemm.blocks(tma)
+    operands = x.stride(), w1.stride(), *strides(b1, 1), dy.stride(), w2.stride()
+    sizes = *gemm.sizes, gemm.D, *operands, strides(h, 2), dz.stride(), strides(db_partials, 2)
+    return PreparedLaunch(mlp_dual_bwd_kernel, (gemm.tiles,), sizes, {"TMA": bool(blocks)} | gemm.options(), blocks)

@@ -17,6 +17,8 @@ Not here: allocation, autograd, adding up the partials.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +26,8 @@ from torch import Tensor
 from .device.casts import INTERPRETED, narrow, widen
 from .host.arguments import check_out, check_shape, check_sums, strides
 from .host.dtypes import dtype_name
-from .host.hardware import arch_of, on_device
+from .host.hardware import arch_of
+from .host.launch import PreparedLaunch, launch, once
 
 __all__ = ["norm_bwd", "norm_fwd", "norm_partials_shape"]
 
@@ -144,7 +147,7 @@ def norm_bwd_rows_kernel(
         tl.store(p_dx + o * strides_dx[1], narrow(dx * rstd, p_dx.dtype.element_ty, INTERPRET), mask=o < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def norm_bwd_columns_kernel(
     p_x,
     p_dy,
@@ -211,29 +214,23 @@ def norm_fwd(
 
     kind: "rms" or "layer". Any strides; M or K may be 0. Raises ValueError or TypeError for what does not fit.
     """
+    launch(_prepare_fwd, (x, weight, bias, out), (kind, float(eps)))
+
+
+def _prepare_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor, kind: str, eps: float
+) -> PreparedLaunch | None:
     M, K = _check(x, kind, eps)
     check_shape({"weight": (weight, (K,)), "bias": (bias, (K,)), "out": (out, (M, K))}, x)
     check_out(out=out)
     if M == 0 or K == 0:
-        return
-    with on_device(x):
-        norm_fwd_kernel[(M,)](
-            x,
-            weight,
-            bias,
-            out,
-            K,
-            x.stride(),
-            *strides(weight, 1),
-            *strides(bias, 1),
-            out.stride(),
-            eps,
-            LAYER=kind == "layer",
-            BLOCK=_block(K),
-            INTERPRET=INTERPRETED,
-            num_warps=NUM_WARPS,
-            num_stages=1,
-        )
+        return None
+    sizes = K, x.stride(), *strides(weight, 1), *strides(bias, 1), out.stride(), eps
+    return PreparedLaunch(norm_fwd_kernel, (M,), sizes, _constants(LAYER=kind == "layer", BLOCK=_block(K)))
+
+
+def _constants(**own: int) -> dict[str, Any]:
+    return {**own, "INTERPRET": INTERPRETED, "num_warps": NUM_WARPS, "num_stages": 1}
 
 
 def norm_bwd(
@@ -254,6 +251,26 @@ def norm_bwd(
     of `norm_partials_shape`. dx may be dxn's own memory only where neither dw nor db is asked for.
     Raises ValueError or TypeError for what does not fit.
     """
+    once(_check_bwd, (x, weight, dxn, dx, stats, dw_partials, db_partials), (kind, eps))
+    wants_sums = dw_partials is not None or db_partials is not None
+    if wants_sums and dx.data_ptr() == dxn.data_ptr() and dx.numel():
+        raise ValueError("dx and dxn share memory, but dw or db still needs dxn: give dx a buffer of its own")
+    launch(_prepare_bwd_rows, (x, weight, dxn, dx, stats), (kind, float(eps)))
+    if wants_sums:
+        launch(_prepare_bwd_columns, (x, dxn, stats, dw_partials, db_partials))
+
+
+def _check_bwd(
+    x: Tensor,
+    weight: Tensor | None,
+    dxn: Tensor,
+    dx: Tensor,
+    stats: Tensor,
+    dw_partials: Tensor | None,
+    db_partials: Tensor | None,
+    kind: str,
+    eps: float,
+) -> None:
     M, K = _check(x, kind, eps)
     partials = norm_partials_shape(x)
     check_shape(
@@ -269,48 +286,25 @@ def norm_bwd(
     )
     check_out(dx=dx, stats=stats, dw_partials=dw_partials, db_partials=db_partials)
     check_sums(stats=stats, dw_partials=dw_partials, db_partials=db_partials)
-    wants_sums = dw_partials is not None or db_partials is not None
-    if wants_sums and dx.data_ptr() == dxn.data_ptr() and dx.numel():
-        raise ValueError("dx and dxn share memory, but dw or db still needs dxn: give dx a buffer of its own")
+
+
+def _prepare_bwd_rows(
+    x: Tensor, weight: Tensor | None, dxn: Tensor, dx: Tensor, stats: Tensor, kind: str, eps: float
+) -> PreparedLaunch | None:
+    M, K = x.shape
     if M == 0 or K == 0:
-        return
-    with on_device(x):
-        norm_bwd_rows_kernel[(M,)](
-            x,
-            weight,
-            dxn,
-            dx,
-            stats,
-            K,
-            x.stride(),
-            *strides(weight, 1),
-            dxn.stride(),
-            dx.stride(),
-            stats.stride(),
-            eps,
-            LAYER=kind == "layer",
-            BLOCK=_block(K),
-            INTERPRET=INTERPRETED,
-            num_warps=NUM_WARPS,
-            num_stages=1,
-        )
-        if wants_sums:
-            norm_bwd_columns_kernel[(partials[0], triton.cdiv(K, COLUMNS_PER_SUM))](
-                x,
-                dxn,
-                stats,
-                dw_partials,
-                db_partials,
-                M,
-                K,
-                x.stride(),
-                dxn.stride(),
-                stats.stride(),
-                strides(dw_partials, 2),
-                strides(db_partials, 2),
-                ROWS=ROWS_PER_SUM,
-                COLUMNS=COLUMNS_PER_SUM,
-                INTERPRET=INTERPRETED,
-                num_warps=NUM_WARPS,
-                num_stages=1,
-            )
+        return None
+    sizes = K, x.stride(), *strides(weight, 1), dxn.stride(), dx.stride(), stats.stride(), eps
+    return PreparedLaunch(norm_bwd_rows_kernel, (M,), sizes, _constants(LAYER=kind == "layer", BLOCK=_block(K)))
+
+
+def _prepare_bwd_columns(
+    x: Tensor, dxn: Tensor, stats: Tensor, dw_partials: Tensor | None, db_partials: Tensor | None
+) -> PreparedLaunch | None:
+    M, K = x.shape
+    if M == 0 or K == 0:
+        return None
+    results = strides(dw_partials, 2), strides(db_partials, 2)
+    sizes = M, K, x.stride(), dxn.stride(), stats.stride(), *results
+    grid = norm_partials_shape(x)[0], triton.cdiv(K, COLUMNS_PER_SUM)
+    return PreparedLaunch(norm_bwd_columns_kernel, grid, sizes, _constants(ROWS=ROWS_PER_SUM, COLUMNS=COLUMNS_PER_SUM))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wra
 
 __all__ = [
     "Sharded",
+    "all_ordinary",
     "current_node",
     "forward_inside",
     "function_modes",
@@ -44,6 +46,7 @@ __all__ = [
     "tensor_use_count",
     "top_saved_tensors_hooks",
     "untraced",
+    "unwatched",
     "version_number",
     "weights_are_cached",
 ]
@@ -117,6 +120,42 @@ def innermost_transform() -> str | None:
     """The innermost transform of torch.func that this thread is in ("Grad", "Jvp", "Vmap", ...), or None."""
     interpreter = torch._C._functorch.peek_interpreter_stack()
     return None if interpreter is None else str(interpreter.key().name)
+
+
+def unwatched() -> bool:
+    """Whether nothing in this thread is told of the operators that are called: no mode, transform of torch.func or tracer."""
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    if modes or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return torch._C._get_tracing_state() is None
+
+
+_TENSORS = (torch.Tensor, nn.Parameter)
+
+
+def all_ordinary(values: Iterable[Any]) -> bool:
+    """Whether all tensors among `values` are of torch's own class, dense, and hold their values in memory: no subclass, negative
+    view, fake or inference tensor, and nothing else that torch's dispatcher would see to before an operator runs."""
+    known: int | None = None
+    for value in values:
+        kind = type(value)
+        if kind in _TENSORS:
+            if known is None:
+                known = _keys_of(value.device.type)
+            if torch._C._dispatch_keys(value).raw_repr() != known:
+                return False
+        elif isinstance(value, torch.Tensor):
+            return False
+    return True
+
+
+@functools.cache
+def _keys_of(device_type: str) -> int:
+    """The dispatch keys of an ordinary tensor; -1, which no tensor has, for devices that are not known here."""
+    if device_type not in ("cpu", "cuda"):
+        return -1
+    with torch.inference_mode(False):
+        return int(torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
 
 
 def is_taken_apart(op: torch._ops.OpOverload) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -40,31 +40,26 @@ class Launch:
     options: Mapping[str, Any]
 
 
-class _Recorder:
-    """Stands where a kernel does: `recorder[grid](...)` keeps the launch."""
-
-    def __init__(self, fn: Any, kept: list[Launch]) -> None:
-        self.fn = fn
-        self.kept = kept
-
-    def __getitem__(self, grid: Any) -> Any:
-        return self._keep
-
-    def _keep(self, *args: Any, **named: Any) -> None:
-        given = dict(zip(self.fn.arg_names, args, strict=False)) | named
-        options = {name: given.pop(name) for name in _OPTIONS if name in given}
-        self.kept.append(Launch(self.fn, given, options))
-
-
 @contextlib.contextmanager
 def recording(arch: int) -> Iterator[list[Launch]]:
     """The launches that the operations' launchers would make on `arch` within the context. For the whole process: no kernel can
     run in another thread meanwhile."""
     kept: list[Launch] = []
+
+    def make(make: Callable[..., Any], tensors: Sequence[Any], options: tuple[Any, ...] = ()) -> Any:
+        return make(*tensors, *options)
+
+    def keep(
+        prepare: Callable[..., Any], tensors: Sequence[Any], options: tuple[Any, ...] = (), numbers: Any = ()
+    ) -> None:
+        made = prepare(*tensors, *options)
+        given = dict(zip(made.kernel.arg_names, made.arguments(tensors, numbers), strict=False)) | made.constants
+        compiler = {name: given.pop(name) for name in _OPTIONS if name in given}
+        kept.append(Launch(made.kernel, given, compiler))
+
+    stand_ins = {"arch_of": lambda t: arch, "INTERPRETED": False, "launch": keep, "once": make}
     with contextlib.ExitStack() as patches:
         for module in _MODULES:
-            stand_ins = {"arch_of": lambda t: arch, "INTERPRETED": False}
-            stand_ins |= {name: _Recorder(fn, kept) for name, fn in vars(module).items() if name.endswith("_kernel")}
             for name, value in stand_ins.items():
                 if hasattr(module, name):
                     patches.enter_context(mock.patch.object(module, name, value))
@@ -83,9 +78,9 @@ def recorded_spec(
     }
     if options != asked:
         raise ValueError(f"{launch.fn.__name__} is launched with {options}, and {tile.label} has {asked}")
-    constants = _constants(launch)
     kept = getattr(launch.fn, "kwargs", {})  # of an interpreted kernel
     plain = getattr(launch.fn, "do_not_specialize", None) or kept.get("do_not_specialize") or ()
+    constants = _constants(launch, plain)
     types: dict[str, str | tuple[str, ...]] = {}
     divisible = []
     for name, value in launch.arguments.items():
@@ -112,12 +107,13 @@ def recorded_spec(
     )
 
 
-def _constants(launch: Launch) -> dict[str, Any]:
+def _constants(launch: Launch, plain: Sequence[str]) -> dict[str, Any]:
     parameters = inspect.signature(launch.fn.fn).parameters
+    one = {name for name, value in launch.arguments.items() if type(value) is int and value == 1 and name not in plain}
     return {
         name: value
         for name, value in launch.arguments.items()
-        if "constexpr" in str(parameters[name].annotation) or value is None or (type(value) is int and value == 1)
+        if "constexpr" in str(parameters[name].annotation) or value is None or name in one
     }
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "check_tile",
     "describable",
     "descriptor",
+    "has_no_memory",
     "regular",
     "strides",
     "use_descriptors",
@@ -102,9 +103,14 @@ def regular(x: Tensor, *weights: Tensor) -> bool:
 
 def _address(t: Tensor) -> int:
     """Where t begins; for a tensor without memory, where it would begin in an aligned one."""
-    if isinstance(t, FakeTensor) or t.is_meta:
+    if has_no_memory(t):
         return int(t.storage_offset()) * t.element_size()
     return t.data_ptr()
+
+
+def has_no_memory(t: Tensor) -> bool:
+    """Whether t has a shape, strides and a place in its storage, but no address."""
+    return t.is_meta or isinstance(t, FakeTensor)
 
 
 def use_descriptors(asked: bool | None, arch: int, is_regular: bool, *tensors: Tensor) -> bool:

@@ -18,6 +18,8 @@ SHARED_MEMORY_BYTES = {0: 1 << 40, 80: 166_912, 86: 101_376, 89: 101_376, 90: 23
 SM_COUNT = {0: 1, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of the largest common card (A100, RTX 3090 class, RTX 4090, H100 SXM, B200, RTX 5090)."""
 
+_NOTHING = contextlib.nullcontext()
+
 
 def nearest_arch(major: int, minor: int) -> int:
     """The architecture whose table serves compute capability major.minor: the newest one of the same family, not newer.
@@ -46,7 +48,9 @@ def arch_of(t: Tensor) -> int:
 
 def on_device(t: Tensor) -> AbstractContextManager[object]:
     """Make t's device current: Triton launches on the current device, whatever its arguments live on."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    if not t.is_cuda or t.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(t.device)
 
 
 def multiprocessors(t: Tensor) -> int:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..device.casts import INTERPRETED
 from .arguments import (
@@ -19,12 +18,13 @@ from .arguments import (
     check_shape,
     check_sums,
     check_tile,
-    descriptor,
+    has_no_memory,
     regular,
     use_descriptors,
 )
 from .dtypes import dtype_name
 from .hardware import arch_of
+from .launch import Block, once
 from .tiles import TileConfig, choose, epilogue_n
 
 __all__ = ["GemmProblem", "check_operands", "partials_shape"]
@@ -48,7 +48,15 @@ def check_operands(activation: str, x: Tensor, weights: Mapping[str, Tensor], se
 
 def partials_shape(kind: str, x: Tensor, *weights: Tensor, tile: TileConfig | None) -> tuple[int, int]:
     """Shape of the fp32 buffer for sums over rows: a row of sums for each row of tiles, (ceil(M / bm), N)."""
-    return -(-x.shape[0] // _tile(kind, x, weights, tile).bm), weights[0].shape[0]
+    if any(has_no_memory(t) for t in (x, *weights)):
+        return _partials_shape(x, *weights, kind, tile)
+    shape: tuple[int, int] = once(_partials_shape, (x, *weights), (kind, tile))
+    return shape
+
+
+def _partials_shape(x: Tensor, *rest: Any) -> tuple[int, int]:
+    *weights, kind, tile = rest
+    return -(-x.shape[0] // _tile(kind, x, tuple(weights), tile).bm), weights[0].shape[0]
 
 
 def _tile(kind: str, x: Tensor, weights: tuple[Tensor, ...], tile: TileConfig | None) -> TileConfig:
@@ -118,15 +126,15 @@ class GemmProblem:
         check_out(**outputs, **sums)
         check_sums(**sums)
 
-    def operands(self, tma: bool | None) -> tuple[bool, list[Tensor] | list[TensorDescriptor]]:
-        """Whether descriptors are used, and x, the weights, dy and the second weight as the kernel gets them."""
+    def blocks(self, tma: bool | None) -> tuple[Block, ...]:
+        """Rows and columns of the descriptors of x, the weights, dy and the second weight; () where pointers are used."""
         matrices = [self.x, *self.weights, *self.second]
         is_regular = regular(self.x, *self.weights, *self.second[1:])
         if not use_descriptors(tma, arch_of(self.x), is_regular, *matrices):
-            return False, matrices
+            return ()
         t = self.tile
-        blocks = [(t.bm, t.bk), *[(t.bn, t.bk)] * len(self.weights), (t.bm, t.bk), (t.bk, t.bn)]
-        return True, [descriptor(m, *block) for m, block in zip(matrices, blocks, strict=False)]
+        blocks = ((t.bm, t.bk), *[(t.bn, t.bk)] * len(self.weights), (t.bm, t.bk), (t.bk, t.bn))
+        return blocks[: len(matrices)]
 
     def options(self, *, dropout: bool = False) -> dict[str, Any]:
         """What every GEMM kernel is compiled with: its constants, beyond those of its own, then Triton's options."""

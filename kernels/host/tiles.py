@@ -11,6 +11,7 @@ Architectures are ints, 80 for sm_80; 0 is the host, where Triton's interpreter 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,6 +29,7 @@ __all__ = [
     "candidates",
     "choose",
     "epilogue_n",
+    "has_tuned",
     "shape_class",
     "unaligned_tile",
     "use_tuned",
@@ -243,6 +245,11 @@ def use_tuned(table: Mapping[TunedKey, TileConfig]) -> None:
     _tuned = MappingProxyType(dict(table))
 
 
+def has_tuned() -> bool:
+    """Whether `use_tuned` has been called: what was chosen before may be another tile than is chosen now."""
+    return bool(_tuned)
+
+
 def _power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
@@ -269,6 +276,7 @@ _FLOPS_PER_BYTE = {80: 153.0, 86: 76.0, 89: 164.0, 90: 295.0, 100: 292.0, 120: 1
 _EFFICIENCY = {"cublas": 0.75, "linear": 0.65, "dual": 0.60}
 
 
+@functools.cache
 def backward_form(N: int, K: int, D: int, dtype: str, arch: int) -> str:
     """ "dual" or "plain": the cheaper way to an MLP's dz and h, by arithmetic on one output element of the (M, N) result.
 

@@ -7,7 +7,6 @@ must not have chosen Triton's interpreter. Nothing is computed: results are what
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
@@ -118,5 +117,5 @@ def start(arch: int) -> Driver:
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[method-assign, assignment]
     torch.cuda.get_device_capability = lambda device=None: (arch // 10, arch % 10)
     torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=132)
-    torch.cuda.device = lambda device: contextlib.nullcontext()
+    torch.cuda.current_device = lambda: None  # the index of torch.device("cpu")
     return driver

@@ -3,8 +3,9 @@
     python -m tests.drivercuda.launches --arch 90 [--only PATTERN,...] [--cost]
 
 A line: the name of the case, then for each kernel it launched the registers, spills, tensor-core instructions, loads by tensor
-map, grid and shared memory. `--cost`: microseconds of Python instead, for forward and backward of each operation, which are
-this machine's and no GPU's.
+map, grid, shared memory and what the compiled launcher was given; and `again`, the same for the next call, on other tensors of
+the same layout, which takes what was prepared for the first. `--cost`: microseconds of Python instead, for forward and backward
+of each operation, which are this machine's and no GPU's.
 """
 
 from __future__ import annotations
@@ -146,25 +147,37 @@ class Recorder:
     """Notes what is launched, and reads the machine code of each kernel once."""
 
     def __init__(self, driver: Driver) -> None:
-        from triton.runtime.jit import JITFunction
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        from gpuckpt.kernels.host.launch import PreparedLaunch
 
         self.rows: list[dict[str, Any]] = []
         self._code: dict[str, dict[str, Any]] = {}
-        run = JITFunction.run
+        given: list[Any] = []
+        run, start = PreparedLaunch.run, CudaLauncher.__call__
 
-        def noted(function: Any, *args: Any, **options: Any) -> Any:
-            maps = driver.maps
-            kernel = run(function, *args, **options)
+        def seen(launcher: Any, *args: Any) -> None:
+            given[:] = args[:5] + args[9:]  # grid, stream and kernel; then, past metadata and hooks, its arguments
+            start(launcher, *args)
+
+        CudaLauncher.__call__ = seen
+
+        def noted(prepared: Any, tensors: Any, numbers: Any) -> None:
+            before, maps = driver.launches, driver.maps
+            direct = prepared.compiled is not None
+            run(prepared, tensors, numbers)
+            assert driver.launches == before + 1
             facts = {
                 "grid": driver.grid,
                 "threads": driver.threads,
                 "shared": driver.shared,
                 "maps": driver.maps - maps,
+                "direct": direct,
+                "given": [_told(value, tensors) for value in given],
             }
-            self.rows.append({"kernel": function.__name__, **facts, **self._read(kernel)})
-            return kernel
+            self.rows.append({"kernel": prepared.kernel.__name__, **facts, **self._read(prepared.compiled)})
 
-        JITFunction.run = noted
+        PreparedLaunch.run = noted  # type: ignore[method-assign]
 
     def _read(self, kernel: Any) -> dict[str, Any]:
         if kernel.hash not in self._code:
@@ -177,11 +190,23 @@ class Recorder:
         return self._code[kernel.hash]
 
 
+def _told(value: Any, tensors: Any) -> Any:
+    """An argument of the compiled launcher, a tensor by its place among those that the kernel was to have."""
+    if isinstance(value, tuple | list):
+        return [_told(inner, tensors) for inner in value]
+    if type(value).__name__ == "TensorDescriptor":
+        return {name: _told(inner, tensors) for name, inner in vars(value).items()}
+    for place, tensor in enumerate(tensors):
+        if value is tensor and tensor is not None:
+            return f"tensor {place}"
+    return repr(value)
+
+
 def say(name: str, **facts: Any) -> None:
     print(json.dumps({"name": name, **facts}), flush=True)
 
 
-def cost(repeats: int = 300) -> None:
+def cost(repeats: int) -> None:
     """Microseconds of this thread's processor time for a forward and backward, ours and eager's in turns: the 20th percentile,
     which other jobs on the machine touch least. The tensors are so small that eager's arithmetic hardly counts."""
     for name, contenders in operations(16, 16, 16).items():
@@ -201,6 +226,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--only", default="*", help="patterns of names, separated by commas")
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--repeats", type=int, default=300, help="of each operation, for --cost")
     options = parser.parse_args()
     driver = start(options.arch)
     import torch
@@ -212,18 +238,21 @@ def main() -> int:
         mm(a, b, out=out) if out_dtype is None else torch.zeros(a.shape[0], b.shape[1], dtype=out_dtype)
     )
     if options.cost:
-        cost()
+        cost(options.repeats)
         return 0
     recorder = Recorder(driver)
     wanted = options.only.split(",")
-    whole = ((f"{name} whole", ours) for name, (ours, _) in operations().items())
-    for cases in (kernels(), whole, summed()):
-        for name, run in cases:
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted):
-                continue
-            recorder.rows.clear()
-            run()
-            say(name, launches=list(recorder.rows))
+    whole, others = ([(f"{name} whole", ours) for name, (ours, _) in operations().items()] for _ in range(2))
+    both = zip((*kernels(), *whole, *summed()), (*kernels(), *others, *summed()), strict=True)
+    for (name, run), (_, run_again) in both:
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted):
+            continue
+        recorder.rows.clear()
+        run()
+        first = list(recorder.rows)
+        recorder.rows.clear()
+        run_again()
+        say(name, launches=first, again=list(recorder.rows))
     return 0
 
 

@@ -47,7 +47,7 @@ def check(found: dict[str, dict[str, Any]], arch: int) -> None:
     for name, row in found.items():
         assert row["launches"], f"{name} launched nothing"
         for launch in row["launches"]:
-            what = f"{name}: {launch}"
+            what = f"{name}: { {k: v for k, v in launch.items() if k != 'given'} }"
             assert launch["spill_stores"] == launch["spill_loads"] == 0, what
             assert launch["registers"] * launch["threads"] <= 65536, what
             if launch["kernel"] not in GEMMS or "fp32" in name:
@@ -61,10 +61,22 @@ def check(found: dict[str, dict[str, Any]], arch: int) -> None:
                 assert launch["async_copies"] > 0, what
 
 
+def check_repeated(found: dict[str, dict[str, Any]]) -> None:
+    """What was prepared once launches what Triton's own way had: the same kernel with the same arguments, on the tensors of
+    this call."""
+    for name, row in found.items():
+        assert len(row["again"]) == len(row["launches"]), name
+        for first, second in zip(row["launches"], row["again"], strict=True):
+            assert second["direct"], f"{name} went through Triton's specialisation a second time"
+            assert second | {"direct": False} == first | {"direct": False}, name
+            assert sum(str(given).count("tensor ") for given in first["given"]) >= 3, name
+
+
 def test_operations_and_the_largest_kernels_on_sm_90():
     found = lines("--arch", "90", "--only", FEW)
     assert len(found) == 8
     check(found, 90)
+    check_repeated(found)
     assert found["linear_fwd bf16"]["launches"][0]["grid"] == [132, 1, 1], "persistent: a program a multiprocessor"
     kernels = [launch["kernel"] for launch in found["gated_mlp summed"]["launches"]]
     assert kernels == ["gated_fwd_kernel", "gated_recompute_bwd_kernel"]
@@ -76,6 +88,7 @@ def test_every_launcher(arch):
     found = lines("--arch", str(arch))
     assert len(found) == 32
     check(found, arch)
+    check_repeated(found)
 
 
 @pytest.mark.slow

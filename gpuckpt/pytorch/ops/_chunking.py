@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from gpuckpt.errors import BudgetExceeded
 
-__all__ = ["LEAST_ROWS", "choose_chunk_rows", "chunks", "limits"]
+__all__ = ["LEAST_ROWS", "choose_chunk_rows", "chunks", "first_rows", "limits", "take"]
 
 LEAST_ROWS = 128
 """Where a budget sets the limit no chunk is smaller: GEMMs of fewer rows leave most of a tile empty."""
@@ -74,3 +75,14 @@ def chunks(rows: int, chunk: int) -> Iterator[slice]:
     """Slices of at most `chunk` rows that cover `rows`."""
     for first in range(0, rows, chunk):
         yield slice(first, min(first + chunk, rows))
+
+
+def take(t: Tensor, part: slice) -> Tensor:
+    """The rows of one of `chunks`. One chunk for all is the usual case, and a slice costs as much as a launch's own arguments."""
+    return t if part.stop - part.start == t.shape[0] else t[part]
+
+
+def first_rows(buffer: Tensor, part: slice) -> Tensor:
+    """As many rows of a buffer as the chunk has."""
+    rows = part.stop - part.start
+    return buffer if rows == buffer.shape[0] else buffer[:rows]

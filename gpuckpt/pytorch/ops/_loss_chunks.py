@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.pytorch.ops._chunking import chunks
+from gpuckpt.pytorch.ops._chunking import chunks, take
 from gpuckpt.pytorch.ops._operands import cast
 from gpuckpt.pytorch.ops._weight_grads import CUDA_BLOCK, BiasGrad, WeightGrad, sum_rows
 
@@ -94,11 +94,11 @@ def forward_chunks(
 ) -> Tensor:
     """The operation itself: one chunk of logits after the other."""
     _check_targets(target, weight.shape[0], what.ignore_index)
-    weight, bias = weight.to(x.dtype), cast(bias, x)
+    weight, bias = cast(weight, x), cast(bias, x)
     losses = torch.empty(x.shape[0], dtype=loss_dtype(x), device=x.device)
     scratch = _scratch(x, weight, chunk_rows)
     for rows in chunks(x.shape[0], chunk_rows):
-        _chunk_loss(_logits(x[rows], weight, bias, scratch), target[rows], losses[rows], what)
+        _chunk_loss(_logits(take(x, rows), weight, bias, scratch), take(target, rows), take(losses, rows), what)
     if reduction == "none":
         return losses
     total = losses.sum()
@@ -126,18 +126,18 @@ def backward_chunks(
         dloss = dloss / (target != what.ignore_index).sum()
     if reduction != "none":
         dloss = dloss.expand(x.shape[0])
-    used, used_bias = weight.to(x.dtype), cast(bias, x)
+    used, used_bias = cast(weight, x), cast(bias, x)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
     dw = WeightGrad(weight, chunk_rows < x.shape[0], main) if needs_weight else None
     db = BiasGrad(bias) if needs_bias and bias is not None else None
     scratch = _scratch(x, used, chunk_rows)
     for rows in chunks(x.shape[0], chunk_rows):
-        dlogits = _logits(x[rows], used, used_bias, scratch)
-        _chunk_grad(dlogits, target[rows], dloss[rows], what)
+        dlogits = _logits(take(x, rows), used, used_bias, scratch)
+        _chunk_grad(dlogits, take(target, rows), take(dloss, rows), what)
         if dx is not None:
-            torch.mm(dlogits, used, out=dx[rows])
+            torch.mm(dlogits, used, out=take(dx, rows))
         if dw is not None:
-            dw.add(dlogits, x[rows])
+            dw.add(dlogits, take(x, rows))
         if db is not None:
             db.add(sum_rows(dlogits))
     return [dx, None if dw is None else dw.result(), None if db is None else db.result()]
@@ -173,7 +173,7 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> 
 
 def _check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
     # On a device this would wait for it; the kernel gives NaN for such a row instead.
-    if target.device.type == "cpu" and target.numel():
+    if not target.is_cuda and target.numel():
         wrong = (target != ignore_index) & ((target < 0) | (target >= vocab))
         if bool(wrong.any()):
             found = int(target[wrong][0])

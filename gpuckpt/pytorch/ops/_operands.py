@@ -22,10 +22,13 @@ __all__ = [
     "check_bias",
     "check_second_weight",
     "check_weight",
+    "like_rows_of",
     "no_double_backward",
     "wants_copy",
     "without_autocast",
 ]
+
+_NOTHING = contextlib.nullcontext()
 
 
 @overload
@@ -65,12 +68,19 @@ def autocast_input(x: Tensor) -> Tensor:
 
 def _autocast_on(kind: str) -> bool:
     # Some devices ("meta") have no autocast to ask for.
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def rows_of(x: Tensor) -> Tensor:
     """x (..., K) as a matrix (M, K). `reshape(-1, K)` would not know M where K is 0."""
+    if x.dim() == 2:
+        return x
     return x[None] if x.dim() == 1 else x.flatten(0, -2)
+
+
+def like_rows_of(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, N) as (..., N) for x (..., K) with M rows."""
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[1])
 
 
 def wants_copy(dy: Tensor) -> bool:
@@ -86,7 +96,7 @@ def wants_copy(dy: Tensor) -> bool:
 
 def without_autocast(kind: str) -> AbstractContextManager[object]:
     """Inside an operation the dtype is settled; a GEMM there must not be cast a second time."""
-    return torch.autocast(kind, enabled=False) if _autocast_on(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if _autocast_on(kind) else _NOTHING
 
 
 def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "weight") -> None:

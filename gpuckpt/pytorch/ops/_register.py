@@ -1,5 +1,8 @@
 """The shell around every fused operation: its torch operators, what autograd saves, main_grad, autocast, and what is refused.
 
+An operator costs torch some 150 us of Python for a forward and backward. torch.compile, fake tensors, subclasses, modes and
+transforms need it; where none of them is at hand, the same functions run in an autograd node of our own.
+
 An operation is two functions without autograd, whose annotations are the schemas of its operators:
 
     forward(x, *tensors, *options) -> y
@@ -19,7 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from gpuckpt.pytorch._torch_internals import all_ordinary, unwatched
 from gpuckpt.pytorch.engine.early_stop import about_to_save
 from gpuckpt.pytorch.ops._operands import (
     autocast_input,
@@ -32,6 +37,25 @@ from gpuckpt.pytorch.ops._weight_grads import main_grad_of
 from gpuckpt.pytorch.ops.norm import RECIPE, Norm, normalise, restored
 
 __all__ = ["FusedOp"]
+
+
+class _Direct(torch.autograd.Function):
+    """The node of a `FusedOp` that no operator is made for: its tensors as the operator has them, then all else in one."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, (op, rest) = args
+        inputs = (*tensors, *rest)
+        y: Tensor = op.run_forward(*inputs)
+        op.setup(ctx, inputs, y)
+        ctx.op = op
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        found: tuple[Tensor | None, ...] = ctx.op.backward(ctx, dy)
+        return found
+
 
 KeepsInput = Callable[[Sequence[bool], Sequence[Any], Sequence[Any]], bool]
 
@@ -57,6 +81,7 @@ class FusedOp:
         shapes and dtypes alone; by default (rows of x, rows of the last weight) in x's dtype. keeps_input(needs, saved,
         options): whether x has to be kept for the gradients that are wanted."""
         self.name = name
+        self._forward = forward
         self._gradients = gradients
         self._keeps_input = keeps_input
         given = inspect.signature(forward, eval_str=True).parameters
@@ -75,17 +100,16 @@ class FusedOp:
         self._options = slice(self._mains.stop, self._mains.stop + len(given) - len(tensors))
         self._tensors = len(tensors)
         self._no_mains = (None,) * len(weights)
-        self._define(forward, fake or self._fake, given, wanted, weights)
+        self._define(fake or self._fake, given, wanted, weights)
 
-    def _define(self, forward: Any, fake: Any, given: Any, wanted: Any, weights: list[str]) -> None:
+    def _define(self, fake: Any, given: Any, wanted: Any, weights: list[str]) -> None:
         keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
         mains = [inspect.Parameter(f"main_{key}", keyword, annotation=Tensor | None) for key in weights]
         own = [*given.values()]
         parameters = [*own[: self._tensors], *mains, *own[self._tensors :], *RECIPE]
 
         def fwd(*args: Any) -> Tensor:
-            with without_autocast(args[0].device.type):
-                return forward(*args[: self._tensors], *args[self._options])
+            return self.run_forward(*args)
 
         def fwd_fake(*args: Any) -> Tensor:
             return fake(*args[: self._tensors], *args[self._options])
@@ -100,19 +124,30 @@ class FusedOp:
         self.bwd = torch.library.custom_op(f"gpuckpt::{self.name}_bwd", bwd, mutates_args=())
         self.fwd.register_fake(fwd_fake)
         self.bwd.register_fake(self._fake_gradients)
-        self.fwd.register_autograd(self._backward, setup_context=self._setup)
+        self.fwd.register_autograd(self.backward, setup_context=self.setup)
         no_double_backward(self.bwd, self.name)
 
     def __call__(self, x: Tensor, *args: Any, norm: Norm | None = None) -> Tensor:
         """args: the other tensors of `forward` and its options. norm: of x, to compute with instead of x."""
-        affine = () if norm is None else (norm.weight, norm.bias)
-        refuse_grad_transforms(self.name, x, *args[: self._tensors - 1], *affine)
+        plain = _is_plain_call((x, *args))
+        if not plain:
+            affine = () if norm is None else (norm.weight, norm.bias)
+            refuse_grad_transforms(self.name, x, *args[: self._tensors - 1], *affine)
         rows, *recipe = normalise(rows_of(autocast_input(x)), norm)
         tensors = (rows, *args[: self._tensors - 1])
         mains = [main_grad_of(tensors[i]) for i in self._weights]
-        inputs = (*tensors, *mains, *args[self._tensors - 1 :], *recipe)
+        rest = (*mains, *args[self._tensors - 1 :], *recipe)
+        inputs = (*tensors, *rest)
         about_to_save(self.saved, inputs)
+        if plain:
+            y: Tensor = _Direct.apply(*tensors, (self, rest))
+            return y
         return self.fwd(*inputs)
+
+    def run_forward(self, *args: Any) -> Tensor:
+        """`forward` itself, for the arguments of `fwd`."""
+        with without_autocast(args[0].device.type):
+            return self._forward(*args[: self._tensors], *args[self._options])
 
     def saved(self, inputs: Sequence[Any], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """What autograd keeps: the tensors that backward needs, then x, or what the norm makes it of."""
@@ -122,21 +157,23 @@ class FusedOp:
             return (*kept, None, None, None, None)
         return (*kept, x, None, None, None) if raw[0] is None else (*kept, None, *raw)
 
-    def _setup(self, ctx: Any, inputs: Any, output: Tensor) -> None:
+    def setup(self, ctx: Any, inputs: Any, output: Tensor) -> None:
         needs = ctx.needs_input_grad
         ctx.save_for_backward(*self.saved(inputs, needs))
         mains = zip(inputs[self._mains], self._weights, strict=True)
         ctx.mains = [main if needs[i] else None for main, i in mains]
         ctx.options, ctx.norm = inputs[self._options], inputs[-2:]
 
-    def _backward(self, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of all arguments of `fwd`."""
         *kept, x, raw, norm_weight, norm_bias = ctx.saved_tensors
         needs = [*ctx.needs_input_grad[: self._operands]]
         grads: list[Tensor | None] = [None] * self._operands
         if any(needs):
             x = restored(x, (raw, norm_weight, norm_bias, *ctx.norm))
             args = (dy, x, *kept, *ctx.options, needs)
-            if any(main is not None for main in ctx.mains):
+            mains = any(main is not None for main in ctx.mains)
+            if mains or (not torch.is_grad_enabled() and _is_plain_call((dy, x, *kept))):
                 grads = self._run_gradients(args, ctx.mains)
             else:
                 found = iter(self.bwd(*args))
@@ -156,3 +193,10 @@ class FusedOp:
         others, needs = args[: self._operands - 1], args[-1]
         like = dy.new_empty(dy.shape[0], others[0].shape[1]) if x is None and needs[0] else x
         return [t.new_empty(t.shape) for t, need in zip((like, *others), needs, strict=True) if need and t is not None]
+
+
+def _is_plain_call(args: Sequence[Any]) -> bool:
+    """Whether the operator would do nothing for these arguments but call its function."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not unwatched():
+        return False
+    return all_ordinary(args)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.ops._activations import gate_activation
-from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
+from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, first_rows, limits, take
 from gpuckpt.pytorch.ops._gated_rows import (
     GatedForm,
     Pair,
@@ -31,6 +31,7 @@ from gpuckpt.pytorch.ops._operands import (
     cast_bytes,
     check_second_weight,
     check_weight,
+    like_rows_of,
     wants_copy,
 )
 from gpuckpt.pytorch.ops._register import FusedOp
@@ -126,8 +127,8 @@ def forward(
     y = x.new_empty(rows, wd.shape[0])
     buffers = [x.new_empty(min(chunk, rows), wg.shape[0]) for _ in range(forward_buffers(x))]
     for part in chunks(rows, chunk):
-        h = hidden_of([buffer[: part.stop - part.start] for buffer in buffers], x[part], pair, form)
-        out = affine_into(y[part], h, wd, bd)
+        h = hidden_of([first_rows(buffer, part) for buffer in buffers], take(x, part), pair, form)
+        out = affine_into(take(y, part), h, wd, bd)
         if scaled:
             out.mul_(down_multiplier)
     return y
@@ -176,22 +177,22 @@ def gradients(
     pair, used_wd = Pair(cast(wg, dy), cast(bg, dy), cast(wu, dy), cast(bu, dy)), cast(wd, dy)
     buffers = [dy.new_empty(min(chunk, rows), wg.shape[0]) for _ in range(_buffers(dy, needs))]
     for part in chunks(rows, chunk):
-        g = dy[part].clone(memory_format=torch.contiguous_format) if copied else dy[part]
+        g = take(dy, part).clone(memory_format=torch.contiguous_format) if copied else take(dy, part)
         if scaled:
             g = g.mul_(form.down_multiplier) if copied else g * form.down_multiplier
         if dbs[2] is not None:
             dbs[2].add(sum_rows(g))
         if x is None:
             continue
-        x_part = x[part]
-        held = [buffer[: part.stop - part.start] for buffer in buffers]
+        x_part = take(x, part)
+        held = [first_rows(buffer, part) for buffer in buffers]
         if not hidden:
             assert dws[2] is not None
             dws[2].add(g, hidden_of(held, x_part, pair, form))
             continue
         dz_g, dz_u = gradients_of(held, g, x_part, pair, used_wd, form, dws[2], dbs[0], dbs[1])
         if dx is not None:
-            torch.mm(dz_g, pair.wg, out=dx[part]).addmm_(dz_u, pair.wu)
+            torch.mm(dz_g, pair.wg, out=take(dx, part)).addmm_(dz_u, pair.wu)
         for dw, dz in ((dws[0], dz_g), (dws[1], dz_u)):
             if dw is not None:
                 dw.add(dz, x_part)
@@ -260,4 +261,4 @@ def gated_mlp(
     operands = gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
     options = activation, float(gate_multiplier), float(down_multiplier), *limits(chunk_rows, scratch_bytes)
     y = OP(x, *operands, *options, norm=norm)
-    return y.reshape(*x.shape[:-1], down_weight.shape[0])
+    return like_rows_of(y, x)

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.ops._activations import check_activation
-from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
+from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, first_rows, limits, take
 from gpuckpt.pytorch.ops._dropout import Mask, check_dropout, draw_seed
 from gpuckpt.pytorch.ops._operands import (
     autocast_input,
     cast,
     cast_bytes,
     check_weight,
+    like_rows_of,
     rows_of,
 )
 from gpuckpt.pytorch.ops._register import FusedOp
@@ -126,21 +127,23 @@ def gradients(
     scratch = None if plain else dy.new_empty(chunk, weight.shape[0])
     for part in chunks(rows, chunk):
         if scratch is None:
-            dz = dy[part]
+            dz = take(dy, part)
             total = None if db is None else sum_rows(dz)
         else:
             assert x is not None
-            dz = scratch[: part.stop - part.start]
-            total = dz_into(dz, dy[part], x[part], used_weight, used_bias, activation, db is not None, mask, part.start)
+            dz = first_rows(scratch, part)
+            total = dz_into(
+                dz, take(dy, part), take(x, part), used_weight, used_bias, activation, db is not None, mask, part.start
+            )
         if db is not None:
             assert total is not None
             db.add(total)
         del total  # or it would still be held while dX and dW are made
         if dx is not None:
-            torch.mm(dz, used_weight, out=dx[part])
+            torch.mm(dz, used_weight, out=take(dx, part))
         if dw is not None:
             assert x is not None
-            dw.add(dz, x[part])
+            dw.add(dz, take(x, part))
     return [dx, None if dw is None else dw.result(), None if db is None else db.result()]
 
 
@@ -209,4 +212,4 @@ def linear(
         residual = rows_of(residual.to(autocast_input(x).dtype))
     options = activation, float(dropout), *limits(chunk_rows, scratch_bytes)
     y = OP(x, weight, bias, residual, draw_seed(dropout), *options, norm=norm)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return like_rows_of(y, x)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.pytorch.ops._activations import check_activation, differentiate, finish, keep_
-from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, limits
+from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, first_rows, limits, take
 from gpuckpt.pytorch.ops._operands import (
     as_if_cast,
     cast,
@@ -25,6 +25,7 @@ from gpuckpt.pytorch.ops._operands import (
     check_bias,
     check_second_weight,
     check_weight,
+    like_rows_of,
     wants_copy,
 )
 from gpuckpt.pytorch.ops._register import FusedOp
@@ -119,7 +120,7 @@ def forward(
     y = x.new_empty(rows, w2.shape[0])
     h = x.new_empty(min(chunk, rows), w1.shape[0])
     for part in chunks(rows, chunk):
-        affine_into(y[part], forward_into(h[: part.stop - part.start], x[part], w1, b1, activation), w2, b2)
+        affine_into(take(y, part), forward_into(first_rows(h, part), take(x, part), w1, b1, activation), w2, b2)
     return y
 
 
@@ -192,10 +193,10 @@ def gradients(
     used1, bias, used2 = cast(w1, x), cast(b1, x), cast(w2, x)
     buffers = [x.new_empty(min(chunk, rows), w1.shape[0]) for _ in range(_hidden_buffers(x, needs))]
     for part in chunks(rows, chunk):
-        dy_part, x_part = dy[part].contiguous() if copied else dy[part], x[part]
+        dy_part, x_part = take(dy, part).contiguous() if copied else take(dy, part), take(x, part)
         if db2 is not None:
             db2.add(sum_rows(dy_part))
-        held = iter(buffer[: part.stop - part.start] for buffer in buffers)
+        held = iter(first_rows(buffer, part) for buffer in buffers)
         dz = next(held) if any(needs[:3]) else None
         h = next(held, None)
         if dz is None:
@@ -212,7 +213,7 @@ def gradients(
             dw2.add(dy_part, h)
         if dz is not None:
             if dx is not None:
-                torch.mm(dz, used1, out=dx[part])
+                torch.mm(dz, used1, out=take(dx, part))
             if dw1 is not None:
                 dw1.add(dz, x_part)
     return [dx, *(None if grad is None else grad.result() for grad in (dw1, db1, dw2, db2))]
@@ -273,4 +274,4 @@ def mlp(
     check_second_weight(w2, b2, w1.shape[0], "w2")
     check_bias(b1, w1, "w1")
     y = OP(x, w1, b1, w2, b2, activation, *limits(chunk_rows, scratch_bytes), norm=norm)
-    return y.reshape(*x.shape[:-1], w2.shape[0])
+    return like_rows_of(y, x)
