@@ -121,7 +121,7 @@ class Fitted:
 
     @property
     def deviations(self) -> list[Deviation]:
-        """Steps that held more than their plan had promised, oldest first."""
+        """Steps that held more than their plan had promised, oldest first; the last 1024 of them."""
         return list(self._peaks.deviations)
 
     @property

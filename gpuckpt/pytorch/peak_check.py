@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import keep_graph, queue_callback, untraced
 
 __all__ = ["Deviation", "Promise", "StepPeaks"]
+
+_MOST_DEVIATIONS = 1024
 
 
 class Deviation(NamedTuple):
@@ -88,7 +91,7 @@ class StepPeaks:
     def __init__(self, budget: Budget, host: Budget | None, strict: bool) -> None:
         self.held = Promise(budget, "this budget")
         self.offloaded = Promise(budget if host is None else host, "the host budget")
-        self.deviations: list[Deviation] = []
+        self.deviations: deque[Deviation] = deque(maxlen=_MOST_DEVIATIONS)
         self.deviated = False
         self.began = False  # whether there has been a step
         self.retained = False  # a graph was kept for a second backward, and its bytes with it
@@ -131,7 +134,7 @@ class StepPeaks:
                 if self._strict:
                     raise promise.error()
                 noted = Deviation(promise.promised_bytes, promise.measured_bytes, promise is not self.held)
-                if noted not in self.deviations[-1:]:
+                if not self.deviations or self.deviations[-1] != noted:
                     self.deviations.append(noted)
                 self.deviated = True
 

@@ -44,6 +44,8 @@ __all__ = ["PlanMaker", "Planned"]
 _MOST_PLANS = 64
 _MOST_REPLANS = 2  # of one kind of call
 _MOST_OBSERVED = 8  # sizes that others are predicted from
+_MOST_DEVIANTS = 1024  # kinds of calls that are remembered to hold other bytes than expected
+_MOST_NEW_NUMBERS = 16  # more new ints than ones that come again: a counter, and no number that decides bytes
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class PlanMaker:
         self._unpredictable: set[Any] = set()  # kinds
         self._longer: dict[Any, Planned] = {}  # by kind, with calls that were seen later
         self._link: Link | None = None
-        self._numbers_matter: set[Any] = set()  # kinds in which another int was seen to take other bytes
+        # Kinds in which another int may take other bytes: how many more calls had new ints than ones that were met before.
+        self._numbers_matter: dict[Any, int] = {}
         self._replanned: dict[Any, int] = {}
         self._latest: Any = None  # the kind of the latest call
         self._made_of: Any = None
@@ -108,7 +111,14 @@ class PlanMaker:
     def kind_of(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What of a call its plan depends on."""
         kind = self._describe(args, kwargs, numbers=False)
-        return self._describe(args, kwargs, numbers=True) if kind in self._numbers_matter else kind
+        new = self._numbers_matter.get(kind, _MOST_NEW_NUMBERS)
+        if (
+            new >= _MOST_NEW_NUMBERS
+        ):  # none does, or it counts steps: a plan for each would be made and never used again
+            return kind
+        by_number = self._describe(args, kwargs, numbers=True)
+        self._numbers_matter[kind] = max(0, new - 1) if by_number in self.plans else new + 1
+        return by_number
 
     def known(self, kind: Any) -> Planned | None:
         """The plan for a kind of call, if it was made already; that call is the latest from now on."""
@@ -159,6 +169,8 @@ class PlanMaker:
         observed.move_to_end(sizes)
         if len(observed) > _MOST_OBSERVED:
             observed.popitem(last=False)
+        if len(self._observed) > _MOST_PLANS:
+            self._observed.pop(next(iter(self._observed)))
         if self.host_budget is not None and self._link is None:
             device = next((tensor.device for tensor in self._parameters), torch.device(self.budget.device))
             self._link = measure_link(device, self.host_budget, WallClock())
@@ -218,6 +230,8 @@ class PlanMaker:
             with suppress(BudgetExceeded):
                 plan = self._plan(longer.chain, self._bytes_of_one)
                 found = self._longer[self._latest] = Planned(longer, plan, predicted=True)
+                if len(self._longer) > _MOST_PLANS:
+                    del self._longer[next(iter(self._longer))]
                 if not failed:
                     self._keep(self._latest, found)
 
@@ -230,11 +244,14 @@ class PlanMaker:
         now = self.plans.get(kind)
         if now is not None and now is not planned and now is self._longer.get(kind):
             return  # made since, for what this step called
+        if len(self._unpredictable) >= _MOST_DEVIANTS:
+            self._unpredictable.clear()
+            self._replanned.clear()
         self._unpredictable.add(kind)
         if now is not None and now.predicted:
             del self.plans[kind]
             return
-        self._numbers_matter.add(kind)
+        self._numbers_matter.setdefault(kind, 0)
         self._replanned[kind] = self._replanned.get(kind, 0) + 1
         if self._replanned[kind] <= _MOST_REPLANS:
             self.plans.pop(kind, None)

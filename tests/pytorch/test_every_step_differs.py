@@ -165,6 +165,39 @@ def test_a_number_that_decides_bytes_is_seen_to() -> None:
     assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
 
 
+def test_a_step_number_beside_contents_that_decide_bytes_is_not_planned_for_ever() -> None:
+    """Contents made a step hold more than promised; the number that is new in each step had no part in it."""
+
+    class ByContents(Stepwise):
+        def forward(self, x: Tensor, step: int) -> Tensor:
+            return super().forward(x, depth=3 if x[0, 0] > 0 else 0)
+
+    ours = ByContents()
+    plain = copy.deepcopy(ours)
+    fitted = fit(ours, {"x": -torch.ones(4, 16), "step": 0}, "1MiB", repeats=1)
+    for step in range(1, 61):
+        call = {"x": -torch.ones(4, 16) if step % 2 else torch.ones(4, 16), "step": step}
+        if step == 31:
+            before = ours.runs.count
+        assert gradients(ours, **call) == gradients(plain, **call)
+    assert ours.runs.count == before + 30, "one forward a step"
+    assert fitted.deviations
+    assert len(fitted._maker._observed) <= 64
+
+
+def test_a_few_numbers_that_decide_bytes_keep_a_plan_each() -> None:
+    ours = Stepwise()
+    fitted = fit(ours, {"x": rows(), "depth": 0}, "1MiB", repeats=1)
+    draw = random.Random(0)
+    for _ in range(60):
+        ours(rows(), depth=draw.randrange(24)).sum().backward()
+    before = ours.runs.count
+    for depth in range(24):
+        ours(rows(), depth=depth).sum().backward()
+        assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+    assert ours.runs.count <= before + 24 + 10, "each number that came before is known"
+
+
 def test_plans_are_not_kept_for_ever() -> None:
     ours = model(3)
     fitted = fit(ours, rows(1), "1MiB", repeats=1)

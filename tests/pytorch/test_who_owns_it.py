@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from gpuckpt import InvalidChain, fit
+from gpuckpt import CheckpointBudget, InvalidChain, fit
 from tests.pytorch.beside_plain import beside_plain
 from tests.pytorch.steps import Layer, bits
 
@@ -182,3 +182,34 @@ def test_torchs_own_checkpoint_inside_is_refused(reentrant: bool) -> None:
     with pytest.raises(InvalidChain, match="gradient_checkpointing_disable"):
         model(x)
     assert fitted.budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("hold", ["account", "pool"])
+def test_two_fitted_models_in_a_row_share_one_budget(hold: str) -> None:
+    """What the other one holds breaks no promise, and is no reason to measure again for ever."""
+
+    class Counted(nn.Sequential):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            return super().forward(x)
+
+    def tower() -> nn.Sequential:
+        return Counted(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)])
+
+    torch.manual_seed(0)
+    first, second = tower(), tower()
+    plain = copy.deepcopy(first), copy.deepcopy(second)
+    budget = CheckpointBudget("1MiB", device="cpu", hold=hold)
+    x = torch.randn(4, 8)
+    one, two = fit(first, x, budget), fit(second, torch.randn(4, 8, requires_grad=True) * 1, budget)
+    for step in range(8):
+        if step == 6:
+            Counted.calls = 0
+        for a, b in ((one, two), plain):
+            b(a(x)).square().sum().backward()
+        assert budget.used_bytes == 0
+    for ours, theirs in zip((first, second), plain, strict=True):
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert Counted.calls == 2 * 4, "two models, twice as planned and twice plainly, and nothing measured"

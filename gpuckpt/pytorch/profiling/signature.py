@@ -67,8 +67,8 @@ class Fingerprint:
         self._seen = self._glance()
 
     def _glance(self) -> list[Any] | None:
-        """All that `_take` takes, without names and in less than half of the time: while this is the same, so is that. None: look at
-        it by name."""
+        """All that `_take` takes, without names and in less than half of the time: while this is the same, so is that. None:
+        look at it by name."""
         if self._sharded:
             return None
         found: list[Any] = []
