@@ -17,6 +17,7 @@ FILES = {
 MODULES = {name.removesuffix(".__init__"): path for path, name in FILES.items()}
 
 FLOORS = (
+    ("gpuckpt.checks",),
     ("gpuckpt.errors", "gpuckpt.units", "gpuckpt.kernels", "gpuckpt.pytorch._torch_internals"),
     ("gpuckpt.backend", "gpuckpt.memory", "gpuckpt.planning"),
     ("gpuckpt.pytorch.engine", "gpuckpt.segments"),
@@ -79,7 +80,9 @@ ADAPTERS = ("gpuckpt.memory.adapters.torch",)
 """Loaded by whoever has a tensor, and so has torch."""
 
 
-@pytest.mark.parametrize("room", ["gpuckpt.errors", "gpuckpt.units", "gpuckpt.memory", "gpuckpt.planning"])
+@pytest.mark.parametrize(
+    "room", ["gpuckpt.checks", "gpuckpt.errors", "gpuckpt.units", "gpuckpt.memory", "gpuckpt.planning"]
+)
 def test_the_lower_rooms_know_neither_torch_nor_triton(room: str) -> None:
     for module, path in MODULES.items():
         if room_of(module)[1] == room and module not in ADAPTERS:

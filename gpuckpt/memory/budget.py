@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from gpuckpt.checks import check_choice, check_function, check_int
 from gpuckpt.errors import BudgetClosed, BudgetExceeded
 from gpuckpt.memory.adapters import form_of
 from gpuckpt.memory.adapters.inspect import address_of, device_of, library_of, storage_bytes
@@ -61,24 +62,22 @@ class Budget:
         streams: Literal["torch", "cupy"] | None = None,
         log_events: int = 4096,
     ) -> None:
-        if hold not in ("account", "pool"):
-            raise ValueError(f'hold must be "account" (count bytes where they are) or "pool" (move them), got {hold!r}')
-        self.over_cap = parse_policies(over_cap)
-        if "spill" in self.over_cap and (spill_to is None or spill_to.hold != "pool" or spill_to.device != "cpu"):
-            raise ValueError('over_cap names "spill": give spill_to=CheckpointBudget(..., device="cpu", hold="pool")')
-        self.spill_to = spill_to
+        check_choice(hold, "hold", ("account", "pool"))
         self.storage_dtype = parse_storage_dtype(storage_dtype)
-        if "compress" in self.over_cap and self.storage_dtype is None:
-            raise ValueError('over_cap names "compress", which loses digits: declare storage_dtype, such as "float16"')
+        self.over_cap = parse_policies(over_cap, spill_to, self.storage_dtype)
+        self.spill_to = spill_to
         self.device = choose_device(device)
         self.hold = hold
         self.unit_bytes = 1 if self.device == "cpu" else _CUDA_UNIT_BYTES
-        self.ledger = Ledger(parse_bytes(max_bytes), log_events=log_events)
+        self.ledger = Ledger(
+            parse_bytes(max_bytes, "max_bytes"), log_events=check_int(log_events, "log_events", 0, 2**31)
+        )
         self.holders = Holders()
         # Held while a saved array moves; None where nothing ever moves, so that loading pays nothing for it.
         self.moving = (
             threading.RLock() if {"spill", "compress"} & {p for p in self.over_cap if isinstance(p, str)} else None
         )
+        check_function(allocator, "allocator")
         self.allocator = allocator
         self.streams = choose_streams(streams)
         self._pool: Pool | None = None
@@ -123,17 +122,18 @@ class Budget:
 
     def can_allocate(self, nbytes: int | str) -> bool:
         """Whether a request of `nbytes` would fit at this instant. A closed budget can allocate nothing."""
-        return not self.ledger.closed and parse_bytes(nbytes) <= self.remaining()
+        return not self.ledger.closed and parse_bytes(nbytes, "nbytes") <= self.remaining()
 
     def footprint(self, nbytes: int) -> int:
         """Bytes that an array of `nbytes` takes up on this device: whole units of `unit_bytes` (512 on CUDA, 1 on the host)."""
-        unit = self.unit_bytes
-        return -(-nbytes // unit) * unit
+        if type(nbytes) is not int:
+            nbytes = check_int(nbytes, "nbytes")
+        return -(-nbytes // self.unit_bytes) * self.unit_bytes
 
     def allocate(self, nbytes: int) -> None:
         """Count `nbytes` as held, until `free`. Raises `BudgetExceeded` where they do not fit."""
         if type(nbytes) is not int or nbytes < 0:
-            nbytes = parse_bytes(nbytes)
+            nbytes = parse_bytes(nbytes, "nbytes")
         if self._plain:
             self.ledger.charge(nbytes, "allocate")
         else:
@@ -142,7 +142,7 @@ class Budget:
     def free(self, nbytes: int) -> None:
         """Give back `nbytes` of what `allocate` took; `ValueError` for more than that."""
         if type(nbytes) is not int or nbytes < 0:
-            nbytes = parse_bytes(nbytes)
+            nbytes = parse_bytes(nbytes, "nbytes")
         self.ledger.free(nbytes, "free")
 
     def charge(self, nbytes: int, what: str = "charge") -> Charge:
@@ -151,7 +151,7 @@ class Budget:
         For bytes of an array on the device ask for `footprint(nbytes)`. Raises `BudgetExceeded` where they do not fit.
         """
         if type(nbytes) is not int or nbytes < 0:
-            nbytes = parse_bytes(nbytes)
+            nbytes = parse_bytes(nbytes, "nbytes")
         handle = Charge(self.ledger, what)
         if self._plain:
             self.ledger.charge(nbytes, what, handle)
@@ -192,7 +192,7 @@ class Budget:
         count of bytes, `RuntimeError` while a CUDA graph is being captured.
         """
         if type(nbytes) is not int or nbytes < 0:
-            nbytes = parse_bytes(nbytes)
+            nbytes = parse_bytes(nbytes, "nbytes")
         pool = self._pool or self._make_pool()
         charge = Charge(self.ledger, what)
         footprint_bytes = self.footprint(nbytes)

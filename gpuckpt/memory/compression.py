@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpuckpt.checks import shown
 from gpuckpt.memory.adapters import form_of
 from gpuckpt.memory.adapters.inspect import library_of
 from gpuckpt.memory.ledger import Charge
@@ -18,7 +19,7 @@ def parse_storage_dtype(name: Any) -> str | None:
         return None
     short = str(name).removeprefix("torch.")
     if short not in STORAGE_BYTES:
-        raise ValueError(f"storage_dtype must be one of {', '.join(STORAGE_BYTES)} or None, got {name!r}")
+        raise ValueError(f"storage_dtype must be one of {', '.join(STORAGE_BYTES)} or None, got {shown(name)}")
     return short
 
 

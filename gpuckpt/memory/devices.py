@@ -6,11 +6,12 @@ import re
 import sys
 from typing import Any
 
+from gpuckpt.checks import check_choice, shown
 from gpuckpt.errors import BackendUnavailable
 
 __all__ = ["choose_device", "choose_streams"]
 
-_DEVICE = re.compile(r"cpu|cuda(?::(?P<index>\d+))?")
+_DEVICE = re.compile(r"cpu|cuda(?::(?P<index>\d{1,4}))?")
 
 
 def choose_device(device: Any = None) -> str:
@@ -21,7 +22,7 @@ def choose_device(device: Any = None) -> str:
         return f"cuda:{_current_cuda()}" if _cuda_is_there() else "cpu"
     match = _DEVICE.fullmatch(str(device))
     if match is None:
-        raise ValueError(f'device must be "cpu", "cuda", "cuda:N" or None, got {device!r}')
+        raise ValueError(f'device must be "cpu", "cuda", "cuda:N" or None, got {shown(device)}')
     if str(device) == "cpu":
         return "cpu"
     return f"cuda:{_current_cuda() if match['index'] is None else int(match['index'])}"
@@ -29,8 +30,7 @@ def choose_device(device: Any = None) -> str:
 
 def choose_streams(library: Any = None) -> Any:
     """ "torch", "cupy" or None (to be found out when a pool is made). Raises `ValueError` for another name."""
-    if library not in (None, "torch", "cupy"):
-        raise ValueError(f'streams must be "torch", "cupy" or None, got {library!r}')
+    check_choice(library, "streams", (None, "torch", "cupy"))
     return library
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuckpt.checks import check_choice
 from gpuckpt.errors import BackendUnavailable, DLPackRefused
 from gpuckpt.memory.adapters.inspect import device_of, library_of
 
@@ -33,8 +34,7 @@ def exchange(array: Any, library: str) -> Any:
     >>> tensor
     tensor([0., 1., 2.], dtype=torch.float64)
     """
-    if library not in _LIBRARIES:
-        raise ValueError(f"library must be one of {', '.join(map(repr, _LIBRARIES))}, got {library!r}")
+    check_choice(library, "library", _LIBRARIES)
     if type(array).__name__ == "PyCapsule":
         raise DLPackRefused("a bare DLPack capsule negotiates no stream; pass the array itself")
     source = _library_of(array)

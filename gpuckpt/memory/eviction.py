@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import BudgetExceeded
+from gpuckpt.memory.ledger import Ledger
 from gpuckpt.memory.protocols import Evictable, Holds
 
 __all__ = ["Holders", "make_room", "parse_policies"]
 
+_MOST_POLICIES = 16
 _NAMES = ("recompute", "spill", "compress", "raise")
 
 
@@ -51,12 +54,19 @@ class Holders:
             del holder
 
 
-def parse_policies(policies: Iterable[Any] | str) -> tuple[Any, ...]:
-    """The user's list, checked. Raises `ValueError` for an unknown policy."""
-    listed = (policies,) if isinstance(policies, str) or callable(policies) else tuple(policies)
-    for policy in listed:
-        if not callable(policy) and policy not in _NAMES:
-            raise ValueError(f"over_cap must name {', '.join(map(repr, _NAMES))} or be callable, got {policy!r}")
+def parse_policies(policies: Sequence[Any] | str, spill_to: Any, storage_dtype: str | None) -> tuple[Any, ...]:
+    """The user's list, checked. Raises `ValueError` for an unknown policy, or one that lacks what it needs."""
+    single = isinstance(policies, str) or callable(policies) or not isinstance(policies, Sequence)
+    listed = (policies,) if single else tuple(policies[: _MOST_POLICIES + 1])
+    known = all(callable(policy) or (isinstance(policy, str) and policy in _NAMES) for policy in listed)
+    if not known or len(listed) > _MOST_POLICIES:
+        raise ValueError(f"over_cap must name {', '.join(map(repr, _NAMES))} or be callable, got {shown(policies)}")
+    if spill_to is not None and not isinstance(getattr(spill_to, "ledger", None), Ledger):
+        raise TypeError(f"spill_to is {shown(spill_to)}; expected a budget or None")
+    if "spill" in listed and (spill_to is None or spill_to.hold != "pool" or spill_to.device != "cpu"):
+        raise ValueError('over_cap names "spill": give spill_to=CheckpointBudget(..., device="cpu", hold="pool")')
+    if "compress" in listed and storage_dtype is None:
+        raise ValueError('over_cap names "compress", which loses digits: declare storage_dtype, such as "float16"')
     return listed
 
 

@@ -178,7 +178,7 @@ class Ledger:
             plain = self._plain_bytes - nbytes
             if plain < 0:
                 raise ValueError(
-                    f"free({nbytes}) of a budget with {self._plain_bytes} bytes allocated; "
+                    f"free(nbytes={nbytes}) of a budget with {self._plain_bytes} bytes allocated; "
                     "free at most what allocate() took (arrays and charges are released by their own handles)"
                 )
             self._plain_bytes = plain

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 
+from gpuckpt.checks import check_int
+
 __all__ = ["MemoryUsageTracker"]
 
 
@@ -51,33 +53,33 @@ class MemoryUsageTracker:
 
     def record_stored_activation(self, nbytes: int) -> None:
         """An activation of `nbytes` is stored from now on."""
-        _check(nbytes)
+        nbytes = check_int(nbytes, "nbytes")
         with self._lock:
             self._stored_bytes += nbytes
             self._peak_bytes = max(self._peak_bytes, self._stored_bytes + self._gradient_bytes)
 
     def release_stored_activation(self, nbytes: int) -> None:
         """A stored activation of `nbytes` is gone. Never goes below zero."""
-        _check(nbytes)
+        nbytes = check_int(nbytes, "nbytes")
         with self._lock:
             self._stored_bytes = max(0, self._stored_bytes - nbytes)
 
     def record_recomputed(self, nbytes: int) -> None:
         """An activation of `nbytes` was computed again."""
-        _check(nbytes)
+        nbytes = check_int(nbytes, "nbytes")
         with self._lock:
             self._recomputed_bytes += nbytes
 
     def record_gradient(self, nbytes: int) -> None:
         """Gradients of `nbytes` are held from now on."""
-        _check(nbytes)
+        nbytes = check_int(nbytes, "nbytes")
         with self._lock:
             self._gradient_bytes += nbytes
             self._peak_bytes = max(self._peak_bytes, self._stored_bytes + self._gradient_bytes)
 
     def release_gradient(self, nbytes: int) -> None:
         """Gradients of `nbytes` are gone: used up by an update, or replaced. Never goes below zero."""
-        _check(nbytes)
+        nbytes = check_int(nbytes, "nbytes")
         with self._lock:
             self._gradient_bytes = max(0, self._gradient_bytes - nbytes)
 
@@ -98,8 +100,3 @@ class MemoryUsageTracker:
 
     def __repr__(self) -> str:
         return self.summary()
-
-
-def _check(nbytes: int) -> None:
-    if nbytes < 0:
-        raise ValueError(f"{nbytes} bytes cannot be recorded: the number must not be negative")

@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from gpuckpt.checks import check_int, shown
 from gpuckpt.errors import InvalidChain
-from gpuckpt.planning._checks import KEEP, check_bytes, check_stage, is_int
+from gpuckpt.planning._checks import KEEP, MOST_BYTES, check_bytes, check_stage, is_int, plain_number
 from gpuckpt.planning._json import read_record
 from gpuckpt.planning.tables import WIDTH, cut_text, in_milliseconds, text_table
 from gpuckpt.units import format_bytes
 
-__all__ = ["KEEP", "Chain", "Stage", "Variant"]
+__all__ = ["KEEP", "Chain", "Stage", "Variant", "check_chain"]
 
 CHAIN_FORMAT = "gpuckpt.chain/1"
 
@@ -133,16 +134,31 @@ class Chain:
     name: str = "chain"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
-        object.__setattr__(self, "storages", tuple(self.storages))
+        if not isinstance(self.name, str):
+            raise InvalidChain(f"a chain's name is {shown(self.name)}; expected a string")
+        name = f"chain {shown(self.name)}"
+        for field in ("stages", "storages"):
+            values = getattr(self, field)
+            if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence):
+                raise InvalidChain(f"{name}: {field} is {shown(values)}; expected a tuple")
+            object.__setattr__(self, field, tuple(values))
         if not self.stages:
-            raise InvalidChain(f"chain {self.name!r} has no stages; a plan needs at least one")
-        if not is_int(self.unit_bytes) or self.unit_bytes < 1:
-            raise InvalidChain(f"chain {self.name!r}: unit_bytes is {self.unit_bytes!r}; expected an int of at least 1")
+            raise InvalidChain(f"{name} has no stages; a plan needs at least one")
+        if not is_int(self.unit_bytes) or not 1 <= self.unit_bytes <= MOST_BYTES:
+            raise InvalidChain(f"{name}: unit_bytes is {shown(self.unit_bytes)}; expected an int from 1 to 2^60")
         for i, size in enumerate(self.storages):
-            check_bytes(size, f"chain {self.name!r}: storage {i}")
+            check_bytes(size, f"{name}: storages: {i}")
+        if sum(self.footprints) > MOST_BYTES:
+            raise InvalidChain(
+                f"{name}: storages of {sum(self.footprints)} bytes in all, in units; expected at most 2^60"
+            )
         for i, stage in enumerate(self.stages):
-            check_stage(stage, f"chain {self.name!r}: stage {i} ({stage.name!r})", len(self.storages))
+            if not isinstance(stage, Stage):
+                raise InvalidChain(f"{name}: stages: {i} is {shown(stage)}; expected a Stage")
+            try:
+                check_stage(stage, len(self.storages))
+            except InvalidChain as error:
+                raise InvalidChain(f"{name}: stage {i} ({shown(stage.name)}): {error}") from None
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -179,7 +195,11 @@ class Chain:
 
     def charge(self, ids: Sequence[int]) -> int:
         """Bytes that holding `ids` charges, each id once."""
-        return sum(self.footprints[i] for i in set(ids))
+        try:
+            return sum([self.footprints[i] for i in set(ids)])
+        except (IndexError, TypeError, ValueError):
+            last = len(self.storages) - 1
+            raise ValueError(f"ids is {shown(ids)}; chain {shown(self.name)} has storages 0..{last}") from None
 
     @property
     def saved_bytes(self) -> int:
@@ -188,10 +208,13 @@ class Chain:
 
     def frame_holds(self, first: int, last: int) -> tuple[int, ...]:
         """Ids that a frame over stages `first..last` holds: its input and the extras of all its stages, each once."""
-        return tuple(dict.fromkeys((*self.stages[first].inputs, *self.extras_of(first, last))))
+        extras = self.extras_of(first, last)
+        return tuple(dict.fromkeys((*self.stages[first].inputs, *extras)))
 
     def extras_of(self, first: int, last: int) -> tuple[int, ...]:
         """Ids of the extras of stages `first..last`, each once."""
+        if not (type(first) is type(last) is int and 0 <= first <= last < len(self.stages)):
+            self._check_range(first, last)
         held: dict[int, None] = {}
         for extras, users in self._users_of_extras.items():
             following = bisect_left(users, first)
@@ -233,17 +256,28 @@ class Chain:
 
         An output that is no storage of the chain counts with its stage's `output_bytes`.
         """
+        if type(stage) is not int or not 0 <= stage < len(self.stages):
+            check_int(stage, "stage", 0, len(self) - 1)
         now, before = self.stages[stage], self.stages[stage - 1] if stage else None
         ids, untracked_bytes = {*now.inputs, *now.output}, 0 if now.output else now.output_bytes
         if before is not None:
             ids.update(before.output)
             if not before.output and not now.inputs:
                 untracked_bytes += before.output_bytes
-        return untracked_bytes + sum(self.footprints[i] for i in ids if i not in held)
+        try:
+            return untracked_bytes + sum([self.footprints[i] for i in ids if i not in held])
+        except (TypeError, ValueError):
+            raise TypeError(f"held is {shown(held)}; expected a container of ids") from None
 
     def part(self, first: int, last: int) -> Chain:
         """Stages `first..last` as a chain of their own, over the same storages."""
+        self._check_range(first, last)
         return replace(self, stages=self.stages[first : last + 1], name=f"{self.name}[{first}..{last}]")
+
+    def _check_range(self, first: int, last: int) -> None:
+        """Raise `TypeError` or `ValueError` unless stages `first..last` are some of this chain's."""
+        check_int(first, "first", 0, len(self) - 1)
+        check_int(last, "last", first, len(self) - 1)
 
     def with_unit(self, unit_bytes: int) -> Chain:
         """The same chain, charged in granules of `unit_bytes`."""
@@ -257,7 +291,7 @@ class Chain:
             record.append([s.name, s.saves, s.inputs, s.extras, s.output, s.output_bytes, s.recomputable, variants])
             if s.again_bytes:
                 record.append(s.again_bytes)
-        return hashlib.sha256(json.dumps(record, separators=(",", ":")).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(record, separators=(",", ":"), default=plain_number).encode()).hexdigest()[:32]
 
     def fingerprint(self) -> str:
         """32 hex digits of everything that decides bytes: names, storages, unit, options.
@@ -269,7 +303,7 @@ class Chain:
     def to_json(self) -> str:
         """The chain as JSON text."""
         record = {"format": CHAIN_FORMAT, "name": self.name, "unit_bytes": self.unit_bytes, "storages": self.storages}
-        return json.dumps({**record, "stages": [asdict(stage) for stage in self.stages]})
+        return json.dumps({**record, "stages": [asdict(stage) for stage in self.stages]}, default=plain_number)
 
     @classmethod
     def from_json(cls, text: str) -> Chain:
@@ -278,10 +312,18 @@ class Chain:
         try:
             stages = tuple(_stage_from(fields) for fields in record["stages"])
             return cls(stages, tuple(record["storages"]), record["unit_bytes"], record["name"])
+        except InvalidChain:
+            raise
         except KeyError as error:
             raise InvalidChain(f"the chain file has no {error.args[0]!r}") from None
-        except TypeError as error:
-            raise InvalidChain(f"the chain file is damaged: {error}") from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InvalidChain(f"the chain file is damaged: {cut_text(str(error), 200)}") from None
+
+
+def check_chain(value: object) -> None:
+    """Raise `TypeError` for what is no chain."""
+    if not isinstance(value, Chain):
+        raise TypeError(f"chain is {shown(value)}; expected a Chain, as `measure` and `Chain.from_json` give")
 
 
 def _stage_from(fields: Mapping[str, Any]) -> Stage:

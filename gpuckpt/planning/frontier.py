@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpuckpt.checks import check_int
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.planning.chain import Chain
+from gpuckpt.planning.chain import Chain, check_chain
 from gpuckpt.planning.plan import Plan
 from gpuckpt.planning.planner import plan_chain
 from gpuckpt.planning.simulate import simulate
 from gpuckpt.planning.strategies import keep_all
 
 __all__ = ["Frontier", "plan_frontier"]
+
+_MOST_POINTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,9 @@ def plan_frontier(chain: Chain, budgets: int | Sequence[int] = 24, **options: ob
     >>> plan_frontier(chain, [2000, 3000, 4000]).points
     ((1300, 15.0), (2100, 14.0), (4000, 12.0))
     """
-    if isinstance(budgets, int):
-        if budgets < 2:
-            raise ValueError(f"budgets is {budgets}; a frontier has at least its two ends")
+    check_chain(chain)
+    if isinstance(budgets, str | bytes) or not isinstance(budgets, Sequence):
+        budgets = check_int(budgets, "budgets", 2, _MOST_POINTS)
         most = simulate(chain, keep_all(chain)).peak_bytes
         least = plan_chain(chain, most, **options).certificate.smallest_budget_bytes  # type: ignore[arg-type]
         if options.get("host_bytes") is not None:
@@ -56,6 +59,9 @@ def plan_frontier(chain: Chain, budgets: int | Sequence[int] = 24, **options: ob
         # Even steps of the ratio: time falls steeply at the small end, and the knee lies there.
         ratio = most / max(least, 1)
         budgets = [least, *(round(max(least, 1) * ratio ** (x / (budgets - 1))) for x in range(1, budgets - 1)), most]
+    if not budgets:
+        raise ValueError("budgets is empty; expected how many there shall be, or at least one in bytes")
+    budgets = [check_int(each, "budgets", 0, 2**63 - 1) for each in budgets]
     plans = tuple(plan_chain(chain, budget, **options) for budget in sorted(set(budgets)))  # type: ignore[arg-type]
     points = [(plan.certificate.peak_bytes, plan.certificate.step_s) for plan in plans]
     return Frontier(chain.name, plans, _knee(points))

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isinf
 
+from gpuckpt.checks import check_choice, check_int, check_number, shown
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.planning.chain import Chain
+from gpuckpt.planning.chain import Chain, check_chain
 from gpuckpt.planning.plan import Plan
 from gpuckpt.planning.planner import certify
 from gpuckpt.planning.simulate import simulate
@@ -30,6 +31,7 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
 # Bisections over the budget of one micro-batch: each halves what is left, 14 of them leave 1/16384 of a rank's budget.
 _BISECTIONS = 14
+_MOST_JOBS = 10**6
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def in_flight(schedule: str, ranks: int, rank: int, micro_batches: int, chunks: 
     [4, 3, 2, 1]
     """
     _check(schedule, ranks, micro_batches, chunks)
+    check_int(rank, "rank", 0, ranks - 1)
     if schedule == "gpipe":
         return micro_batches
     if schedule == "1f1b":
@@ -76,8 +79,9 @@ def cut_chain(chain: Chain, parts: int) -> tuple[tuple[int, int], ...]:
     >>> cut_chain(Chain(tuple(Stage(str(i), 1.0, 2.0) for i in range(6))), 3)
     ((0, 1), (2, 3), (4, 5))
     """
-    if not 1 <= parts <= len(chain):
-        raise ValueError(f"parts is {parts}; the chain has {len(chain)} stages and a part has at least one")
+    check_chain(chain)
+    if check_int(parts, "parts", 1) > len(chain):
+        raise ValueError(f"parts is {shown(parts)}; the chain has {len(chain)} stages and a part has at least one")
     seconds = [stage.forward_s + stage.backward_s for stage in chain.stages]
     low, high = max(seconds), sum(seconds)
     cuts = _cut(seconds, parts, high)
@@ -122,6 +126,12 @@ def plan_pipeline(
     ([(((0, 1),), 2, 400), (((2, 3),), 1, 200)], 30.0)
     """
     _check(schedule, ranks, micro_batches, chunks)
+    check_chain(chain)
+    budget_bytes = check_int(budget_bytes, "budget_bytes", 0, 2**63 - 1)
+    if ranks * chunks > len(chain):
+        raise ValueError(
+            f"ranks * chunks is {shown(ranks * chunks)}; expected at most one for each of {len(chain)} stages"
+        )
     cuts = cut_chain(chain, ranks * chunks)
     planned = []
     for rank in range(ranks):
@@ -193,6 +203,9 @@ def step_seconds(
     >>> step_seconds([1.0, 1.0], [2.0, 2.0], micro_batches=4, schedule="1f1b")
     15.0
     """
+    forward_s, backward_s = _seconds(forward_s, "forward_s"), _seconds(backward_s, "backward_s")
+    if len(forward_s) != len(backward_s):
+        raise ValueError(f"forward_s is of {len(forward_s)} ranks and backward_s of {len(backward_s)}")
     ranks = len(forward_s)
     _check(schedule, ranks, micro_batches, chunks)
     if schedule == "interleaved":
@@ -230,9 +243,20 @@ def _rank_jobs(schedule: str, ranks: int, rank: int, micro_batches: int) -> list
 
 
 def _check(schedule: str, ranks: int, micro_batches: int, chunks: int) -> None:
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
-    if ranks < 1 or micro_batches < 1 or chunks < 1:
-        raise ValueError(f"ranks, micro_batches and chunks are {ranks}, {micro_batches}, {chunks}; expected at least 1")
+    check_choice(schedule, "schedule", SCHEDULES)
+    check_int(ranks, "ranks", 1)
+    check_int(micro_batches, "micro_batches", 1)
+    check_int(chunks, "chunks", 1)
     if chunks > 1 and schedule != "interleaved":
-        raise ValueError(f"schedule {schedule!r} has one chunk a rank; got chunks={chunks}")
+        raise ValueError(f"schedule {schedule!r} has one chunk a rank; got chunks={shown(chunks)}")
+    if ranks * micro_batches * chunks > _MOST_JOBS:  # which are played out one by one
+        raise ValueError(
+            f"ranks * micro_batches * chunks is {shown(ranks)} * {shown(micro_batches)} * {shown(chunks)}; expected at most "
+            f"{_MOST_JOBS}"
+        )
+
+
+def _seconds(values: Sequence[float], name: str) -> list[float]:
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence) or not values:
+        raise TypeError(f"{name} is {shown(values)}; expected the seconds of each rank in a list")
+    return [check_number(value, name, 0.0, 1e15) for value in values]

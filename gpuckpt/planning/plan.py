@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import InvalidPlan
+from gpuckpt.planning._checks import MOST_SECONDS, plain_number
 from gpuckpt.planning._json import read_record
-from gpuckpt.planning.chain import Chain
+from gpuckpt.planning.chain import Chain, check_chain
 from gpuckpt.planning.tables import WIDTH, cut_text, in_milliseconds, text_table
 from gpuckpt.planning.tree import Node, check_tree, flatten, parse_tree, steps_text, tree_text
 from gpuckpt.units import format_bytes
@@ -110,9 +111,10 @@ class Plan:
 
     def check(self, chain: Chain) -> None:
         """Raise `InvalidPlan` unless this is a plan for `chain`."""
+        check_chain(chain)
         if chain.fingerprint() != self.fingerprint:
             raise InvalidPlan(
-                f"the plan was made for a chain with fingerprint {self.fingerprint} and chain {chain.name!r} has "
+                f"the plan was made for a chain with fingerprint {shown(self.fingerprint)} and chain {chain.name!r} has "
                 f"{chain.fingerprint()}; plan this chain again"
             )
         check_tree(chain, self.tree)
@@ -128,7 +130,7 @@ class Plan:
             "tree": tree_text(self.tree),
             "certificate": asdict(self.certificate),
         }
-        return json.dumps(record)
+        return json.dumps(record, default=plain_number)
 
     @classmethod
     def from_json(cls, text: str, chain: Chain | None = None) -> Plan:
@@ -136,9 +138,13 @@ class Plan:
         record = read_record(text, PLAN_FORMAT, "plan", InvalidPlan)
         for key, kind in _PLAN_FIELDS.items():
             if not isinstance(record.get(key), kind):
-                raise InvalidPlan(f"the plan file's {key!r} is {record.get(key)!r}; expected {kind.__name__}")
+                raise InvalidPlan(f"the plan file's {key!r} is {shown(record.get(key))}; expected {kind.__name__}")
         if record["objective"] not in ("held", "total"):
-            raise InvalidPlan(f"the plan file's objective is {record['objective']!r}; expected 'held' or 'total'")
+            raise InvalidPlan(f"the plan file's objective is {shown(record['objective'])}; expected 'held' or 'total'")
+        if isinstance(record["budget_bytes"], bool) or not 0 <= record["budget_bytes"] < 2**63:
+            raise InvalidPlan(
+                f"the plan file's budget_bytes is {shown(record['budget_bytes'])}; expected an int of bytes"
+            )
         plan = cls(
             parse_tree(record["tree"]),
             _certificate_from(record["certificate"]),
@@ -185,15 +191,15 @@ def _certificate_from(record: dict[str, Any]) -> Certificate:
     record = {"host_peak_bytes": 0, **record}  # plans made before there was spilling have none
     if set(record) != known:
         odd = sorted(set(record) ^ known)
-        raise InvalidPlan(f"the plan file's certificate lacks or does not know {', '.join(odd)}")
+        raise InvalidPlan(f"the plan file's certificate lacks or does not know {cut_text(', '.join(odd), 200)}")
     for key, value in record.items():
         if key == "peak_step":
             good = isinstance(value, str)
         elif key.endswith("_bytes"):
-            good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
         else:
-            good = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+            good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_SECONDS
             good = good or (key == "gap" and value is None)
         if not good:
-            raise InvalidPlan(f"the plan file's certificate has {key} = {value!r}")
+            raise InvalidPlan(f"the plan file's certificate has {key} = {shown(value)}")
     return Certificate(**record)

@@ -6,19 +6,19 @@ Whatever made the tree, the simulator has the last word: a plan leaves here only
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from numbers import Integral
 
 import numpy as np
 
+from gpuckpt.checks import check_choice, check_int, shown
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning import strategies
 from gpuckpt.planning._host_limit import plan_within_host
-from gpuckpt.planning.chain import Chain
+from gpuckpt.planning.chain import Chain, check_chain
 from gpuckpt.planning.coverage import what_stands_in_the_way
 from gpuckpt.planning.plan import Certificate, Plan
 from gpuckpt.planning.simulate import Simulation, simulate
 from gpuckpt.planning.solver import Problem, Solution, build_problem, min_peak_tree, solve
-from gpuckpt.planning.tree import Node
+from gpuckpt.planning.tree import Node, nodes_of
 
 __all__ = ["STRATEGIES", "certify", "plan_chain"]
 
@@ -31,6 +31,8 @@ _MOST_PARAMETERS = 64
 # 10,000 stages takes a second to read and to simulate.
 _MOST_TRIALS = 12
 _MOST_STAGES_TRIED = 40_000
+_MOST_BUDGET_BYTES = 2**63 - 1
+_MOST_SLOTS = 100_000
 # A second solve proves how far an inexact one can be from the optimum; it has no more slots than this many additions allow.
 _BOUND_SUMS = 1_000_000_000
 
@@ -79,7 +81,7 @@ def plan_chain(
 
     Raises:
         BudgetExceeded: nothing fits; `need` is the smallest budget that would do.
-        ValueError: an argument that makes no sense.
+        TypeError, ValueError: an argument that makes no sense; `InvalidChain` for more than 20,000 stages.
 
     >>> from gpuckpt.planning import Stage, tree_text
     >>> chain = Chain(tuple(Stage(f"block {i}", 1.0, 2.0, (2 * i, 2 * i + 1), (2 * i,)) for i in range(4)), (100, 900) * 4)
@@ -89,23 +91,19 @@ def plan_chain(
     >>> tree_text(plan.tree)
     '(0 1) 2 3'
     """
-    if not isinstance(budget_bytes, Integral) or isinstance(budget_bytes, bool) or budget_bytes < 0:
-        raise ValueError(f"budget_bytes is {budget_bytes!r}; expected an int of at least 0")
-    if objective not in ("held", "total"):
-        raise ValueError(f"objective is {objective!r}; expected 'held' or 'total'")
-    if strategy != "optimal" and strategy not in STRATEGIES:
-        raise ValueError(f"strategy is {strategy!r}; expected 'optimal' or one of {', '.join(STRATEGIES)}")
-    if slots is not None and slots < 1:
-        raise ValueError(f"slots is {slots!r}; expected at least 1, or None")
+    check_chain(chain)
+    budget_bytes = check_int(budget_bytes, "budget_bytes", 0, _MOST_BUDGET_BYTES)
+    check_choice(objective, "objective", ("held", "total"))
+    check_choice(strategy, "strategy", ("optimal", *STRATEGIES))
+    check_choice(engine, "engine", ("auto", "numpy", "numba"))
+    if slots is not None:
+        slots = check_int(slots, "slots", 1, _MOST_SLOTS)
     if host_bytes is not None:
-        if not isinstance(host_bytes, Integral) or isinstance(host_bytes, bool) or host_bytes < 0:
-            raise ValueError(f"host_bytes is {host_bytes!r}; expected an int of at least 0, or None")
         return plan_within_host(
             chain,
-            int(host_bytes),
+            check_int(host_bytes, "host_bytes", 0, _MOST_BUDGET_BYTES),
             lambda each: plan_chain(each, budget_bytes, strategy, objective=objective, slots=slots, engine=engine),
         )
-    budget_bytes = int(budget_bytes)
     search = _Search(chain, budget_bytes, objective, slots, engine)
     if strategy == "optimal":
         tree, simulation, gap, slot_bytes = search.optimal()
@@ -134,7 +132,11 @@ def certify(chain: Chain, tree: Iterable[Node], budget_bytes: int, strategy: str
     >>> certify(Chain((Stage("a", 1.0, 2.0, (0,)),), (100,)), [Keep(0)], 100, "by hand").certificate.peak_bytes
     100
     """
-    nodes = tuple(tree)
+    check_chain(chain)
+    budget_bytes = check_int(budget_bytes, "budget_bytes", 0, _MOST_BUDGET_BYTES)
+    if not isinstance(strategy, str):
+        raise TypeError(f"strategy is {shown(strategy)}; expected a name for the plan")
+    nodes = nodes_of(tree)
     simulation = simulate(chain, nodes)
     if simulation.peak_bytes > budget_bytes:
         raise BudgetExceeded(simulation.peak_bytes, budget_bytes, f"the {strategy!r} plan of {chain.name!r} holds more")

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import InvalidPlan
-from gpuckpt.planning.chain import KEEP, Chain
+from gpuckpt.planning._checks import is_int
+from gpuckpt.planning.chain import KEEP, Chain, check_chain
 
 __all__ = [
     "Keep",
@@ -25,6 +27,7 @@ __all__ = [
     "build_tree",
     "check_tree",
     "flatten",
+    "nodes_of",
     "parse_tree",
     "steps_text",
     "tree_text",
@@ -54,6 +57,8 @@ class Recompute:
     children: tuple[Node, ...]
 
 
+_MOST_DIGITS = 18  # of a stage number in a file
+
 Node = Keep | Recompute
 Token = Keep | str
 
@@ -79,11 +84,11 @@ def flatten(tree: Iterable[Node]) -> list[Step]:
     rows: list[list[Any]] = []  # first, last, end, ends, variant, depth
     position = 0
     # A level of the walk: (iterator over siblings, index of their frame's row, index of the latest sibling's row)
-    levels: list[list[Any]] = [[iter(tuple(tree)), -1, -1]]
+    levels: list[list[Any]] = [[iter(nodes_of(tree)), -1, -1]]
     while levels:
         siblings, frame, latest = levels[-1]
-        node = next(siblings, None)
-        if node is None:
+        node = next(siblings, _END)
+        if node is _END:
             levels.pop()
             if latest >= 0:
                 rows[latest][3] = True
@@ -94,20 +99,34 @@ def flatten(tree: Iterable[Node]) -> list[Step]:
             continue
         levels[-1][2] = index = len(rows)
         if isinstance(node, Keep):
-            if node.stage != position:
-                raise InvalidPlan(f"the plan has stage {node.stage!r} where stage {position} comes next")
+            if not is_int(node.stage) or node.stage != position:
+                raise InvalidPlan(f"the plan has stage {shown(node.stage)} where stage {position} comes next")
+            if not isinstance(node.variant, str):
+                raise InvalidPlan(f"stage {position} has variant {shown(node.variant)}; expected the name of an option")
             rows.append([position, position, index + 1, False, node.variant, len(levels) - 1])
             position += 1
         elif isinstance(node, Recompute):
             rows.append([position, -1, -1, False, None, len(levels) - 1])
-            levels.append([iter(node.children), index, -1])
+            levels.append([iter(nodes_of(node.children, "children")), index, -1])
         else:
-            raise InvalidPlan(f"a plan is made of Keep and Recompute; got {type(node).__name__}")
+            raise InvalidPlan(f"a plan's tree and children are Keep and Recompute; got {type(node).__name__}")
     return [Step(*row) for row in rows]
+
+
+_END = object()
+
+
+def nodes_of(nodes: Iterable[Node], what: str = "tree") -> tuple[Node, ...]:
+    """`nodes` as a tuple; `InvalidPlan` where they are none."""
+    try:
+        return tuple(nodes)
+    except TypeError:
+        raise InvalidPlan(f"{what} is {shown(nodes)}; expected Keep and Recompute in a tuple") from None
 
 
 def check_tree(chain: Chain, tree: Iterable[Node]) -> list[Step]:
     """`flatten(tree)`, once it is certain that the tree is a plan for `chain`; `InvalidPlan` otherwise."""
+    check_chain(chain)
     steps = flatten(tree)
     covered = steps[-1].last + 1 if steps else 0
     if covered != len(chain):
@@ -122,7 +141,9 @@ def check_tree(chain: Chain, tree: Iterable[Node]) -> list[Step]:
             )
         if step.variant != KEEP and all(step.variant != v.name for v in stage.variants):
             names = ", ".join(v.name for v in stage.options)
-            raise InvalidPlan(f"stage {step.first} ({stage.name!r}) has no option {step.variant!r}; it has {names}")
+            raise InvalidPlan(
+                f"stage {step.first} ({shown(stage.name)}) has no option {shown(step.variant)}; it has {names}"
+            )
     return steps
 
 
@@ -180,14 +201,16 @@ def parse_tree(text: str) -> tuple[Node, ...]:
     >>> parse_tree("0 (1 2:spill)")
     (Keep(stage=0, variant='keep'), Recompute(children=(Keep(stage=1, variant='keep'), Keep(stage=2, variant='spill'))))
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text is {shown(text)}; expected a plan's tree as tree_text gives it")
     tokens: list[Token] = []
     for word in text.replace("(", " ( ").replace(")", " ) ").split():
         if word in "()":
             tokens.append(word)
             continue
         number, _, variant = word.partition(":")
-        if not (number.isascii() and number.isdecimal()):
-            raise InvalidPlan(f"the plan's tree has {word!r} where a stage number was expected")
+        if not (number.isascii() and number.isdecimal()) or len(number) > _MOST_DIGITS:
+            raise InvalidPlan(f"the plan's tree has {shown(word)} where a stage number was expected")
         tokens.append(Keep(int(number), variant or KEEP))
     tree = build_tree(tokens)
     flatten(tree)

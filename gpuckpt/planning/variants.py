@@ -6,13 +6,16 @@ otherwise: a plan may turn out faster than promised, not slower. Spilled bytes a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container
 from dataclasses import replace
 
-from gpuckpt.planning.chain import Chain, Variant
+from gpuckpt.checks import check_number, shown
+from gpuckpt.planning.chain import Chain, Variant, check_chain
 
 __all__ = ["LINK_BYTES_PER_S", "with_spill"]
+
+_LEAST_BYTES_PER_S = 1e-3
+_MOST_LATENCY_S = 1e9
 
 LINK_BYTES_PER_S = {
     "pcie-gen3-x16": 15.75e9,
@@ -43,12 +46,16 @@ def with_spill(
     >>> [option.forward_s for option in with_spill(chain, LINK_BYTES_PER_S["pcie-gen5-x16"]).stages[0].options]
     [0.001, 0.002]
     """
-    if not bytes_per_s > 0:
-        raise ValueError(f"bytes_per_s is {bytes_per_s!r}; expected more than 0")
-    if not 0 <= overlap <= 1:
-        raise ValueError(f"overlap is {overlap!r}; expected 0 to 1")
-    if not 0 <= latency_s < math.inf:
-        raise ValueError(f"latency_s is {latency_s!r}; expected finite seconds of at least 0")
+    check_chain(chain)
+    bytes_per_s = check_number(bytes_per_s, "bytes_per_s", _LEAST_BYTES_PER_S)
+    overlap = check_number(overlap, "overlap", 0.0, 1.0)
+    latency_s = check_number(latency_s, "latency_s", 0.0, _MOST_LATENCY_S)
+    if not isinstance(name, str):
+        raise TypeError(f"name is {shown(name)}; expected what the option is called")
+    try:
+        _ = 0 in staying
+    except Exception:
+        raise TypeError(f"staying is {shown(staying)}; expected a container of ids") from None
     stages = []
     for stage in chain.stages:
         here = tuple(i for i in stage.saves if i in stage.extras or i in staying)

@@ -51,7 +51,10 @@ def device_of(array: Any, library: str) -> str:
 def storage_bytes(array: Any, library: str) -> int:
     """Bytes that holding `array` keeps alive: of a view, those of the memory it looks into."""
     if library == "torch":
-        return int(array.untyped_storage().nbytes())
+        try:
+            return int(array.untyped_storage().nbytes())
+        except NotImplementedError:
+            raise TypeError(f"array is a {array.layout} tensor, which has no plain memory; save its parts") from None
     if library == "numpy":
         owner = array
         while isinstance(owner.base, np.ndarray):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory.fork import renew_after_fork
 
@@ -131,6 +132,11 @@ class HostPool:
             else:
                 self._shrink(available - nbytes)
                 buffer = self._allocate(nbytes)
+                if getattr(buffer, "nbytes", None) != nbytes or not hasattr(buffer, "__array_interface__"):
+                    raise TypeError(
+                        f"allocator returned {shown(buffer)} for {nbytes} bytes; expected a NumPy array or another object with "
+                        "__array_interface__, and nbytes of just that many"
+                    )
             block = HostBlock(self, buffer)
             if nbytes:
                 self._addresses[block.address] = nbytes

@@ -15,9 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuckpt.checks import shown
+from gpuckpt.errors import InvalidChain
 from gpuckpt.planning.chain import Chain
 
 __all__ = ["Problem", "build_problem"]
+
+_MOST_STAGES = 20_000  # for which the smallest budget takes seconds; its time goes with the square
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -72,8 +76,12 @@ class Problem:
 
 
 def build_problem(chain: Chain, objective: str = "held") -> Problem:
-    """The arrays of `chain`, for plans that fit "held" or "total" bytes."""
+    """The arrays of `chain`, for plans that fit "held" or "total" bytes. Raises `InvalidChain` for too many stages."""
     n, stages = len(chain), chain.stages
+    if n > _MOST_STAGES:
+        raise InvalidChain(
+            f"chain {shown(chain.name)} has {n} stages; at most {_MOST_STAGES} are planned: make one stage of several blocks"
+        )
     v = max(len(stage.variants) for stage in stages) + 1
     footprints = chain.footprints
     extras = frozenset(i for stage in stages for i in stage.extras)
