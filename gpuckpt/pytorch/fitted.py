@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from gpuckpt.errors import BudgetExceeded, CheckpointError, InvalidChain
 from gpuckpt.memory import Budget
@@ -50,6 +51,14 @@ class Fitted:
     """
 
     def __init__(self, model: nn.Module, terms: Terms) -> None:
+        lazy = next(
+            (name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)), None
+        )
+        if lazy is not None:
+            raise InvalidChain(
+                f"{type(model).__name__}: {lazy!r} gets its shape in the first forward (a lazy module), and there is nothing to "
+                "measure before; call the model once on a batch, then fit it"
+            )
         self.model = model
         self._terms = terms
         self._made: PlanMaker | None = None  # by the first call that is planned, as are the peaks

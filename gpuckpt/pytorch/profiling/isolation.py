@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gpuckpt.pytorch._torch_internals import set_versions, version_number
 from gpuckpt.pytorch.engine.arguments import Objects
+from gpuckpt.pytorch.engine.fence.attributes import INTERNAL
+from gpuckpt.pytorch.engine.fence.holders import LARGEST, ValueKind, content_of, fill, holders_in, kind_of
 from gpuckpt.pytorch.profiling.sharding import sharding_unchanged
 
-__all__ = ["connected", "cut", "cut_call", "fresh", "have_drawn", "random_states", "unchanged"]
+__all__ = [
+    "ModelState",
+    "connected",
+    "cut",
+    "cut_call",
+    "fresh",
+    "have_drawn",
+    "random_states",
+    "set_random_states",
+    "unchanged",
+]
 
 
 class _Connect(torch.autograd.Function):
@@ -102,10 +114,65 @@ def _fresh(tensor: torch.Tensor) -> torch.Tensor:
     return connected(copy)
 
 
+class ModelState:
+    """What a model's modules hold besides parameters and submodules: attributes and buffers, and what is inside of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._held = _holders(model)
+
+    def outlived(self) -> bool:
+        """Whether forwards since have left tensors where there were none, for later ones to read: a table, a mask, a memory.
+        Tensors with a graph, which a later forward is not meant to read, are taken out again."""
+        found = False
+        for holder, now in _holders(self._model).values():
+            before = self._held.get(id(holder), (holder, {}))[1]
+            for key, value in now.items():
+                was = before.get(key)
+                if not isinstance(value, torch.Tensor) or was is value:
+                    continue
+                if value.requires_grad:
+                    content = {**content_of(holder), key: was}
+                    fill(holder, content if key in before else {k: v for k, v in content.items() if k != key})
+                else:
+                    found = found or was is None
+        return found
+
+
+def _holders(model: nn.Module) -> dict[int, tuple[Any, dict[Any, Any]]]:
+    """Dicts, containers and objects in which the state of a model stands, by id, each with its content."""
+    found: dict[int, tuple[Any, dict[Any, Any]]] = {}
+    for module in model.modules():
+        found[id(module._buffers)] = module._buffers, dict(module._buffers)
+        attributes = {name: value for name, value in module.__dict__.items() if name not in INTERNAL}
+        found[id(module.__dict__)] = module.__dict__, attributes
+        waiting = [(value, _STATE_DEPTH) for value in attributes.values()]
+        while waiting:
+            value, depth = waiting.pop()
+            if depth == 0 or kind_of(value) not in (ValueKind.CONTAINER, ValueKind.OBJECT):
+                continue
+            for holder in holders_in(value):
+                if id(holder) not in found and not (isinstance(holder, Sized) and len(holder) > LARGEST):
+                    found[id(holder)] = holder, content_of(holder)
+                    waiting += [(item, depth - 1) for item in found[id(holder)][1].values()]
+    return found
+
+
+_STATE_DEPTH = 3  # of objects within objects
+
+
 def random_states() -> list[torch.Tensor]:
     """Where the random number generators stand, of the CPU and of the devices in use."""
     with _disable_current_modes():  # real tensors, also where the rest is fake
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
+def set_random_states(states: list[torch.Tensor]) -> None:
+    """Let the generators stand where `random_states()` found them."""
+    cpu_rng, *cuda_rng = states
+    torch.set_rng_state(cpu_rng)
+    if cuda_rng:
+        torch.cuda.set_rng_state_all(cuda_rng)
 
 
 def have_drawn(before: list[torch.Tensor]) -> bool:
@@ -120,7 +187,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     random number generators are as before, and autocast remembers no cast of a weight that was made meanwhile."""
     owners = [(module, dict(module._buffers)) for module in model.modules()]
     contents = {buffer: (buffer.detach().clone(), version_number(buffer)) for buffer in model.buffers()}
-    cpu_rng, *cuda_rng = random_states()
+    random = random_states()
     try:
         with sharding_unchanged(model):
             yield
@@ -135,7 +202,5 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 )
                 if not same:
                     buffer.copy_(before)
-        torch.set_rng_state(cpu_rng)
-        if cuda_rng:
-            torch.cuda.set_rng_state_all(cuda_rng)
+        set_random_states(random)
         torch.clear_autocast_cache()

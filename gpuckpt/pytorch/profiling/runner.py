@@ -32,7 +32,7 @@ from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, i
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
 from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
-from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, unpack
+from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, residents_of, unpack
 from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Sample, StageKind, kind_key, offered
 
 __all__ = ["Measured", "run_chain"]
@@ -123,7 +123,8 @@ class _Measurement:
         if fence.rewritten is not None:
             raise InvalidChain(
                 f"stage {name!r} ({type(module).__name__}) changes its parameter {fence.rewritten!r} in place when it runs, so "
-                "that it cannot run again: max_norm of nn.Embedding does that; do it after the optimizer's step instead"
+                "that it cannot run again: max_norm of nn.Embedding does that (do it after the optimizer's step instead), and "
+                "values that the first batch decides (call the model once on a batch, then fit it)"
             )
         if hand_on is not None:
             hand_on()
@@ -298,11 +299,13 @@ def run_chain(
     repeats: int,
     copies: bool = False,
     stages: Sequence[str] = (),
+    residents: Sequence[torch.Tensor] | None = None,
 ) -> Measured:
-    """The measuring itself; it leaves buffers and random number generators as the model left them."""
+    """The measuring itself; it leaves buffers and random number generators as the model left them. `residents`: see
+    `residents_of`, which is asked by default."""
     tensors = tensors_in((args, kwargs))
-    residents = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_leaf]
-    residents += [tensor for tensor in tensors if tensor.is_leaf and tensor.requires_grad]
+    if residents is None:
+        residents = residents_of(model, args, kwargs)
     fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
 
     def refuse(_: Any) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
 from gpuckpt.pytorch._torch_internals import untraced, version_number
 from gpuckpt.pytorch.engine.residency import charged_bytes, is_copied, is_movable, is_resident
@@ -17,7 +19,17 @@ from gpuckpt.pytorch.engine.saved_storage import flat_bytes
 from gpuckpt.pytorch.engine.subclasses import parts_of
 from gpuckpt.pytorch.engine.verify import checksum
 
-__all__ = ["SaveRecorder", "Storages", "identity"]
+__all__ = ["SaveRecorder", "Storages", "identity", "residents_of"]
+
+
+def residents_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """What is there whether or not anything is saved: the model's own tensors, and leaves that the caller trains."""
+    own = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_leaf]
+    return own + [
+        leaf
+        for leaf in pytree.tree_leaves((args, kwargs))
+        if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad
+    ]
 
 
 class Storages:

@@ -45,6 +45,9 @@ def _harmless(value: Any) -> bool:
 
 
 def restore(held: dict[str, Any], names: Sequence[str], seen: list[Any]) -> None:
+    """Let a module's attributes be those called `names`, with the values in `seen`, as far as those are known."""
+    for name in [name for name in held if name not in INTERNAL and name not in names]:
+        del held[name]  # made since
     for name, value in zip(names, seen, strict=True):
         if value is ABSENT:
             continue

@@ -154,6 +154,7 @@ class ModuleState:
         if not watched.trials:
             return
         dicts = self._dicts()
+        watched.rewritten = None
         for number, (_, is_buffer, name) in enumerate(watched.places):
             tensor = self._tensors[number]
             if not is_buffer and isinstance(tensor, torch.Tensor) and version_number(tensor) != self._versions[number]:
@@ -169,7 +170,8 @@ class ModuleState:
                 watched.written.add(number)
             else:
                 del self._copies[number]
-        watched.trials = 0 if for_good else max(0, watched.trials - 1)
+        if watched.rewritten is None:  # what the first batch decides is changed in one forward alone
+            watched.trials = 0 if for_good else max(0, watched.trials - 1)
 
     def enter(self, kept: Sequence[torch.Tensor]) -> Callable[[], None]:
         """Let the modules be as they were; returns what lets them be as they are now, with nothing in them of what ran between.

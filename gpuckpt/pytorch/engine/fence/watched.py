@@ -128,6 +128,17 @@ class Watched:
         self.uses: dict[tuple[int, str], TensorUse] = {}  # of tensors that attributes lead to, by part and name
         self.trials = 2
 
+    def learn_from(self, other: Watched) -> None:
+        """Take over what was learned of the same modules when they were made up otherwise."""
+        if [part.ref() for part in self.parts] != [part.ref() for part in other.parts]:
+            return
+        self.uses = other.uses
+        known = set(other.places)
+        written = {other.places[number] for number in other.written}
+        self.written = {number for number, place in enumerate(self.places) if place in written}
+        if all(place in known for place in self.places if place.is_buffer):
+            self.trials = other.trials
+
     def current(self) -> bool:
         """Whether the modules are still made up as they were."""
         return all(part.current() for part in self.parts)
@@ -144,5 +155,8 @@ def watch(roots: Sequence[nn.Module]) -> Watched:
     if watched is None or not watched.current():
         if len(known) >= _MOST_TOGETHER:  # modules that are called with ever other ones
             known.clear()
-        watched = known[others] = Watched(roots)
+        before, watched = watched, Watched(roots)
+        if before is not None:
+            watched.learn_from(before)
+        known[others] = watched
     return watched
