@@ -17,6 +17,17 @@ def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors that hold the bytes of `tensor`: itself, those of a sparse or nested one, or those inside of a wrapper,
     whose own storage has none. Raises `TypeError` for a layout that has no such parts."""
     layout = tensor.layout
+    if layout is not torch.strided:
+        with torch.no_grad():  # asking for the values of a nested tensor would save it
+            return _parts_by_layout(tensor, layout)
+    if type(tensor) is torch.Tensor or not is_wrapper(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    inside = (getattr(tensor, name) for name in names)
+    return [part for value in inside if isinstance(value, torch.Tensor) for part in parts_of(value)]
+
+
+def _parts_by_layout(tensor: torch.Tensor, layout: torch.layout) -> list[torch.Tensor]:
     if layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -25,13 +36,7 @@ def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     if layout is torch.jagged:
         return [tensor.values(), tensor.offsets()]  # type: ignore[attr-defined]
-    if layout is not torch.strided:
-        raise TypeError(f"a budget cannot hold a saved tensor of layout {layout}; convert it to a strided one")
-    if type(tensor) is torch.Tensor or not is_wrapper(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    inside = (getattr(tensor, name) for name in names)
-    return [part for value in inside if isinstance(value, torch.Tensor) for part in parts_of(value)]
+    raise TypeError(f"a budget cannot hold a saved tensor of layout {layout}; convert it to a strided one")
 
 
 def detached(tensor: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,15 @@ def describe_call(args: tuple, kwargs: dict[str, Any], *, numbers: bool) -> Any:
 
 def _describe(leaf: Any, numbers: bool, depth: int) -> Any:
     if isinstance(leaf, torch.Tensor):
-        strides = leaf.stride() if leaf.layout is torch.strided else None
-        return leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad
+        if leaf.layout is not torch.strided:  # how many rows or entries there are, no shape of the whole tells
+            parts = tuple([_describe(part, numbers, depth) for part in parts_of(leaf)])
+            return leaf.layout, leaf.requires_grad, parts
+        if leaf.is_nested:
+            raise TypeError(
+                "a fitted model was given a nested tensor of strided layout, which has no sizes to plan for; make it with "
+                "layout=torch.jagged"
+            )
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
     # A number with a fraction (a temperature, a rate) decides no shape: another one is no reason to plan again.
     if isinstance(leaf, bool | None):
         return leaf
