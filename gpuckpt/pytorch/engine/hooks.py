@@ -6,6 +6,7 @@ charged is told in storage_index.py.
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 import weakref
@@ -26,7 +27,7 @@ from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes
 from gpuckpt.pytorch.engine.saved_storage import HeldTensor
 from gpuckpt.pytorch.engine.storage_index import index_of
 
-__all__ = ["current_budget", "enter", "plain_call", "redirect_saves", "redirected_hold"]
+__all__ = ["current_budget", "enter", "plain_call", "redirect_saves", "redirected_hold", "room_for_saves"]
 
 _current = threading.local()
 
@@ -36,6 +37,19 @@ def current_budget() -> Budget | None:
     stack = getattr(_current, "stack", None)
     context = stack[-1]() if stack else None
     return None if context is None else context.budget
+
+
+def room_for_saves() -> float:
+    """Bytes that may be saved here in addition, and stay where they are until backward: no limit outside of hooks on saved
+    tensors, what is free of the budget inside of `with budget:` alone. 0 under `hold="pool"`, which would copy them, and under
+    the hooks of a checkpoint or a user, who may drop them and have the work run again."""
+    top = top_saved_tensors_hooks(True)
+    if top is None:
+        return math.inf
+    budget = current_budget()
+    if budget is None or budget.hold != "account" or top[0] != index_of(budget).hold:
+        return 0.0
+    return float(budget.remaining())
 
 
 class redirect_saves:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from typing import overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ __all__ = [
     "no_double_backward",
     "wants_copy",
     "without_autocast",
+    "without_derivative",
 ]
 
 _NOTHING = contextlib.nullcontext()
@@ -132,13 +133,31 @@ def check_bias(bias: Tensor | None, weight: Tensor, name: str) -> None:
 def no_double_backward(op: torch.library.CustomOpDef, name: str) -> None:
     """Make the gradient of `op`, itself the backward of the public function `name`, a clear error."""
 
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"gpuckpt.functional.{name} has no second derivative: its backward recomputes what autograd would have to "
-            "differentiate again. Write the layer with torch.nn.functional.linear where you need double backward"
-        )
+    op.register_autograd(lambda ctx, *grads: _refuse_second_derivative(name))
 
-    op.register_autograd(backward)
+
+def _refuse_second_derivative(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"gpuckpt.functional.{name} has no second derivative: its backward recomputes what autograd would have to "
+        "differentiate again. Write the layer with torch.nn.functional.linear where you need double backward"
+    )
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, marker: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        _refuse_second_derivative(ctx.name)
+
+
+def without_derivative(grad: Tensor, name: str) -> Tensor:
+    """A gradient of the public function `name`, whose own gradient is a clear error."""
+    found: Tensor = _Refusal.apply(grad, torch.zeros((), requires_grad=True), name)
+    return found
 
 
 def refuse_grad_transforms(name: str, *operands: Tensor | None) -> None:

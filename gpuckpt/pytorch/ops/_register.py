@@ -36,7 +36,7 @@ from gpuckpt.pytorch.ops._operands import (
 from gpuckpt.pytorch.ops._weight_grads import main_grad_of
 from gpuckpt.pytorch.ops.norm import RECIPE, Norm, normalise, restored
 
-__all__ = ["FusedOp"]
+__all__ = ["FusedOp", "is_plain_call"]
 
 
 class _Direct(torch.autograd.Function):
@@ -129,7 +129,7 @@ class FusedOp:
 
     def __call__(self, x: Tensor, *args: Any, norm: Norm | None = None) -> Tensor:
         """args: the other tensors of `forward` and its options. norm: of x, to compute with instead of x."""
-        plain = _is_plain_call((x, *args))
+        plain = is_plain_call((x, *args))
         if not plain:
             affine = () if norm is None else (norm.weight, norm.bias)
             refuse_grad_transforms(self.name, x, *args[: self._tensors - 1], *affine)
@@ -173,7 +173,7 @@ class FusedOp:
             x = restored(x, (raw, norm_weight, norm_bias, *ctx.norm))
             args = (dy, x, *kept, *ctx.options, needs)
             mains = any(main is not None for main in ctx.mains)
-            if mains or (not torch.is_grad_enabled() and _is_plain_call((dy, x, *kept))):
+            if mains or (not torch.is_grad_enabled() and is_plain_call((dy, x, *kept))):
                 grads = self._run_gradients(args, ctx.mains)
             else:
                 found = iter(self.bwd(*args))
@@ -195,7 +195,7 @@ class FusedOp:
         return [t.new_empty(t.shape) for t, need in zip((like, *others), needs, strict=True) if need and t is not None]
 
 
-def _is_plain_call(args: Sequence[Any]) -> bool:
+def is_plain_call(args: Sequence[Any]) -> bool:
     """Whether the operator would do nothing for these arguments but call its function."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not unwatched():
         return False

@@ -6,6 +6,11 @@ Forward and backward walk over the rows in chunks. A chunk's logits live in one 
 turns them into their gradient in place, and multiplies that into dX and dW. Saved for backward: x, the targets and the
 parameters themselves. GEMMs of a training step: 4 (forward, logits again, dX, dW), against 3 for the plain form.
 
+Where there is room to keep dX and dW instead (`_keeps_gradients`), they are formed in forward, for a gradient of 1, and
+multiplied by the loss's gradient in backward, as Liger does it (arXiv:2410.10989): 3 GEMMs. Backward of a loss follows its
+forward, so that nothing is held for longer than backward would have held it. The bits are the same where that gradient is
+1; a factor that is no power of two rounds 16-bit gradients once more.
+
 Transient bytes, with C rows a chunk, i bytes an element of x and w of the weight (`transient_bytes` states it exactly):
 forward C V i; backward C V i for the chunk, 4 V K while dW is summed over several 16-bit chunks, and the gradients themselves.
 
@@ -16,11 +21,14 @@ cuBLAS. Not here: class weights, probabilities as targets, a vocabulary split ov
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpuckpt.errors import DimMismatch
+from gpuckpt.pytorch._torch_internals import keep_graph, top_saved_tensors_hooks
+from gpuckpt.pytorch.engine.hooks import room_for_saves
 from gpuckpt.pytorch.ops._chunking import limits
 from gpuckpt.pytorch.ops._loss_chunks import (
     LEAST_LOGIT_ROWS,
@@ -29,14 +37,20 @@ from gpuckpt.pytorch.ops._loss_chunks import (
     choose_rows,
     chunk_rows_for,
     forward_chunks,
+    gradients_in_forward,
     loss_dtype,
     transient_bytes,
 )
 from gpuckpt.pytorch.ops._operands import (
+    autocast_input,
     check_weight,
+    rows_of,
+    without_autocast,
+    without_derivative,
 )
-from gpuckpt.pytorch.ops._register import FusedOp
-from gpuckpt.pytorch.ops.norm import Norm
+from gpuckpt.pytorch.ops._register import FusedOp, is_plain_call
+from gpuckpt.pytorch.ops._weight_grads import main_grad_of
+from gpuckpt.pytorch.ops.norm import Norm, normalise
 
 __all__ = ["REDUCTIONS", "chunk_rows_for", "linear_cross_entropy", "transient_bytes"]
 
@@ -87,6 +101,55 @@ def _fake(x, weight, bias, target, ignore_index, label_smoothing, z_loss, softca
     return x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=loss_dtype(x))
 
 
+class _KeptGradients(torch.autograd.Function):
+    """The loss with its gradients formed in forward; reduction "mean" or "sum"."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        what: LossOptions,
+        reduction: str,
+        chunk_rows: int,
+    ) -> Tensor:
+        with without_autocast(x.device.type):
+            needs = ctx.needs_input_grad[:3]
+            loss, grads = gradients_in_forward(x, weight, bias, target, what, reduction, chunk_rows, needs)
+        ctx.save_for_backward(*grads)
+        ctx.in_place = top_saved_tensors_hooks(True) is None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # What is handed out in place is gone for a second backward, and a budget's is not ours to change.
+        in_place = ctx.in_place and not keep_graph()
+        found = ctx.saved_tensors
+        with torch.no_grad():
+            # By a tensor of one dimension: one of none would be rounded to the gradient's dtype first.
+            factor = dy.reshape(1)
+            grads = [
+                g if g is None else torch.mul(g, factor, out=g if in_place else torch.empty_like(g)) for g in found
+            ]
+        if torch.is_grad_enabled():
+            grads = [g if g is None else without_derivative(g, "linear_cross_entropy") for g in grads]
+        return (*grads, None, None, None, None)
+
+
+def _keeps_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str) -> bool:
+    """Whether the gradients are formed in forward: in a plain call whose loss is one number, where they may be saved
+    (`room_for_saves`). Not in float16, in which gradients that no GradScaler has scaled yet are rounded to zero, nor where dW
+    goes to a `main_grad`."""
+    wanted = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
+    if reduction == "none" or not wanted or not torch.is_grad_enabled() or x.dtype == torch.float16:
+        return False
+    if not is_plain_call((x, weight, bias, target)) or main_grad_of(weight) is not None:
+        return False
+    return sum(t.numel() * t.element_size() for t in wanted) <= room_for_saves()
+
+
 OP = FusedOp("linear_cross_entropy", forward, gradients, operands=("x", "weight", "bias"), fake=_fake)
 
 
@@ -105,7 +168,11 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     scratch_bytes: int | None = None,
 ) -> Tensor:
-    """Cross entropy of x W^T + b against `target`, keeping only x for backward and one chunk of logits at any time.
+    """Cross entropy of x W^T + b against `target`, with one chunk of logits at any time.
+
+    Kept for backward is x alone, and the logits are computed again: 4 GEMMs a step. Outside of all hooks on saved tensors, and
+    inside `with budget:` (hold="account") where they fit in what is free, the gradients of x and of the parameters are kept
+    instead: 3 GEMMs. Not for reduction="none", in float16, with a `main_grad`, in checkpointed work or under torch.compile.
 
     Args:
         x: (..., K), floating point: the last hidden states.
@@ -151,8 +218,13 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing={label_smoothing}: expected 0 to 1")
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap={softcap}: expected a positive number, or None for no cap")
-    options = ignore_index, float(label_smoothing), float(z_loss), softcap, reduction
-    loss = OP(
-        x, weight, bias, target.reshape(-1), *options, *limits(chunk_rows, scratch_bytes, LEAST_LOGIT_ROWS), norm=norm
-    )
+    target_rows, most = target.reshape(-1), limits(chunk_rows, scratch_bytes, LEAST_LOGIT_ROWS)
+    what = LossOptions(ignore_index, float(label_smoothing), float(z_loss), softcap)
+    if _keeps_gradients(autocast_input(x), weight, bias, target_rows, reduction):
+        rows, *_ = normalise(rows_of(autocast_input(x)), norm)
+        chunk = choose_rows(rows, weight, *most)
+        kept: Tensor = _KeptGradients.apply(rows, weight, bias, target_rows, what, reduction, chunk)
+        return kept
+    options = ignore_index, what.label_smoothing, what.z_loss, softcap, reduction
+    loss = OP(x, weight, bias, target_rows, *options, *most, norm=norm)
     return loss.reshape(target.shape) if reduction == "none" else loss

@@ -46,7 +46,7 @@ def plain(
 
 
 def gradients(loss, leaves):
-    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    upstream = torch.linspace(0.7, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
     return torch.autograd.grad(loss, [t for t in leaves if t is not None], upstream)
 
 
@@ -121,7 +121,7 @@ def test_only_the_asked_gradients_are_computed(backend, monkeypatch, wanted):
     products = []
     add = module.WeightGrad.add
     monkeypatch.setattr(module.WeightGrad, "add", lambda *a: products.append(1) or add(*a))
-    linear_cross_entropy(used[0], used[1], target, used[2], chunk_rows=10).backward(torch.tensor(0.5))
+    linear_cross_entropy(used[0], used[1], target, used[2], chunk_rows=10).backward(torch.tensor(0.7))
     for t, want, reference in zip(used, wanted, whole, strict=True):
         if want:
             torch.testing.assert_close(t.grad, reference)
@@ -156,9 +156,9 @@ def test_logits_are_never_held_for_all_rows(backend):
     assert seen.nbytes == 4 * V * K > 4 * chunk * V
 
 
-@pytest.mark.parametrize(("cap_bytes", "rows"), [(0, 16), (100_000, 16), (160_000, 19), (1 << 20, 128)])
+@pytest.mark.parametrize(("cap_bytes", "rows"), [(0, 16), (100_000, 16), (160_000, 19), (1 << 20, 128), (1 << 22, 300)])
 def test_a_budget_sets_the_chunk(monkeypatch, cap_bytes, rows):
-    """128 rows of logits by default, 1 MiB; inside a budget no more than it has, and never fewer than 16 rows."""
+    """All 300 rows by default, 2.3 MiB; inside a budget no more than it has, and never fewer than 16 rows."""
     V = 2048
     (x, weight, bias), target = problem(M=300, V=V, K=24)
     seen = []
@@ -168,8 +168,9 @@ def test_a_budget_sets_the_chunk(monkeypatch, cap_bytes, rows):
     with budget:
         loss = linear_cross_entropy(x, weight, target, bias)
     got = gradients(loss, (x, weight, bias))
-    assert max(seen) == rows == min(128, max(16, budget.max_bytes // (4 * V)))
-    assert sum(seen) == 2 * 300
+    assert max(seen) == rows == min(300, max(16, budget.max_bytes // (4 * V)))
+    gradient_bytes = sum(t.nbytes for t in (x, weight, bias))
+    assert sum(seen) == (1 if gradient_bytes <= cap_bytes else 2) * 300
     for a, b in zip(got, gradients(plain(x, weight, bias, target), (x, weight, bias)), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -243,7 +244,8 @@ def test_compiles_as_one_graph():
 
 def test_chunk_follows_from_the_scratch():
     assert chunk_rows_for(8192, 4096, 128256, 2, scratch_bytes=64 << 20) == (64 << 20) // (128256 * 2) == 261
-    assert chunk_rows_for(8192, 4096, 128256, 2) == 512
+    assert chunk_rows_for(8192, 4096, 128256, 2) == 2048
+    assert chunk_rows_for(1 << 17, 4096, 128256, 2) == 8192  # as large as x
     assert chunk_rows_for(100, 4096, 128256, 2) == 100
     assert chunk_rows_for(0, 4096, 128256, 2) == 1
     with pytest.raises(BudgetExceeded) as caught:
