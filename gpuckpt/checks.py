@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-__all__ = ["check_choice", "check_function", "check_int", "check_number", "shown"]
+__all__ = ["check_choice", "check_flag", "check_function", "check_int", "check_number", "shown"]
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
@@ -83,3 +83,12 @@ def check_function(value: object, name: str) -> None:
     """
     if value is not None and not callable(value):
         raise TypeError(f"{name} is {shown(value)} ({type(value).__name__}); expected a function, or None")
+
+
+def check_flag(value: object, name: str) -> None:
+    """Raise `TypeError` where `value` is neither True nor False.
+
+    >>> check_flag(True, "strict")
+    """
+    if value is not True and value is not False:
+        raise TypeError(f"{name} is {shown(value)} ({type(value).__name__}); expected True or False")

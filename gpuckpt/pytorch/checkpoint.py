@@ -18,6 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import noop_context_fn
 
+from gpuckpt.checks import check_flag, shown
 from gpuckpt.errors import StateModified
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
@@ -80,10 +81,16 @@ def checkpoint(
     True
     """
     check_verify(verify)
+    if preserve_rng_state is not True:
+        check_flag(preserve_rng_state, "preserve_rng_state")
     if budget is not None and not isinstance(budget, Budget):
-        raise TypeError(f"budget={budget!r}: expected a CheckpointBudget, such as CheckpointBudget('2GiB'), or None")
+        raise TypeError(
+            f"budget={shown(budget)}: expected a CheckpointBudget, such as CheckpointBudget('2GiB'), or None"
+        )
     if not callable(fn):
-        raise TypeError(f"checkpoint({fn!r}, ...): expected something to call first, and then what to call it with")
+        raise TypeError(
+            f"checkpoint({shown(fn)}, ...): expected something to call first, and then what to call it with"
+        )
     if kwargs and not _OF_TORCH.keys().isdisjoint(kwargs):
         kwargs, policies = _without_torchs_options(fn, args, kwargs)
         if policies is not None:
@@ -196,7 +203,7 @@ def _without_torchs_options(
         if name == "context_fn" and (keep := _kept_by(value)) is not None:
             continue
         raise TypeError(
-            f"{name}={value!r} is an option of torch.utils.checkpoint that gpuckpt.checkpoint does not have; see "
+            f"{name}={shown(value)} is an option of torch.utils.checkpoint that gpuckpt.checkpoint does not have; see "
             "the page on coming from torch.utils.checkpoint"
         )
     own = parameters.parameters

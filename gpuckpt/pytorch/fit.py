@@ -13,7 +13,7 @@ from gpuckpt.planning import Plan
 from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.fitted import Fitted
 from gpuckpt.pytorch.plan_maker import Planned
-from gpuckpt.pytorch.profiling.measure import call_of
+from gpuckpt.pytorch.profiling.measure import call_of, check_model
 from gpuckpt.pytorch.terms import Terms
 
 __all__ = ["Fitted", "Planned", "fit", "fitted", "unfit"]
@@ -84,6 +84,7 @@ def fit(
     >>> fit(model, x, budget="60%").budget.max_bytes
     20889
     """
+    check_model(model)
     terms = Terms(
         budget,
         strategy,
@@ -126,6 +127,7 @@ def fitted(model: nn.Module) -> Fitted | None:
     >>> fit(model, torch.ones(2, 8), "1MiB") is fitted(model)
     True
     """
+    check_model(model)
     ref = _fitted.get(model)
     found = None if ref is None else ref()
     return found if found is not None and found.active else None

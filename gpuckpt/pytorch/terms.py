@@ -11,14 +11,16 @@ from typing import Any
 from torch import nn
 
 from gpuckpt.budget import CheckpointBudget
+from gpuckpt.checks import check_choice, check_flag, check_int, shown
 from gpuckpt.memory import Budget
-from gpuckpt.planning import Plan
+from gpuckpt.planning import STRATEGIES, Plan
 from gpuckpt.pytorch.engine.verify import Verify, check_verify
+from gpuckpt.pytorch.profiling.measure import MOST_REPEATS
 from gpuckpt.units import parse_bytes
 
 __all__ = ["Terms"]
 
-_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+_SHARE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*%\s*")
 _ENDLESS = 1 << 62
 
 
@@ -40,29 +42,35 @@ class Terms:
     stages: Sequence[str]
 
     def __post_init__(self) -> None:
+        check_choice(self.strategy, "strategy", ("optimal", *STRATEGIES))
+        check_choice(self.hold, "hold", ("account", "pool"))
+        check_flag(self.preserve_rng_state, "preserve_rng_state")
+        check_flag(self.strict, "strict")
+        check_int(self.repeats, "repeats", 1, MOST_REPEATS)
         if not isinstance(self.live, int) or isinstance(self.live, bool) or self.live < 1:
             raise ValueError(
-                f"live={self.live!r}: expected how many forwards wait for their backward at a time, 1 or more"
+                f"live={shown(self.live)}: expected how many forwards wait for their backward at a time, 1 or more"
             )
         check_verify(self.verify)
         if self.group is not None and not hasattr(self.group, "group_name"):
             raise TypeError(
-                f"group={self.group!r}: expected a process group of torch.distributed that this rank is a part of"
+                f"group={shown(self.group)}: expected a process group of torch.distributed that this rank is a part of"
             )
         if self.plan is not None and not isinstance(self.plan, Plan):
             raise TypeError(
-                f"plan={self.plan!r}: expected a gpuckpt.Plan; one that was saved is read by Plan.from_json(text)"
+                f"plan={shown(self.plan)}: expected a gpuckpt.Plan; one that was saved is read by Plan.from_json(text)"
             )
-        if isinstance(self.stages, str) or not all(isinstance(pattern, str) for pattern in self.stages):
+        listed = isinstance(self.stages, Sequence) and not isinstance(self.stages, str)
+        if not listed or not all(isinstance(pattern, str) for pattern in self.stages):
             raise TypeError(
-                f"stages={self.stages!r}: expected patterns of modules' names, such as ['encoder.layers.*']"
+                f"stages={shown(self.stages)}: expected patterns of modules' names, such as ['encoder.layers.*']"
             )
         if self.share is None and not isinstance(self.budget, Budget):
-            parse_bytes(self.budget)
+            parse_bytes(self.budget, "budget")
         if isinstance(self.host_budget, Budget):
             self._check_host(self.host_budget)
         elif self.host_budget is not None:
-            parse_bytes(self.host_budget)
+            parse_bytes(self.host_budget, "host_budget")
 
     @property
     def share(self) -> Fraction | None:
@@ -73,7 +81,7 @@ class Terms:
         share = Fraction(found[1]) / 100
         if not 0 < share <= 1:
             raise ValueError(
-                f"budget={self.budget!r}: expected a share of what a plain step holds, above 0% and up to 100%"
+                f"budget={shown(self.budget)}: expected a share of what a plain step holds, above 0% and up to 100%"
             )
         return share
 

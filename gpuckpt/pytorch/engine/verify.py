@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import RecomputeMismatch
 from gpuckpt.pytorch._torch_internals import version_number
 from gpuckpt.pytorch.engine.kept.current import paused
@@ -23,7 +24,7 @@ _NAMES = ("shape", "dtype", "device", "strides", "contents")
 def check_verify(verify: object) -> None:
     """Raise `ValueError` for what is no way to verify a recompute: a typo would check less than was asked for."""
     if not (verify is None or (isinstance(verify, str) and verify in ("metadata", "bitwise"))):
-        raise ValueError(f"verify={verify!r}: expected None, 'metadata' or 'bitwise'")
+        raise ValueError(f"verify={shown(verify)}: expected None, 'metadata' or 'bitwise'")
 
 
 def seen(tensor: torch.Tensor, verify: Verify | None) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from gpuckpt.checks import check_flag, check_int, shown
 from gpuckpt.kernels.audit.roofline import device as device_called
 from gpuckpt.planning import Chain
 from gpuckpt.pytorch.engine.fence.fence import Fence
@@ -36,7 +37,9 @@ from gpuckpt.pytorch.profiling.roofline_clock import Roofline
 from gpuckpt.pytorch.profiling.runner import Measured, run_chain
 from gpuckpt.pytorch.profiling.save_recorder import residents_of
 
-__all__ = ["call_of", "measure", "run_measured"]
+__all__ = ["MOST_REPEATS", "call_of", "check_model", "measure", "run_measured"]
+
+MOST_REPEATS = 10_000
 
 
 def measure(
@@ -61,18 +64,28 @@ def measure(
 
     Raises:
         InvalidChain: there is no chain of stages in the model, or a stage does something else when it runs again.
-        ValueError: a device that is not known.
+        TypeError, ValueError: a device that is not known, and other arguments that make no sense.
 
     >>> import torch
     >>> chain = measure(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), torch.ones(2, 4), fake=True)
     >>> [chain.charge(stage.saves) for stage in chain.stages]
     [0, 32, 64, 64, 0]
     """
+    check_model(model)
+    check_int(unit_bytes, "unit_bytes", 1)
+    check_int(repeats, "repeats", 1, MOST_REPEATS)
+    check_flag(fake, "fake")
     if len(inputs) == 1 and not kwargs:
         inputs, kwargs = call_of(model, inputs[0])
     if fake:
         return run_fake(model, inputs, kwargs, unit_bytes, device_called(device)).chain
     return run_measured(model, inputs, kwargs, unit_bytes, WallClock(), repeats).chain
+
+
+def check_model(model: object) -> None:
+    """Raise `TypeError` for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {shown(model)} ({type(model).__name__}); expected an nn.Module")
 
 
 def call_of(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

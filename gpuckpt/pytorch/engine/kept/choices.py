@@ -14,6 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import CheckpointError, RecomputeMismatch
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
 from gpuckpt.pytorch.engine.fence.randomness import Draws
@@ -53,7 +54,9 @@ def once(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     >>> gpuckpt.checkpoint(experts, scores).sum().backward()
     """
     if not callable(fn):
-        raise TypeError(f"once({fn!r}, ...): expected something to call, as in once(lambda: scores.topk(2).indices)")
+        raise TypeError(
+            f"once({shown(fn)}, ...): expected something to call, as in once(lambda: scores.topk(2).indices)"
+        )
     replay, records = reader(), open_records()
     if replay is None and not records:
         value = fn(*args, **kwargs)

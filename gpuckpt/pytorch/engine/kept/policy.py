@@ -11,9 +11,11 @@ from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils.checkpoint import CheckpointPolicy
 
+from gpuckpt.checks import shown
 from gpuckpt.pytorch._torch_internals import is_taken_apart
 
 __all__ = ["MUST", "NEVER", "PREFER", "Keep", "OperationContext", "Policy", "can_be_kept", "policy_of"]
@@ -36,16 +38,16 @@ def policy_of(keep: Keep) -> Policy:
     """`keep` as a function. Raises `ValueError` for operations that cannot be kept, `TypeError` for what is no policy."""
     if callable(keep) and not isinstance(keep, OpOverload | OpOverloadPacket):
         return _Asked(keep)
-    if isinstance(keep, str) or not isinstance(keep, Collection):
+    if isinstance(keep, str | Tensor) or not isinstance(keep, Collection) or getattr(keep, "ndim", 1) == 0:
         raise TypeError(
-            f"keep={keep!r}: expected operations, such as [torch.ops.aten.mm.default], or a function of them"
+            f"keep={shown(keep)}: expected operations, such as [torch.ops.aten.mm.default], or a function of them"
         )
     for op in keep:
         if isinstance(op, OpOverloadPacket):
             names = ", ".join(f"torch.ops.{op}.{name}".replace("::", ".") for name in op.overloads()[:4])
             raise ValueError(f"keep names {op}, which is several operations: {names}, ...; name the one that is meant")
         if not isinstance(op, OpOverload):
-            raise ValueError(f"keep names {op!r}; expected operations, such as torch.ops.aten.mm.default")
+            raise ValueError(f"keep names {shown(op)}; expected operations, such as torch.ops.aten.mm.default")
         if (why := can_be_kept(op)) is not None:
             raise ValueError(f"keep names {op}, {why}")
     chosen = frozenset(keep)
