@@ -25,7 +25,7 @@ FLOORS = (
     ("gpuckpt.functional", "gpuckpt.nn", "gpuckpt.pytorch.profiling"),
     ("gpuckpt.pytorch.parallel",),
     ("gpuckpt.pytorch",),
-    ("gpuckpt.report",),
+    ("gpuckpt.integrations", "gpuckpt.report"),
     ("gpuckpt.cli",),
     ("gpuckpt",),
 )
