@@ -19,6 +19,7 @@ SHOWN_BY = {
     "Event": "gpuckpt.memory",
     "Fitted": "gpuckpt.fit",
     "Frontier": "gpuckpt.planning.plan_frontier",
+    "Fusion": "gpuckpt.nn.fuse",
     "Ledger": "gpuckpt.memory",
     "PipelinePlan": "gpuckpt.planning.plan_pipeline",
     "RankPlan": "gpuckpt.planning.plan_pipeline",
