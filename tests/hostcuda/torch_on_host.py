@@ -9,6 +9,8 @@ torch's arithmetic and autograd. What is not: that work on streams overlaps, and
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -46,7 +48,8 @@ class TorchStream:
 
 class CudaTensors:
     """`stream()` makes another stream, `on(stream)` makes it torch's current one; `taken`: the streams that blocks were taken on,
-    by address; `budget(...)` makes a budget on the device that copies tensors into its pool."""
+    by address; `budget(...)` makes a budget on the device that copies tensors into its pool; `told_yes`: the lines (file, number)
+    that asked a tensor whether `is_cuda` and heard yes."""
 
     def __init__(self, hostcuda: HostCuda) -> None:
         self.hostcuda = hostcuda
@@ -55,6 +58,7 @@ class CudaTensors:
         self.taken: list[int] = []
         self.synchronized = 0
         self.host_ranges: list[tuple[int, int]] = []
+        self.told_yes: set[tuple[str, int]] = set()
         self._local = threading.local()
 
     def stream(self) -> TorchStream:
@@ -83,7 +87,11 @@ class CudaTensors:
             address = tensor.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError):  # no storage of its own: sparse, fake
             return False
-        return not any(first <= address < last for first, last in self.host_ranges)
+        if any(first <= address < last for first, last in self.host_ranges):
+            return False
+        asking = sys._getframe(1)
+        self.told_yes.add((asking.f_code.co_filename, asking.f_lineno))
+        return True
 
     def synchronize(self, device: Any = None) -> None:
         self.synchronized += 1
@@ -106,8 +114,9 @@ _device_of = budgets.device_of
 
 
 @pytest.fixture
-def cuda_tensors(hostcuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> CudaTensors:
-    """torch on the stand-in device; kernels stay with torch (`tests.drivercuda` launches them)."""
+def cuda_tensors(hostcuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaTensors]:
+    """torch on the stand-in device; kernels stay with torch (`tests.drivercuda` launches them). Lines that heard yes are added to
+    the file that GPUCKPT_TOLD_YES names."""
     made = CudaTensors(hostcuda)
     take = CupyPool.take
 
@@ -131,4 +140,7 @@ def cuda_tensors(hostcuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> CudaTen
     monkeypatch.setattr(budgets, "device_of", device_of)
     monkeypatch.setattr(CupyPool, "take", noted)
     monkeypatch.setattr("gpuckpt.memory.pools.cupy._torch_streams", {})
-    return made
+    yield made
+    if notes := os.environ.get("GPUCKPT_TOLD_YES"):
+        with open(notes, "a", encoding="utf-8") as file:
+            file.writelines(f"{name}:{line}\n" for name, line in sorted(made.told_yes))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
 import gpuckpt
-from gpuckpt import CheckpointBudget, functional
+from gpuckpt import CheckpointBudget, backend, functional
 from gpuckpt.backend import use_triton
 from gpuckpt.memory.devices import choose_device
 from gpuckpt.memory.uncapped import uncapped
 from gpuckpt.pytorch.engine.fence.fence import Fence
-from gpuckpt.pytorch.engine.fence.randomness import Generators
+from gpuckpt.pytorch.engine.fence.randomness import Draws, Generators
 from gpuckpt.pytorch.ops._weight_grads import CUDA_BLOCK, WeightGrad, bias_scratch, sum_rows, weight_scratch
 from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.isolation import have_drawn, random_states
@@ -141,6 +143,24 @@ def test_without_tensors_the_current_device_is_fenced(cuda_tensors, generator):
     assert generator[0].item() == 5
 
 
+class OnTheDevice(torch.Tensor):
+    """Whose device says so too."""
+
+    device = property(lambda tensor: CUDA)
+
+
+def test_what_is_drawn_on_the_device_is_seen(cuda_tensors, generator, monkeypatch):
+    leaf = torch.ones(2).as_subclass(OnTheDevice)
+    assert not Draws([leaf], []).were_made()
+    draws = Draws([leaf], [])
+    generator[0] = torch.tensor([5], dtype=torch.uint8)
+    assert draws.were_made()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    draws = Draws([leaf], [])
+    generator[0] = torch.tensor([6], dtype=torch.uint8)
+    assert not draws.were_made(), "a graph draws by an offset of its own"
+
+
 def test_a_graph_cannot_record_a_generator_and_is_told_so(cuda_tensors, generator, capturing):
     with pytest.raises(RuntimeError, match="capture with preserve_rng_state=False"):
         Fence(lambda: None, [], True)
@@ -165,6 +185,30 @@ def test_tensors_of_the_device_run_on_the_kernels(cuda_tensors, monkeypatch):
     assert use_triton(torch.ones(1))
     assert not use_triton(torch.ones(1, dtype=torch.float64))
     assert runs_fused(torch.ones(1))
+
+
+def test_kernels_are_loaded_without_the_interpreter(cuda_tensors, monkeypatch):
+    monkeypatch.setattr(backend, "_numpy_takes_no_length_one", lambda: pytest.fail("asked about the interpreter"))
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    backend.load_kernels(torch.ones(1))
+
+
+def test_where_there_is_a_gpu_the_interpreter_is_not_chosen(monkeypatch):
+    monkeypatch.setenv("GPUCKPT_BACKEND", "triton")
+    for available in (True, False):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        backend._choose_interpreter()
+        assert os.environ.get("TRITON_INTERPRET") == (None if available else "1")
+
+
+def test_the_targets_of_a_loss_are_not_waited_for(cuda_tensors, monkeypatch):
+    x, w, target = torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 6, -100, 3, 2])
+    expected = torch.nn.functional.cross_entropy(x @ w.t(), target)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__bool__", lambda t: pytest.fail("waited for the device"))
+        loss = functional.linear_cross_entropy(x, w, target)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_sums_of_16_bit_chunks_are_wide_and_made_in_blocks(cuda_tensors, monkeypatch):
