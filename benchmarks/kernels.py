@@ -32,7 +32,15 @@ from gpuckpt.kernels.host.tiles import TileConfig
 HERE = Path(__file__).resolve().parent
 MLP, HEAD = SHAPES["gemm"], SHAPES["cross_entropy"]
 DEVICE = {80: "A100-80GB", 90: "H100 SXM", 100: "B200"}
-OURS = ("linear_fwd", "gated_fwd", "gated_recompute_bwd", "mlp_dual_bwd", "cross_entropy_fwd", "cross_entropy_bwd")
+OURS = (
+    "linear_fwd",
+    "gated_fwd",
+    "gated_plain_bwd",
+    "gated_triple_bwd",
+    "mlp_dual_bwd",
+    "cross_entropy_fwd",
+    "cross_entropy_bwd",
+)
 CHECKED = {"tensor_cores": False, "gemm_loops": 0, "tma": False, "pipelined": False}
 Row = tuple[str, KernelSpec, roofline.Work]
 

@@ -54,7 +54,11 @@ def _gemms(context: Context, m: int, k: int, h: int) -> None:
             lambda form=form: mlp.mlp_recompute_bwd(x, w, b, dy, w2, h_out, dz, activation="gelu_tanh", form=form),
         )
     work["gated_fwd"] = (2, lambda: gated.gated_fwd(x, w, None, wu, None, y))
-    work["gated_bwd"] = (3, lambda: gated.gated_recompute_bwd(x, w, None, wu, None, dy, w2, h_out, dz, dz_u))
+    for form in ("triple", "plain"):
+        work[f"gated_bwd {form}"] = (
+            3,
+            lambda form=form: gated.gated_recompute_bwd(x, w, None, wu, None, dy, w2, h_out, dz, dz_u, form=form),
+        )
     found = medians(context, {name: run for name, (_, run) in work.items()}, repeats=8)
     for name, facts in found.items():
         context.say(f"{name} {m}x{k}x{h}", **_rate(facts, tflops=2e-12 * m * k * h * work[name][0]))

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..device.activations import ACTIVATIONS
 from ..device.dropout import Dropout
 from ..gated import db_partials_shape as gated_db_shape
-from ..gated import gated_fwd, gated_recompute_bwd
+from ..gated import gated_fwd, gated_plain_bwd, gated_triple_bwd
 from ..host.tiles import KINDS, TileConfig, candidates, unaligned_tile
 from ..linear import db_partials_shape as linear_db_shape
 from ..linear import linear_fwd, linear_recompute_bwd
@@ -144,8 +144,9 @@ def _launch(
         mlp_dual_bwd(x, w, b, dy, wd, first, second, db, activation=activation, tile=tile, tma=tma)
     elif kind == "gated_fwd":
         gated_fwd(x, w, b, w, b, first, activation=activation, tile=tile, tma=tma)
+    elif kind == "gated_plain":
+        both = [sums(gated_db_shape(x, w, w, wd, tile, "plain")) for _ in range(2)]
+        gated_plain_bwd(x, w, b, w, b, first, second, third, *both, activation=activation, tile=tile, tma=tma)
     else:
-        both = [sums(gated_db_shape(x, w, w, wd, tile)) for _ in range(2)]
-        gated_recompute_bwd(
-            x, w, b, w, b, dy, wd, first, second, third, *both, activation=activation, tile=tile, tma=tma
-        )
+        both = [sums(gated_db_shape(x, w, w, wd, tile, "triple")) for _ in range(2)]
+        gated_triple_bwd(x, w, b, w, b, dy, wd, first, second, third, *both, activation=activation, tile=tile, tma=tma)

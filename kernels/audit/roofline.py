@@ -201,9 +201,11 @@ def work_of(kernel: str, shape: Shape, dtype: str) -> Work:
         case "mlp_dual_bwd":  # x, W1, dy and W2 in; dz and h out
             flops = 2 * s.M * s.N * (s.K + s.O)
             return Work(flops, (s.M + s.N) * (s.K + s.O) * b, 2 * s.M * s.N * b)
-        case "gated_recompute_bwd":  # x, Wg, Wu, dy and Wd in; dz_g, dz_u and h out
+        case "gated_triple_bwd":  # x, Wg, Wu, dy and Wd in; dz_g, dz_u and h out
             flops = 2 * s.M * s.N * (2 * s.K + s.O)
             return Work(flops, (s.M * (s.K + s.O) + s.N * (2 * s.K + s.O)) * b, 3 * s.M * s.N * b)
+        case "gated_plain_bwd":  # x, Wg, Wu and dh in; dz_g, dz_u and h out
+            return _gemms(s, b, 2, 1, 3)
         case "gated_fwd":
             return _gemms(s, b, 2, 0, 1)
         case "cross_entropy_bwd":  # logits in, their gradient out, in place

@@ -5,7 +5,7 @@ always agree on the order of the reduction over K, and a recomputed z has the bi
 for: `use_tuned` puts a table of measured tiles (see `tuning`) before the rule, once a process, with the same order over K.
 
 Kinds of kernel: "linear" (forward and recompute-backward of one linear layer), "linear_dropout" (the same with dropout, whose
-random numbers need registers), "dual" (an MLP's backward), "gated_fwd" and "gated_bwd".
+random numbers need registers), "dual" (an MLP's backward), "gated_fwd", "gated_bwd" (three accumulators) and "gated_plain" (two).
 Architectures are ints, 80 for sm_80; 0 is the host, where Triton's interpreter runs one program after another.
 """
 
@@ -52,6 +52,7 @@ KINDS = {
     "dual": Kind(2, 1),
     "gated_fwd": Kind(2, 2),
     "gated_bwd": Kind(3, 2),
+    "gated_plain": Kind(2, 2),
 }
 
 
@@ -117,6 +118,7 @@ _HOPPER: dict[str, tuple[TileConfig, ...]] = {
     "dual": (_LARGE[4], _TALL),
     "gated_fwd": (_LARGE[3], _TALL),
     "gated_bwd": (_TALL, _SMALL_8),
+    "gated_plain": (_LARGE[3], _TALL),
 }
 _AMPERE: dict[str, tuple[TileConfig, ...]] = {
     "linear": (_LARGE[3], _MEDIUM[3]),
@@ -124,6 +126,7 @@ _AMPERE: dict[str, tuple[TileConfig, ...]] = {
     "dual": (_TALL_WHOLE, _SMALL),
     "gated_fwd": (_TALL, _SMALL),
     "gated_bwd": (_TALL, _SMALL_8),
+    "gated_plain": (_TALL, _SMALL),
 }
 # fp32 has no tensor cores here. With 32 outputs a thread some architecture spills (ptxas 12.8); with 16 none does. Smaller tiles
 # spill again: ptxas then limits itself to 80 or 96 registers.
@@ -196,7 +199,7 @@ def unaligned_tile(kind: str, dtype: str, arch: int) -> TileConfig:
     if dtype == "fp32":
         # Uncapped, sm_90 spills in a light kernel, for a second block; capped, sm_100 and sm_120 do, which pair registers.
         return candidates(kind, dtype, arch)[0] if arch in (100, 120) else _UNALIGNED_FP32
-    needy = kind in ("gated_fwd", "gated_bwd", "linear_dropout")
+    needy = kind in ("gated_fwd", "gated_bwd", "gated_plain", "linear_dropout")
     return _UNALIGNED_LOW if needy and arch not in (90, 100) else _UNALIGNED
 
 
@@ -264,7 +267,7 @@ def epilogue_n(tile: TileConfig, kind: str = "linear", dropout: bool = False) ->
     16 where accumulators already take half of the registers or random numbers are drawn, 8 where several of them do."""
     accumulators = KINDS[kind].accumulators
     full = accumulators * tile.bm * tile.bn >= 128 * 32 * tile.num_warps
-    several = accumulators == 3 or (accumulators == 2 and full)
+    several = accumulators == 3 or kind == "gated_plain" or (accumulators == 2 and full)
     per_thread = 8 if several else 16 if full or dropout else 32
     return min(tile.bn, max(16, per_thread * 32 * tile.num_warps // tile.bm))
 
@@ -272,25 +275,30 @@ def epilogue_n(tile: TileConfig, kind: str = "linear", dropout: bool = False) ->
 # FLOPs that the tensor cores do while HBM moves a byte (bf16 dense over bandwidth, from the data sheets): A100 80 GB, RTX 3090,
 # RTX 4090, H100 SXM, B200, RTX 5090.
 _FLOPS_PER_BYTE = {80: 153.0, 86: 76.0, 89: 164.0, 90: 295.0, 100: 292.0, 120: 117.0}
-# Assumed shares of the peak, not measured: a cuBLAS GEMM, our one-accumulator kernel, our two-accumulator one (smaller tile).
-_EFFICIENCY = {"cublas": 0.75, "linear": 0.65, "dual": 0.60}
+# Assumed shares of the peak, not measured: a cuBLAS GEMM, our one-accumulator kernel, our two-accumulator one (smaller tile), our
+# three-accumulator one (128 x 64: predicted from its machine code, 300 to 440 TF of 989).
+_EFFICIENCY = {"cublas": 0.75, "linear": 0.65, "dual": 0.60, "triple": 0.37}
 
 
 @functools.cache
-def backward_form(N: int, K: int, D: int, dtype: str, arch: int) -> str:
-    """ "dual" or "plain": the cheaper way to an MLP's dz and h, by arithmetic on one output element of the (M, N) result.
+def backward_form(N: int, K: int, D: int, dtype: str, arch: int, *, gated: bool = False) -> str:
+    """ "dual" or "plain": the cheaper way to an MLP's dz and h, by arithmetic on one output element of the (M, N) result; for a
+    gated one "triple" or "plain".
 
     plain costs 2 elements of HBM traffic more (dh written and read again); dual computes dh (2 D flops) and z (2 K flops) at
     the lower rate of a kernel with two accumulators. Counted in flops at peak, dual wins where
         2 D (1 / e_dual - 1 / e_cublas) + 2 K (1 / e_dual - 1 / e_linear) <= 2 element_bytes flops_per_byte.
     With the assumed efficiencies that is D + 0.38 K <= 1770 for bf16 on H100. fp32 is always plain: our fp32 GEMM forgoes the
     tensor cores and blocks by 16, so the GEMM that can go to cuBLAS should. On the host: "dual", so that tests run it.
-    N does not enter: both sides grow with it alike.
+    N does not enter: both sides grow with it alike. A gated one computes z twice, by "triple" or by "dual":
+        2 D (1 / e_triple - 1 / e_cublas) + 4 K (1 / e_triple - 1 / e_dual) <= 2 element_bytes flops_per_byte,
+    which for bf16 on H100 is D + 1.51 K <= 430: hardly ever.
     """
+    fused, z_flops, plainly = ("triple", 4 * K, "dual") if gated else ("dual", 2 * K, "linear")
     if arch == 0:
-        return "dual"
+        return fused
     if dtype == "fp32":
         return "plain"
     e = _EFFICIENCY
-    slower_flops = 2 * D * (1 / e["dual"] - 1 / e["cublas"]) + 2 * K * (1 / e["dual"] - 1 / e["linear"])
-    return "dual" if slower_flops <= 2 * ELEMENT_BYTES[dtype] * _FLOPS_PER_BYTE[arch] else "plain"
+    slower_flops = 2 * D * (1 / e[fused] - 1 / e["cublas"]) + z_flops * (1 / e[fused] - 1 / e[plainly])
+    return fused if slower_flops <= 2 * ELEMENT_BYTES[dtype] * _FLOPS_PER_BYTE[arch] else "plain"

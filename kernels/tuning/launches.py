@@ -13,7 +13,7 @@ from torch import Tensor
 from ..audit.specs import DTYPES
 from ..device.dropout import Dropout
 from ..gated import db_partials_shape as gated_db_shape
-from ..gated import gated_fwd, gated_recompute_bwd
+from ..gated import gated_fwd, gated_plain_bwd, gated_triple_bwd
 from ..host.tiles import TileConfig
 from ..linear import db_partials_shape as linear_db_shape
 from ..linear import linear_fwd, linear_recompute_bwd
@@ -73,10 +73,18 @@ def calls(
     if kind == "gated_fwd":
         return lambda tile: lambda: gated_fwd(x, w, b, wu, bu, first, activation=activation, tile=tile)
 
-    def gated(tile: TileConfig) -> Launch:
-        dbg, dbu = (sums(number, gated_db_shape(x, w, wu, wd, tile)) for number in range(2))
-        return lambda: gated_recompute_bwd(
+    third.copy_(random(M, N))  # dh, which plain overwrites with dz_u
+
+    def plain(tile: TileConfig) -> Launch:
+        dbg, dbu = (sums(number, gated_db_shape(x, w, wu, wd, tile, "plain")) for number in range(2))
+        return lambda: gated_plain_bwd(
+            x, w, b, wu, bu, first, second, third, dbg, dbu, activation=activation, tile=tile
+        )
+
+    def triple(tile: TileConfig) -> Launch:
+        dbg, dbu = (sums(number, gated_db_shape(x, w, wu, wd, tile, "triple")) for number in range(2))
+        return lambda: gated_triple_bwd(
             x, w, b, wu, bu, dy, wd, first, second, third, dbg, dbu, activation=activation, tile=tile
         )
 
-    return gated
+    return plain if kind == "gated_plain" else triple

@@ -61,13 +61,14 @@ def kernels() -> Iterator[Case]:
             ),
         )  # fmt: skip
         yield f"gated_fwd {name}", lambda: gated.gated_fwd(x, w, b, w, b, y)
-        yield (
-            f"gated_bwd {name}",
-            lambda: gated.gated_recompute_bwd(
-                x, w, None, w, None, dy, w2, y, t(M, N), t(M, N),
-                *(t(*gated.db_partials_shape(x, w, w, w2), dtype=sums) for _ in range(2)),
-            ),
-        )  # fmt: skip
+        for form in ("triple", "plain"):
+            yield (
+                f"gated_bwd {form} {name}",
+                lambda form=form: gated.gated_recompute_bwd(
+                    x, w, None, w, None, dy, w2, y, t(M, N), t(M, N),
+                    *(t(*gated.db_partials_shape(x, w, w, w2, form=form), dtype=sums) for _ in range(2)), form=form,
+                ),
+            )  # fmt: skip
 
     yield from case("bf16", 4096, 2048, 8192, torch.bfloat16)
     yield from case("bf16 odd", 4095, 2047, 8191, torch.bfloat16)

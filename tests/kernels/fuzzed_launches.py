@@ -79,7 +79,7 @@ def gated_fwd(call: Call) -> Watch:
     )  # fmt: skip
 
 
-def gated_recompute_bwd(call: Call) -> Watch:
+def gated_triple_bwd(call: Call) -> Watch:
     gated, tma = call.module("gated"), call.random.random() < 0.3
     (M, N, K), dtype, x, wg = _linear(call, tma)
     D = call.size(1 if tma else 0)
@@ -88,12 +88,31 @@ def gated_recompute_bwd(call: Call) -> Watch:
     h = call.output("h", (M, N), dtype) if call.flag() else None
     dz_g, dz_u = call.output("dz_g", (M, N), dtype), call.output("dz_u", (M, N), dtype)
     dbg, dbu = (
-        call.output(name, gated.db_partials_shape(x, wg, wu, wd, tile), torch.float32) if call.flag() else None
+        call.output(name, gated.db_partials_shape(x, wg, wu, wd, tile, "triple"), torch.float32)
+        if call.flag()
+        else None
         for name in ("dbg_partials", "dbu_partials")
     )
     return call.run(
-        gated.gated_recompute_bwd, x, wg, call.maybe("bg", (N,)), wu, call.maybe("bu", (N,)), dy, wd, h, dz_g, dz_u, dbg,
+        gated.gated_triple_bwd, x, wg, call.maybe("bg", (N,)), wu, call.maybe("bu", (N,)), dy, wd, h, dz_g, dz_u, dbg,
         dbu, activation=call.activation(), tile=tile, tma=tma,
+    )  # fmt: skip
+
+
+def gated_plain_bwd(call: Call) -> Watch:
+    gated, tma = call.module("gated"), call.random.random() < 0.3
+    (M, N, K), dtype, x, wg = _linear(call, tma)
+    wu, tile = call.input("wu", (N, K), dtype, tma), call.tile()
+    h = call.output("h", (M, N), dtype) if call.flag() else None
+    dz_g, dz_u = call.output("dz_g", (M, N), dtype), call.in_place("dz_u", (M, N), dtype)
+    wd = torch.empty(1, N, dtype=dtype)
+    dbg, dbu = (
+        call.output(name, gated.db_partials_shape(x, wg, wu, wd, tile, "plain"), torch.float32) if call.flag() else None
+        for name in ("dbg_partials", "dbu_partials")
+    )
+    return call.run(
+        gated.gated_plain_bwd, x, wg, call.maybe("bg", (N,)), wu, call.maybe("bu", (N,)), h, dz_g, dz_u, dbg, dbu,
+        activation=call.activation(), tile=tile, tma=tma,
     )  # fmt: skip
 
 
@@ -178,7 +197,8 @@ CASES: dict[str, Callable[[Call], Watch]] = {
         linear_recompute_bwd,
         mlp_dual_bwd,
         gated_fwd,
-        gated_recompute_bwd,
+        gated_plain_bwd,
+        gated_triple_bwd,
         cross_entropy_fwd,
         cross_entropy_bwd,
         norm_fwd,

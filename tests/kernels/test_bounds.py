@@ -88,8 +88,8 @@ MUTANTS = {
         "p_db += 0 * strides_db[0]",
     ),
     "gate written beyond N": (
-        "gated_recompute_bwd",
-        "gated",
+        "gated_triple_bwd",
+        "gated_epilogue",
         "m = (o_m < M)[:, None] & m_n[None, :]",
         "m = (o_m < M)[:, None] | m_n[None, :]",
     ),

@@ -112,7 +112,8 @@ def test_every_shipped_kernel_has_a_roofline_model_and_is_represented():
 # What was compiled before is read from the user's cache; from nothing this takes about a minute of two cores.
 QUICK = {
     "mlp_dual_bwd",
-    "gated_recompute_bwd",
+    "gated_plain_bwd",
+    "gated_triple_bwd",
     "linear_recompute_bwd",
     "cross_entropy_bwd",
     "norm_fwd",

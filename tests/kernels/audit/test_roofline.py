@@ -32,11 +32,19 @@ def test_dual_and_gated_count_every_gemm():
     shape = rl.Shape(M=64, N=96, K=32, O=16)
     product = 2 * 64 * 96
     assert rl.work_of("mlp_dual_bwd", shape, "fp16").flops == product * (32 + 16)
-    gated = rl.work_of("gated_recompute_bwd", shape, "fp16")
+    gated = rl.work_of("gated_triple_bwd", shape, "fp16")
     assert gated.flops == product * (32 + 32 + 16)
     # x, two gate weights, dy, the down weight in; h, dz_g and dz_u out.
     assert gated.read_bytes == 2 * (64 * 32 + 2 * 96 * 32 + 64 * 16 + 96 * 16)
     assert gated.write_bytes == 2 * 3 * 64 * 96
+
+
+def test_the_plain_gated_backward_reads_dh_and_writes_three():
+    shape = rl.Shape(M=64, N=96, K=32, O=16)
+    plain = rl.work_of("gated_plain_bwd", shape, "fp16")
+    assert plain.flops == 2 * 64 * 96 * (32 + 32)
+    assert plain.read_bytes == 2 * (64 * 32 + 2 * 96 * 32 + 64 * 96)
+    assert plain.write_bytes == 2 * 3 * 64 * 96
 
 
 def test_norms_by_hand():

@@ -145,9 +145,11 @@ def launch_gemms(M, N, K, D, dtype, activation, *, layout="dense", tma=None, dro
     db = sums(mlp.db_partials_shape(x, w, wd, form="dual"))
     mlp.mlp_dual_bwd(x, w, b, dy, wd, *outs[:2], db, tma=tma, **options)
     gated.gated_fwd(x, w, b, w, b, outs[0], tma=tma, **options)
-    both = [sums(gated.db_partials_shape(x, w, w, wd)) for _ in range(2)]
-    gated.gated_recompute_bwd(x, w, b, w, b, dy, wd, *outs, *both, tma=tma, **options)
-    return 5
+    both = [sums(gated.db_partials_shape(x, w, w, wd, form="triple")) for _ in range(2)]
+    gated.gated_triple_bwd(x, w, b, w, b, dy, wd, *outs, *both, tma=tma, **options)
+    both = [sums(gated.db_partials_shape(x, w, w, wd, form="plain")) for _ in range(2)]
+    gated.gated_plain_bwd(x, w, b, w, b, *outs, *both, tma=tma, **options)
+    return 6
 
 
 SIZES = [(1 << 15, 14336, 4096, 4096), (2048, 1024, 128, 256), (100, 64, 192, 64)]
@@ -206,7 +208,7 @@ def test_irregular_operands_take_a_tile_that_was_compiled_without_knowing_them(l
     kept = launches(arch)
     count = launch_gemms(*sizes, DTYPES[dtype], "gelu_tanh", layout=layout)
     names = assert_compiled(arch, kept, count)
-    second_layer = ("mlp_dual_bwd", "gated_recompute_bwd")
+    second_layer = ("mlp_dual_bwd", "gated_triple_bwd")
     assert all("loose" in name for name in names if sizes[3] == 4096 or name.startswith(second_layer))
     assert not any(launch.arguments.get("TMA") for launch in kept if sizes[3] == 4096)
 

@@ -125,6 +125,19 @@ def test_both_forms_of_the_mlp_backward(form, triton, monkeypatch):
     assert bool(run) == (form == "dual")
 
 
+@pytest.mark.parametrize("form", ["triple", "plain"])
+def test_both_forms_of_the_gated_backward(form, triton, monkeypatch):
+    run = []
+    plain = gated_kernels.gated_plain_bwd
+    monkeypatch.setattr(
+        gated_kernels, "gated_plain_bwd", lambda *args, **options: run.append(1) or plain(*args, **options)
+    )
+    monkeypatch.setattr(gated_kernels, "backward_form", lambda *shape, gated: form)
+    check(OPS["gated_mlp"], 37, 21, 40, 18)
+    check(OPS["gated_mlp"], 37, 21, 40, 18, layout=lambda dy: dy[:1].expand_as(dy), chunk_rows=7)
+    assert bool(run) == (form == "plain")
+
+
 def test_residual(triton):
     x, w, b = OPS["linear"].draw(37, 21, 40, 18, dtype=torch.float32)
     residual = torch.randn(37, 18, requires_grad=True)
