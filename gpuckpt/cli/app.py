@@ -6,11 +6,15 @@ and one line.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from dataclasses import asdict
+from io import TextIOWrapper
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -121,8 +125,17 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="print it as JSON")
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, _end)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # as long as the process
+        if isinstance(stream := getattr(sys, name), TextIOWrapper):  # names of stages may be in any script
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
+    except SystemExit:
+        _flush()
+        raise
     except BudgetExceeded as error:
         _fail(
             f"a budget of {error.available} bytes ({format_bytes(error.available)}) is too small: "
@@ -132,7 +145,21 @@ def main() -> None:
         _fail(str(error))
 
 
-def _fail(message: str) -> None:
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """On SIGTERM: end as by an exception, so that nothing half written stays."""
+    raise SystemExit(128 + number)
+
+
+def _flush() -> None:
+    """Write what is left to stdout now, while it can still be said that it failed: a full disk, a reader that is gone."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more when it ends
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
     print(f"gpuckpt: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from gpuckpt.planning import Chain, PipelinePlan, plan_pipeline
 from gpuckpt.planning.tables import in_milliseconds, text_table
+from gpuckpt.report.files import write_whole
 from gpuckpt.units import format_bytes
 
 __all__ = ["pipeline_record", "pipeline_text", "plan_ranks"]
@@ -31,12 +31,12 @@ def plan_ranks(
     planned = plan_pipeline(chain, ranks, budget_bytes, micro_batches, schedule=schedule, chunks=chunks)
     record = json.dumps(pipeline_record(planned, budget_bytes), indent=1)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "chain.json").write_text(chain.to_json() + "\n")
-    (out / "pipeline.json").write_text(record + "\n")
+    write_whole(out / "chain.json", chain.to_json() + "\n")
+    write_whole(out / "pipeline.json", record + "\n")
     for number, rank in enumerate(planned.ranks):
         for chunk, plan in enumerate(rank.plans):
-            (out / f"rank{number}.{chunk}.plan.json").write_text(plan.to_json() + "\n")
-    sys.stdout.write((record if as_json else pipeline_text(planned)) + "\n")
+            write_whole(out / f"rank{number}.{chunk}.plan.json", plan.to_json() + "\n")
+    print(record if as_json else pipeline_text(planned))
     console.print(f"in {out}: chain.json, pipeline.json, rank*.plan.json", highlight=False)
 
 

@@ -5,7 +5,6 @@ Sizes need no such model: it is measured without memory (gpuckpt.pytorch.profili
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -107,6 +106,7 @@ def plan(
 ) -> None:
     """Plan a chain, or a transformer of given sizes, under a budget. Needs no GPU and no memory."""
     from gpuckpt.planning.report import explain
+    from gpuckpt.report.files import write_whole
     from gpuckpt.report.frontier import draw_frontier
 
     console = Console(stderr=json)
@@ -115,7 +115,7 @@ def plan(
         chain = chain_of_sizes(layers, width, heads, context, batch, activation, dtype, name)
         console.print(f"{chain.name}, {len(chain)} stages, seconds by the roofline of {name}", highlight=False)
     else:
-        chain = Chain.from_json(chain_file.read_text())
+        chain = Chain.from_json(chain_file.read_text(encoding="utf-8"))
         console.print(f"{chain.name}, {len(chain)} stages, from {chain_file}", highlight=False)
     if spill is not None:
         if spill not in LINK_BYTES_PER_S:
@@ -124,10 +124,10 @@ def plan(
     elif host_budget is not None:
         raise ValueError("--host-budget bounds what --spill moves to the host; name a link as well")
     objective = "total" if total else "held"
-    host_bytes = None if host_budget is None else parse_bytes(host_budget)
+    host_bytes = None if host_budget is None else parse_bytes(host_budget, "--host-budget")
     if budget is None and points < 2 and pipeline is None:
         raise ValueError("--points must be at least 2 where no --budget is given: the plan is then the frontier's knee")
-    budget_bytes = None if budget is None else parse_bytes(budget)
+    budget_bytes = None if budget is None else parse_bytes(budget, "--budget")
     if pipeline is not None:
         if budget_bytes is None or total or host_bytes is not None or strategy != "optimal":
             raise ValueError("--pipeline needs a --budget, and goes with no --total, --host-budget or --strategy")
@@ -148,16 +148,13 @@ def plan(
         chosen = frontier.plans[frontier.knee]
     report = explain(chain, chosen)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "chain.json").write_text(chain.to_json() + "\n")
-    (out / "plan.json").write_text(chosen.to_json() + "\n")
-    (out / "report.json").write_text(report.to_json() + "\n")
+    write_whole(out / "chain.json", chain.to_json() + "\n")
+    write_whole(out / "plan.json", chosen.to_json() + "\n")
+    write_whole(out / "report.json", report.to_json() + "\n")
     if frontier is not None:
         draw_frontier(frontier, out / "frontier.svg")
         console.print(frontier_table(frontier))
-    if json:
-        sys.stdout.write(report.to_json() + "\n")
-    else:
-        sys.stdout.write(f"{report}\n")
+    print(report.to_json() if json else report)
     written = "chain.json, plan.json, report.json" + ("" if frontier is None else ", frontier.svg")
     console.print(f"in {out}: {written}", highlight=False)
 

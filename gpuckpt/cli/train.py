@@ -27,6 +27,7 @@ from gpuckpt.memory.uncapped import uncapped
 from gpuckpt.planning import Chain, plan_chain
 from gpuckpt.pytorch.fit import Fitted, fit
 from gpuckpt.pytorch.profiling.measure import measure
+from gpuckpt.report.files import whole_file, write_whole
 from gpuckpt.report.ledger import draw_ledger, one_step
 from gpuckpt.units import format_bytes, parse_bytes
 
@@ -130,7 +131,7 @@ def train(options: Options, console: Console) -> tuple[TrainReport, Fitted]:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
     device = choose_device(options.device)
-    cap_bytes = None if options.budget is None else parse_bytes(options.budget)
+    cap_bytes = None if options.budget is None else parse_bytes(options.budget, "--budget")
     config = options.config
     data = read_text(options.data, config.context)
     batches = Batches(data, options.batch, config.context, options.seed, device)
@@ -260,14 +261,14 @@ def _versions() -> dict[str, str]:
 def write_report(report: TrainReport, fitted: Fitted, out: Path) -> None:
     """report.json and the picture of the ledger, into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(asdict(report), indent=1, default=str) + "\n")
+    write_whole(out / "report.json", json.dumps(asdict(report), indent=1, default=str) + "\n")
     events = one_step(fitted.budget.events())
     if len(events) > 1 and report.losses:
         peak, cap = format_bytes(report.measured_peak_bytes), format_bytes(report.cap_bytes)
         title = f"One training step: {peak} held at the peak, {cap} allowed"
         for suffix in ("svg", "png"):
-            path = out / f"ledger.{suffix}"
-            draw_ledger(events, report.cap_bytes, report.promised_peak_bytes, report.plain_peak_bytes, path, title)
+            with whole_file(out / f"ledger.{suffix}") as path:
+                draw_ledger(events, report.cap_bytes, report.promised_peak_bytes, report.plain_peak_bytes, path, title)
 
 
 def table(report: TrainReport) -> Table:

@@ -12,6 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpuckpt.report.files import write_whole
+
 if TYPE_CHECKING:
     from gpuckpt.kernels.audit.dossier import Dossier, Entry
 
@@ -111,7 +113,7 @@ def run_audit(
             print(render(), end="")
         elif path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(render(), encoding="utf-8")
+            write_whole(path, render())
             console.print(f"wrote {path}")
     return 1 if dossier.violations else 0
 

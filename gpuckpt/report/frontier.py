@@ -7,6 +7,8 @@ from pathlib import Path
 
 from gpuckpt.planning.frontier import Frontier
 from gpuckpt.planning.plan import Plan
+from gpuckpt.planning.tables import cut_text
+from gpuckpt.report.files import whole_file
 
 __all__ = ["draw_frontier"]
 
@@ -38,8 +40,11 @@ def draw_frontier(frontier: Frontier, path: str | Path, *, others: Mapping[str, 
     )
     axes.set_xlabel("peak of held bytes, GiB")
     axes.set_ylabel("step time, ms")
-    axes.set_title(frontier.chain_name)
+    # As it is: a file's name is no formula, and no XML.
+    name = "".join(c if c.isprintable() else "?" for c in frontier.chain_name)
+    axes.set_title(cut_text(name), parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished)
     return path

@@ -19,6 +19,7 @@ from itertools import pairwise
 import numpy as np
 from numba import config, njit
 
+from gpuckpt.planning.solver.compiled import compiled
 from gpuckpt.planning.solver.dp_numpy import Tables
 from gpuckpt.planning.solver.problem import Problem
 from gpuckpt.planning.solver.slots import Grid, Pieces
@@ -85,7 +86,7 @@ def _row(layout, i, j):
     return (near[i] + j - i) * width
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sum_min(out, o, left, l, right, r, seconds, low, high):  # noqa: E741
     """out[o + m] = min(itself, left[l + m] + seconds + right[r + m]) for m in low..high-1."""
     o, l, r = np.uint64(o + low), np.uint64(l + low), np.uint64(r + low)  # noqa: E741
@@ -95,7 +96,7 @@ def _sum_min(out, o, left, l, right, r, seconds, low, high):  # noqa: E741
         out[o + m] = value if value < best else best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sum_tile(out, outs, left, lefts, right, rights, seconds, lows, grads, firsts, lasts, m_start, m_end):
     """out[outs[a, b] + m] = min over k of left[lefts[a, k] + m] + seconds[a, k] + right[rights[b, k] + m], and itself.
 
@@ -134,7 +135,7 @@ def _sum_tile(out, outs, left, lefts, right, rights, seconds, lows, grads, first
                         out[to + m] = w if w < best else best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _shifted_min(out, o, values, v, seconds, charge, low, width):
     """out[o + m] = min(itself, values[v + m - charge] + seconds) for m in low..width-1, low >= charge."""
     o, v = np.uint64(o + low), np.uint64(v + low - charge)
@@ -144,7 +145,7 @@ def _shifted_min(out, o, values, v, seconds, charge, low, width):
         out[o + m] = value if value < best else best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _frame_costs(i, first, last, stage_s, first_need, run_need, seconds, lows):
     """Fill in, for frames i..k with k in first..last-1, the seconds of their recompute and the slots it needs."""
     forward_s, tail_s = stage_s
@@ -156,7 +157,7 @@ def _frame_costs(i, first, last, stage_s, first_need, run_need, seconds, lows):
             seconds[k - first], lows[k - first] = spent - tail_s[k], need
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sum_tiles(flat, layout, block_end, tiles, chunks, stage_s, needs, share, shares):
     """What tiles of one level take from pieces that are done: frames that end in blocks strictly between the tile's two.
 
@@ -195,7 +196,7 @@ def _sum_tiles(flat, layout, block_end, tiles, chunks, stage_s, needs, share, sh
         _sum_tile(flat, outs, flat, lefts, flat, rights, seconds, lows, grads, firsts, lasts, m_start, m_end)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _finish_tiles(flat, layout, block_end, tiles, options, inputs, stage_s, needs, share, shares):
     """`_finish_tile` for every `shares`-th tile of one level, from `share` on."""
     nothing = np.zeros(layout[4], np.float32)
@@ -203,7 +204,7 @@ def _finish_tiles(flat, layout, block_end, tiles, options, inputs, stage_s, need
         _finish_tile(flat, layout, block_end, tiles[u], options, inputs, stage_s, needs, nothing)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _finish_tile(flat, layout, block_end, tile, options, inputs, stage_s, needs, nothing):
     """Frames that end in the tile's own blocks, and the ways to keep the first stage, piece by piece."""
     option, option_s, covers, _ = options
@@ -247,7 +248,7 @@ def _finish_tile(flat, layout, block_end, tile, options, inputs, stage_s, needs,
                         _shifted_min(flat, c * half + row, nothing, 0, option_s[i, o], charge, low, width)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _start_top(top, users, width):
     """Zero beyond the last stage, and for each stage the next one from it on that uses extras."""
     n = len(users)
@@ -260,7 +261,7 @@ def _start_top(top, users, width):
     return next_user
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _top_block(layout, run_end, i_first, i_end, next_user, extras, stage_s, needs, pieces_size, top_size):
     """The arguments of `_sum_tile` for top levels that start in stages i_first..i_end-1: see there.
 
@@ -290,7 +291,7 @@ def _top_block(layout, run_end, i_first, i_end, next_user, extras, stage_s, need
     return frames, outs, lefts, lows, seconds, rights, firsts, lasts
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sum_top(flat, top, width, block, share, shares):
     """Frames of a block that end in its last stage or beyond, in one share of the slots.
 
@@ -303,7 +304,7 @@ def _sum_top(flat, top, width, block, share, shares):
     _sum_tile(frames, outs, flat, lefts, top, rights, seconds, lows, no_gradient, firsts, lasts, m_start, m_end)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _finish_block(flat, top, layout, frames, i_first, i_end, next_user, options, inputs, extras, stage_s, needs):
     """`_finish_top` for every start of a block, the last one first."""
     for i in range(i_end - 1, i_first - 1, -1):
@@ -311,7 +312,7 @@ def _finish_block(flat, top, layout, frames, i_first, i_end, next_user, options,
         _finish_top(flat, top, layout, frames, own, i, i_end - 1, next_user[i], options, inputs, extras, stage_s, needs)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _finish_top(flat, top, layout, frames, own, i, k_end, user, options, inputs, extras, stage_s, needs):
     """Frames i..k with k < k_end, the ways to keep stage i, and the rows of the top level from i on."""
     option, option_s, covers, option_extras = options
