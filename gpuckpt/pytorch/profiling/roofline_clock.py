@@ -54,7 +54,8 @@ class Roofline(TorchDispatchMode):
         flops = _flops(func, args, kwargs, out)
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         moved_bytes = sum(map(_bytes, given)) + sum(map(_bytes, made))
-        rate = max((self._flops_per_s(tensor.dtype) for tensor in given[:1]), default=1.0)
+        # The largest operand's: a fused loss is given the gradient of its mean first, one float32.
+        rate = self._flops_per_s(max(given, key=torch.Tensor.numel).dtype) if given else 1.0
         self.flops += flops
         self.seconds += max(flops / rate, moved_bytes / self.device.bytes_per_s)
         return out

@@ -156,3 +156,40 @@ def test_roofline_of_a_product_by_hand() -> None:
     with clock:
         a.t().view(32, 64)
     assert clock.now() == before
+
+
+def test_a_stage_with_a_buffer_needs_no_contents_to_compare() -> None:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.register_buffer("scale", torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.scale
+
+    model = nn.Sequential(*[Scaled() for _ in range(3)])
+    x = torch.ones(4, 8)
+    assert measure(model, x, fake=True).fingerprint() == measure(model, x).fingerprint()
+
+
+def test_seconds_of_a_fused_loss_are_those_of_its_operands() -> None:
+    """Its backward is given the gradient of the mean first: one float32, whose rate is none of the GEMMs'."""
+    from gpuckpt.functional import linear_cross_entropy
+
+    rows, width, vocab = 4096, 4096, 32768
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*[nn.Linear(width, width, dtype=torch.bfloat16, device="meta") for _ in range(2)])
+            self.head = nn.Linear(width, vocab, bias=False, dtype=torch.bfloat16, device="meta")
+
+        def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return linear_cross_entropy(self.body(x), self.head.weight, target)
+
+    x = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
+    target = torch.empty(rows, dtype=torch.long, device="meta")
+    last = measure(Loss(), x, target, fake=True).stages[-1]
+    gemm_s = 2 * rows * width * vocab / 989e12
+    assert gemm_s <= last.forward_s < 1.5 * gemm_s
+    assert 3 * gemm_s <= last.backward_s < 4 * gemm_s
