@@ -23,7 +23,7 @@ FLOORS = (
     ("gpuckpt.pytorch.engine", "gpuckpt.segments"),
     ("gpuckpt.budget", "gpuckpt.pytorch.ops"),
     ("gpuckpt.functional", "gpuckpt.nn", "gpuckpt.pytorch.profiling"),
-    ("gpuckpt.pytorch.parallel",),
+    ("gpuckpt.pytorch.parallel", "gpuckpt.pytorch.whole_device"),
     ("gpuckpt.pytorch",),
     ("gpuckpt.integrations", "gpuckpt.report"),
     ("gpuckpt.cli",),

@@ -84,7 +84,7 @@ def plan(
     layers: Annotated[int, typer.Option(help="transformer blocks")] = 32,
     width: Annotated[int, typer.Option(help="model width")] = 4096,
     heads: Annotated[int, typer.Option(help="attention heads")] = 32,
-    context: Annotated[int, typer.Option(help="tokens a sample")] = 4096,
+    context: Annotated[int | None, typer.Option(help="tokens a sample [4096]")] = None,
     batch: Annotated[int, typer.Option(help="samples a step")] = 1,
     activation: Annotated[
         str, typer.Option(help="swiglu for a Llama-like block, gelu for a GPT-like one, ...")
@@ -98,6 +98,12 @@ def plan(
     ] = 8,
     schedule: Annotated[str, typer.Option(help="with --pipeline: gpipe, 1f1b or interleaved")] = "1f1b",
     chunks: Annotated[int, typer.Option(help="with --schedule interleaved: runs of stages a rank")] = 1,
+    hf: Annotated[
+        Path | None, typer.Option(help="a Hugging Face config.json: plan its whole step, every byte of the device")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="with --hf: sgd, sgd-momentum, adamw, adamw-8bit, ...")] = "adamw",
+    parallel: Annotated[str, typer.Option(help="with --hf: the layout over devices, as fsdp=8,tp=2")] = "",
+    find: Annotated[str | None, typer.Option(help="with --hf: look for the largest batch or context alone")] = None,
     points: Annotated[int, typer.Option(help="budgets on the frontier; 0 leaves it out")] = 16,
     out: Annotated[Path, typer.Option(help="folder for chain.json, plan.json, report.json, frontier.svg")] = Path(
         "out/plan"
@@ -109,10 +115,18 @@ def plan(
     from gpuckpt.report.files import write_whole
     from gpuckpt.report.frontier import draw_frontier
 
+    if hf is not None:
+        from gpuckpt.cli.whole_device import plan_whole_device
+
+        name = _device_called(device)
+        plan_whole_device(hf, batch, context, dtype, optimizer, name, parallel, budget, find, out, json)
+        return
     console = Console(stderr=json)
     if chain_file is None:
         name = _device_called(device)
-        chain = chain_of_sizes(layers, width, heads, context, batch, activation, dtype, name)
+        chain = chain_of_sizes(
+            layers, width, heads, 4096 if context is None else context, batch, activation, dtype, name
+        )
         console.print(f"{chain.name}, {len(chain)} stages, seconds by the roofline of {name}", highlight=False)
     else:
         chain = Chain.from_json(chain_file.read_text(encoding="utf-8"))

@@ -1,0 +1,45 @@
+"""How a model is laid out over devices: fully sharded, and its matrices split."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+__all__ = ["ParallelLayout"]
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """fsdp: ranks that share weights, gradients and optimizer state, each with a batch of its own (FSDP2's `fully_shard` on every
+    block, forward's gathered weights dropped again). tp: ranks that split each block's matrices and work on the same batch.
+
+    Raises `ValueError` for a count below 1.
+
+    >>> ParallelLayout.parse("fsdp=8,tp=2").devices
+    16
+    """
+
+    fsdp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        for name, count in asdict(self).items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"parallel: {name} is {count!r}; expected a count of ranks, 1 or more")
+
+    @property
+    def devices(self) -> int:
+        return self.fsdp * self.tp
+
+    @classmethod
+    def parse(cls, text: str) -> ParallelLayout:
+        """A layout as a command line has it: "fsdp=8,tp=2". Raises `ValueError` that says what is allowed."""
+        known = [field.name for field in fields(cls)]
+        counts: dict[str, int] = {}
+        for part in filter(None, (each.strip() for each in text.split(","))):
+            name, equals, count = (each.strip() for each in part.partition("="))
+            if name not in known or name in counts or not equals or not (count.isascii() and count.isdigit()):
+                raise ValueError(
+                    f"parallel layout {text!r}: expected {'=N,'.join(known)}=N, each at most once; got {part!r}"
+                )
+            counts[name] = int(count)
+        return cls(**counts)

@@ -1,0 +1,198 @@
+"""The bytes of a whole step on one device, as a chain under a plan, its parameters, an optimizer and a layout make them.
+
+Weights and optimizer state are there all the time (from the second step on). A gradient comes when backward has gone through the
+stage that its parameter belongs to, and stays until the optimizer has stepped and set it to None. So a step has two high
+points: somewhere in backward, where activations are still held and some gradients are there, and the optimizer's step, with every
+gradient and no activation. The first is planned: gradients that are there when a stage goes backward are added to that stage's
+workspace, and `plan_chain(objective="total")` does the rest. In the first forward they are not there yet; that costs nothing, for
+a stage's forward never holds more than its own backward.
+
+Of FSDP2 the full weights of a block and of the one fetched ahead count as workspace, and its full gradients twice (as backward
+leaves them, and as reduce_scatter reads them). What belongs to no block stays gathered, and its gradients whole, all through the
+step. Buffers of NCCL, the CUDA context and fragmentation are not known: `SET_ASIDE_BYTES` is for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from gpuckpt.errors import BudgetExceeded
+from gpuckpt.planning.chain import Chain
+from gpuckpt.planning.device.layout import ParallelLayout
+from gpuckpt.planning.device.optimizers import OptimizerCosts
+from gpuckpt.planning.device.parameters import ParameterShape, rounded_bytes
+from gpuckpt.planning.plan import Plan
+from gpuckpt.planning.planner import plan_chain
+
+__all__ = ["SET_ASIDE_BYTES", "SET_ASIDE_NCCL_BYTES", "StepMemory", "StepPlan"]
+
+SET_ASIDE_BYTES = 3 << 29
+"""1.5 GiB: a card of "80 GB" offers programs some 79.1 GiB of its 80 (as torch's out-of-memory messages quote it), a CUDA context
+with torch's kernels takes about half a GiB, cuBLAS a few dozen MiB. A margin, not a measurement: no GPU has run this yet."""
+
+SET_ASIDE_NCCL_BYTES = 1 << 30
+"""1 GiB more where ranks talk to each other: NCCL's channels and buffers."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """A training step of one rank.
+
+    Args:
+        chain: of forward and backward, without gradients of parameters.
+        parameters: all of them, as a rank of tensor parallelism has them.
+        buffers_bytes: bytes of buffers and inputs.
+    """
+
+    chain: Chain
+    parameters: tuple[ParameterShape, ...]
+    optimizer: OptimizerCosts
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    buffers_bytes: int = 0
+
+    @cached_property
+    def weights(self) -> list[int]:
+        """Bytes of each weight that stays, a shard of it under FSDP."""
+        return [p.shard_numel(self.layout.fsdp) * p.item_bytes for p in self.parameters]
+
+    @cached_property
+    def state(self) -> list[int]:
+        """Bytes of each tensor of the optimizer's state."""
+        ranks, costs = self.layout.fsdp, self.optimizer
+        return [size for p in self.parameters for size in costs.state(p.shard_numel(ranks), p.item_bytes)]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all gradients when backward has ended: as large as the weights."""
+        return sum(self.weights)
+
+    @cached_property
+    def gathered_bytes(self) -> int:
+        """Full weights outside of blocks that FSDP keeps for the whole step."""
+        if self.layout.fsdp == 1:
+            return 0
+        stages = self._stages
+        return rounded_bytes(p.numel * p.item_bytes for p, s in zip(self.parameters, stages, strict=True) if s is None)
+
+    @cached_property
+    def resident_bytes(self) -> int:
+        """What is there all through a step: weights, optimizer state, buffers, as the allocator rounds them."""
+        return rounded_bytes(self.weights) + rounded_bytes(self.state) + self.gathered_bytes + self.buffers_bytes
+
+    @property
+    def rounding_bytes(self) -> int:
+        """What of `resident_bytes` is rounding."""
+        return self.resident_bytes - sum(self.weights) - sum(self.state) - self.gathered_bytes - self.buffers_bytes
+
+    @property
+    def set_aside_bytes(self) -> int:
+        """For what cannot be known beforehand."""
+        return SET_ASIDE_BYTES + (SET_ASIDE_NCCL_BYTES if self.layout.devices > 1 else 0)
+
+    @property
+    def optimizer_peak_bytes(self) -> int:
+        """Beyond `resident_bytes`, while the optimizer steps: every gradient, and its temporaries."""
+        ranks, costs = self.layout.fsdp, self.optimizer
+        temporary = [costs.step_bytes(p.shard_numel(ranks), p.item_bytes) for p in self.parameters]
+        return rounded_bytes(self.weights) + rounded_bytes(temporary)
+
+    @property
+    def optimizer_moved_bytes(self) -> int:
+        """Bytes that the optimizer's step reads and writes."""
+        ranks, costs = self.layout.fsdp, self.optimizer
+        return sum(costs.moved_bytes(p.shard_numel(ranks), p.item_bytes) for p in self.parameters)
+
+    @cached_property
+    def chain_with_gradients(self) -> Chain:
+        """The chain, each stage's workspace with the gradients that are there in its backward, and what FSDP gathers for it."""
+        count, sharded = len(self.chain), self.layout.fsdp > 1
+        came = [0] * count  # bytes of gradients that stay, by the stage whose backward makes them
+        whole = [0] * count  # bytes of a block's full weights
+        for parameter, stage, shard in zip(self.parameters, self._stages, self.weights, strict=True):
+            full = parameter.numel * parameter.item_bytes
+            if stage is None:
+                came[0 if parameter.first else -1] += rounded_bytes([full if sharded else shard])
+            else:
+                came[stage] += rounded_bytes([shard])
+                whole[stage] += full
+        stages, there = [], 0
+        for number in reversed(range(count)):
+            there += came[number]
+            gathered = 0
+            if sharded and whole[number]:
+                ahead = max((whole[n] for n in (number - 1, number + 1) if 0 <= n < count), default=0)
+                gathered = 3 * whole[number] + ahead
+            plain = self.chain.stages[number]
+            stages.append(replace(plain, workspace_bytes=plain.workspace_bytes + there + gathered))
+        return replace(self.chain, stages=tuple(reversed(stages)))
+
+    def plan(self, budget_bytes: int, strategy: str = "optimal") -> StepPlan:
+        """The fastest plan whose whole step stays within `budget_bytes` of the device.
+
+        Raises `BudgetExceeded`, whose `need` is the smallest budget that would do.
+        """
+        fixed = self.resident_bytes + self.set_aside_bytes
+        least = fixed + self.optimizer_peak_bytes
+        left = max(0, budget_bytes - fixed)
+        try:
+            plan = plan_chain(self.chain_with_gradients, left, strategy, objective="total")
+        except BudgetExceeded as error:
+            raise BudgetExceeded(max(least, fixed + error.need), budget_bytes, "of a whole step") from None
+        if least > budget_bytes:
+            need = max(least, fixed + plan.certificate.smallest_budget_bytes)
+            raise BudgetExceeded(need, budget_bytes, "of a whole step")
+        return StepPlan(self, plan, budget_bytes)
+
+    def smallest_moving_bytes(self) -> int:
+        """The fewest bytes that forward and backward can do with beyond `resident_bytes`, under any plan."""
+        try:
+            return plan_chain(self.chain_with_gradients, 0, objective="total").certificate.smallest_budget_bytes
+        except BudgetExceeded as error:
+            return int(error.need)
+
+    @cached_property
+    def _stages(self) -> list[int | None]:
+        """The stage of each parameter; None for what belongs to no block."""
+        known: dict[str, int] = {}
+        for number, stage in enumerate(self.chain.stages):
+            for name in stage.name.split("+"):
+                known.setdefault(name, number)
+        return [_stage_of(parameter.name, known) for parameter in self.parameters]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A plan for a whole step, and what it comes to.
+
+    `peak_bytes`: the most bytes of the device that the step takes, what is set aside included.
+    """
+
+    memory: StepMemory
+    plan: Plan
+    budget_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        memory = self.memory
+        moving = max(self.plan.certificate.total_peak_bytes, memory.optimizer_peak_bytes)
+        return memory.resident_bytes + memory.set_aside_bytes + moving
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The smallest budget that any plan would fit in."""
+        memory = self.memory
+        moving = max(self.plan.certificate.smallest_budget_bytes, memory.optimizer_peak_bytes)
+        return memory.resident_bytes + memory.set_aside_bytes + moving
+
+    def step_s(self, bytes_per_s: float) -> float:
+        """Seconds of forward, backward and the optimizer's step, which is as long as its bytes take at `bytes_per_s`."""
+        return self.plan.certificate.step_s + self.memory.optimizer_moved_bytes / bytes_per_s
+
+
+def _stage_of(name: str, known: dict[str, int]) -> int | None:
+    while name:
+        if name in known:
+            return known[name]
+        name = name.rpartition(".")[0]
+    return None

@@ -1,0 +1,138 @@
+"""`gpuckpt plan --hf`: the page, the same as JSON, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+
+from gpuckpt import Chain, Plan, simulate
+from gpuckpt.cli.app import app
+from gpuckpt.cli.whole_device import device_page
+from gpuckpt.pytorch.whole_device.plan_device import plan_device
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Llama-3-8B with four narrow blocks."""
+    record = json.loads((CONFIGS / "llama-3-8b.json").read_text())
+    record |= {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 4}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+def run(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_a_page_and_the_same_facts(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("--hf", small, "--batch", 4, "--context", 1024, "--budget", "10GiB", "--out", out, "--json")
+    facts = json.loads(result.stdout)
+    assert facts == json.loads((out / "device.json").read_text())
+    # Llama: an embedding, a head, and in each block four projections (two of them a quarter as wide: 8 heads, 8 groups), an MLP
+    # of three, two norms; a last norm.
+    block = 4 * 512 * 512 + 3 * 512 * 1024 + 2 * 512
+    assert facts["parameters"] == 2 * 128256 * 512 + 4 * block + 512
+    assert facts["weights_bytes"] == facts["gradients_bytes"] == 2 * facts["parameters"]
+    tensors = 4 * 9 + 3
+    assert facts["optimizer_state_bytes"] == 4 * facts["parameters"] + 4 * tensors
+    assert facts["fits"] is True
+    assert facts["peak_bytes"] <= facts["budget_bytes"] == 10 << 30
+    chain = Chain.from_json((out / "chain.json").read_text())
+    plan = Plan.from_json((out / "plan.json").read_text(), chain)
+    assert (
+        simulate(chain, plan.tree).total_peak_bytes
+        == facts["forward_and_backward_bytes"]
+        == plan.certificate.total_peak_bytes
+    )
+    fixed = sum(facts[name] for name in ("weights_bytes", "optimizer_state_bytes", "rounding_bytes", "set_aside_bytes"))
+    fixed += facts["buffers_and_inputs_bytes"]
+    assert facts["left_bytes"] == facts["budget_bytes"] - fixed
+    assert facts["peak_bytes"] == fixed + facts["forward_and_backward_bytes"]
+
+    page = device_page(facts)
+    for text in (f"{facts['parameters']:,} parameters", f"{facts['weights_bytes']:,}", "fits: ", "tokens/s"):
+        assert text in page
+    assert f"largest batch that fits: {facts['largest_batch']}" in page
+    assert f"longest context that fits: {facts['longest_context']:,} tokens (the configuration names 8,192)" in page
+    for lever in facts["levers"]:
+        assert lever["name"] in page
+
+
+@pytest.mark.slow
+def test_the_largest_batch_fits_and_one_more_does_not(small: Path, tmp_path: Path) -> None:
+    size = ("--hf", small, "--context", 512, "--budget", "6GiB", "--out", tmp_path, "--json", "--find", "batch")
+    largest = json.loads(run(*size).stdout)["largest_batch"]
+    assert largest > 1
+    for batch, fits in ((largest, True), (largest + 1, False)):
+        facts = json.loads(run(*size, "--batch", batch).stdout)
+        assert facts["fits"] is fits
+        assert facts["largest_batch"] == largest  # from wherever the search begins
+    context = ("--hf", small, "--budget", "6GiB", "--out", tmp_path, "--json", "--find", "context")
+    longest = json.loads(run(*context).stdout)["longest_context"]
+    assert longest % 128 == 0
+    assert json.loads(run(*context, "--context", longest).stdout)["fits"] is True
+    assert json.loads(run(*context, "--context", longest + 128).stdout)["fits"] is False
+
+
+def test_what_does_not_fit_says_by_how_much(small: Path, tmp_path: Path) -> None:
+    facts = json.loads(run("--hf", small, "--budget", "2GiB", "--out", tmp_path, "--json", "--find", "batch").stdout)
+    assert facts["fits"] is False
+    assert "plan" not in facts
+    assert facts["largest_batch"] == 0
+    page = device_page(facts)
+    assert "does not fit: " in page
+    assert "largest batch that fits: none" in page
+    again = run("--hf", small, "--budget", facts["need_bytes"], "--out", tmp_path, "--find", "batch").stdout
+    assert "fits: " in again
+    assert "does not fit: " not in again
+
+
+def test_more_devices_hold_less_each(small: Path) -> None:
+    one, eight, two = (plan_device(small, parallel=layout).memory for layout in ("", "fsdp=8", "tp=2"))
+    assert sum(eight.weights) * 8 == sum(one.weights)
+    assert sum(two.weights) < sum(one.weights) * 0.51
+    assert two.chain.saved_bytes < one.chain.saved_bytes == eight.chain.saved_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", "0"], "batch is 0: expected at least 1"),
+        (["--context", "-8"], "context is -8"),
+        (["--dtype", "int3"], "dtype 'int3': expected one of bf16, fp16, fp32"),
+        (["--optimizer", "adam"], "optimizer 'adam' is not known; known are sgd"),
+        (["--device", "abacus"], "--device 'abacus' is not known"),
+        (["--parallel", "pp=2"], "expected fsdp=N,tp=N, each at most once; got 'pp=2'"),
+        (["--parallel", "tp=3"], "tp=3 does not divide"),
+        (["--find", "gpus"], "--find 'gpus': expected one of batch, context"),
+        (["--budget", "much"], "'much' is not a size in bytes"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], words: str, small: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        run("--hf", small, "--out", tmp_path, *arguments)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "abacus"}')
+    command = [sys.executable, "-m", "gpuckpt.cli.app", "plan", "--hf", str(tmp_path / "config.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "model_type 'abacus' is unknown" in done.stderr
+    assert not (tmp_path / "out").exists()

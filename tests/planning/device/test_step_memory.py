@@ -1,0 +1,112 @@
+"""The whole step's bytes against counts made by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuckpt.errors import BudgetExceeded
+from gpuckpt.planning import Chain, Stage
+from gpuckpt.planning.device.layout import ParallelLayout
+from gpuckpt.planning.device.optimizers import OPTIMIZERS, optimizer_called
+from gpuckpt.planning.device.parameters import ParameterShape
+from gpuckpt.planning.device.step_memory import SET_ASIDE_BYTES, SET_ASIDE_NCCL_BYTES, StepMemory
+
+MB = 1 << 20
+BLOCKS = 4
+
+
+def step(optimizer: str = "adamw", layout: ParallelLayout | None = None, rows: int = 1024) -> StepMemory:
+    """Four blocks that save 8 MiB each and have a weight of 2 MiB, between an embedding of 4 MiB and a head of 6 MiB."""
+    stages, storages = [Stage("prefix")], []
+    for block in range(BLOCKS):
+        storages += [MB, 7 * MB]
+        stages.append(
+            Stage(f"h.{block}", 1.0, 2.0, (2 * block, 2 * block + 1), (2 * block,) if block else (), output_bytes=MB)
+        )
+    stages.append(Stage("suffix", recomputable=False))
+    parameters = [
+        ParameterShape("wte.weight", (2048, 1024), 2, first=True),
+        *(ParameterShape(f"h.{block}.mlp.weight", (rows, 1024), 2) for block in range(BLOCKS)),
+        ParameterShape("head.weight", (3072, 1024), 2),
+    ]
+    return StepMemory(
+        Chain(tuple(stages), tuple(storages), 512),
+        tuple(parameters),
+        optimizer_called(optimizer),
+        layout or ParallelLayout(),
+    )
+
+
+def test_gradients_are_there_from_their_backward_on() -> None:
+    memory = step()
+    added = [stage.workspace_bytes // MB for stage in memory.chain_with_gradients.stages]
+    assert added == [6 + 4 * 2 + 4, 6 + 4 * 2, 6 + 3 * 2, 6 + 2 * 2, 6 + 2, 6]
+    assert memory.gradient_bytes == 18 * MB
+
+
+def test_the_peak_is_that_of_a_step_walked_by_hand() -> None:
+    memory = step("sgd")
+    plain = memory.plan(1 << 40)
+    # Weights, the 32 MiB that blocks save, the head's gradient, and what the last block's backward makes: its weight's gradient,
+    # and the gradients of its output and of its input.
+    assert plain.peak_bytes == SET_ASIDE_BYTES + (18 + 32 + 6 + 2 + 2) * MB
+    assert plain.plan.certificate.recompute_s == 0
+    tight = memory.plan(plain.peak_bytes - MB)
+    assert tight.plan.certificate.recompute_s > 0
+    assert tight.peak_bytes <= plain.peak_bytes - MB
+    with pytest.raises(BudgetExceeded) as refused:
+        memory.plan(tight.smallest_bytes - 1)
+    assert refused.value.need == tight.smallest_bytes
+    assert memory.plan(tight.smallest_bytes).peak_bytes <= tight.smallest_bytes
+
+
+def test_the_optimizers_step_can_be_the_peak() -> None:
+    foreach = step("adamw-foreach")
+    least = SET_ASIDE_BYTES + (18 + 36 + 18 + 18) * MB  # weights, state, gradients, and a square root of one state
+    with pytest.raises(BudgetExceeded) as refused:
+        foreach.plan(least - 1)
+    assert refused.value.need == least
+    assert foreach.plan(least).peak_bytes == least
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_of_a_thousand", "bytes_of_a_million"),
+    [
+        ("sgd", 0, 0),
+        ("sgd-momentum", 2000, 2_000_000),
+        ("adamw", 4004, 4_000_004),
+        ("adamw-foreach", 4000, 4_000_000),
+        ("adamw-master", 12000, 12_000_000),
+        ("adamw-8bit", 8000, 2_000_000 + 2 * 4 * 3907),
+    ],
+)
+def test_state_of_a_bf16_parameter(name: str, bytes_of_a_thousand: int, bytes_of_a_million: int) -> None:
+    assert sum(OPTIMIZERS[name].state(1000, 2)) == bytes_of_a_thousand
+    assert sum(OPTIMIZERS[name].state(1_000_000, 2)) == bytes_of_a_million
+
+
+def test_shards_are_padded_and_tensors_rounded() -> None:
+    memory = step("sgd", ParallelLayout(fsdp=3), rows=1000)
+    # 334 of 1000 rows, 683 of 2048, 1024 of 3072; the embedding and the head stay gathered.
+    assert memory.weights == [683 * 2048, *[334 * 2048] * 4, 1024 * 2048]
+    assert memory.gathered_bytes == 10 * MB
+    assert memory.set_aside_bytes == SET_ASIDE_BYTES + SET_ASIDE_NCCL_BYTES
+    last = memory.chain_with_gradients.stages[BLOCKS]
+    whole = 1000 * 2048
+    assert last.workspace_bytes == 6 * MB + 334 * 2048 + 3 * whole + whole
+    scalars = StepMemory(memory.chain, (ParameterShape("scale", (), 4),), optimizer_called("adamw"), ParallelLayout())
+    assert scalars.resident_bytes == 4 * 512
+    assert scalars.rounding_bytes == 4 * (512 - 4)
+
+
+@pytest.mark.parametrize("wrong", ["pp=2", "fsdp", "fsdp=0", "fsdp=-1", "fsdp=2,fsdp=2", "tp=two", "8"])
+def test_a_layout_that_is_none(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"parallel.*expected"):
+        ParallelLayout.parse(wrong)
+
+
+def test_layouts_and_optimizers_by_name() -> None:
+    assert ParallelLayout.parse(" fsdp=8 , tp=2") == ParallelLayout(8, 2)
+    assert ParallelLayout.parse("") == ParallelLayout()
+    with pytest.raises(ValueError, match="'adam' is not known; known are sgd, sgd-momentum, adamw"):
+        optimizer_called("adam")
