@@ -9,11 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-NEEDS = {"guides/hugging-face.md": ("transformers", "accelerate", "peft")}
+NEEDS = {
+    "guides/hugging-face.md": ("transformers", "accelerate", "peft"),
+    "guides/lightning.md": ("lightning",),
+}
 """What the code on a page imports besides the package and what it depends on."""
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
+@pytest.mark.filterwarnings("ignore:.*(num_workers|log_every_n_steps|litlogger):UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in (DOCS / page).read_text()])
 def test_the_python_on_a_page_runs_in_order(page: str) -> None:
     for package in NEEDS.get(page, ()):
