@@ -1,4 +1,4 @@
-"""TRL's trainers are Trainers: the same callback, losses of the plain run. Models and a tokenizer of a few words, from configs."""
+"""TRL's trainers are Trainers: the same callback, losses of the plain run. Models and a tokenizer of few words, from configs."""
 
 from __future__ import annotations
 
