@@ -135,9 +135,11 @@ def _framed(
     others = [_HERE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     fence = Fence(fn, leaves, preserve_rng_state)
     objects = Objects(others)
+    if objects:
+        others = objects.taken_out(others)
     count = len(tensors)
-    inside = count + len(objects.tensors)
-    tensors += [*objects.tensors, *fence.kept]
+    tensors += [*objects.release(), *fence.kept]
+    inside = count + objects.count
     # One tensor given twice is one again when `fn` runs again: attention asks whether `query is key`.
     unique = {id(tensor): tensor for tensor in tensors}
     order = None

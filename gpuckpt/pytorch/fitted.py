@@ -268,9 +268,8 @@ class Fitted:
         certificate = planned.plan.certificate
         self._peaks.begin(certificate.peak_bytes, certificate.host_peak_bytes)
         tree, evictable = planned.plan.tree, not self._maker.shared
-        walk = Walk(
-            tree, self.budget, self._terms.verify, self._terms.preserve_rng_state, None, self.host_budget, evictable
-        )
+        verify, rng, unread = self._terms.verify, self._terms.preserve_rng_state, planned.measured.unread
+        walk = Walk(tree, self.budget, verify, rng, None, self.host_budget, evictable, unread)
         spare_bytes = self.budget.max_bytes - self._peaks.held.promised_bytes
         step = StepProgress(planned, walk, frozenset(map(id, given)), spare_bytes)
         self._local.step = step

@@ -31,6 +31,7 @@ from gpuckpt.pytorch.engine.kept.operations import keeping, returning
 from gpuckpt.pytorch.engine.kept.options import is_option, option_policy
 from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.offload import SPILL, Spill
+from gpuckpt.pytorch.engine.unread import is_entry, stand_in
 from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import Outputs, tensors_in
@@ -46,6 +47,12 @@ class _FromStage:
 
     def __init__(self, index: int) -> None:
         self.index = index
+
+
+class _NotKept:
+    """Stands among the arguments for a tensor that the stage does not read."""
+
+    __slots__ = ()
 
 
 class _FromFrame:
@@ -89,7 +96,7 @@ class _Open:
         self._count = 0
         self._loose: set[int] = set()  # numbers of kept tensors that are cut from their graph
         program, loose, verify, preserve = self.program, self._loose, walk.verify, walk.preserve_rng_state
-        budget, host, evictable = walk.budget, walk.host, walk.evictable
+        budget, host, evictable, unread = walk.budget, walk.host, walk.evictable, walk.unread
         children = node.children if isinstance(node, Recompute) else (Keep(node.stage),)
 
         record = self.record = Record()
@@ -97,16 +104,17 @@ class _Open:
         def replay(kept: list[torch.Tensor]) -> None:
             kept = [connected(tensor) if number in loose else tensor for number, tensor in enumerate(kept)]
             arrivals = [call.rewritten(_FromFrame, lambda leaf: kept[leaf.index]) for call in program]
-            inner = Walk(children, budget, verify, preserve, arrivals, host, evictable)
+            inner = Walk(children, budget, verify, preserve, arrivals, host, evictable, unread)
             run = reading(record)
             with returning(run) if option else nullcontext(), run:
                 for call in arrivals:
                     leaves = call.rewritten(_FromStage, lambda leaf: inner.previous.tensors[leaf.index]).leaves
                     count = call.spec.num_leaves
-                    inside = count + len(call.objects.tensors)
-                    whole = (
-                        call.objects.rebuilt(leaves[:count], leaves[count:inside]) if call.objects else leaves[:count]
-                    )
+                    inside = count + call.objects.count
+                    whole = leaves[:count]
+                    if call.objects:
+                        kept_inside = [stand_in() if type(leaf) is _NotKept else leaf for leaf in leaves[count:inside]]
+                        whole = call.objects.rebuilt(whole, kept_inside)
                     args, kwargs = pytree.tree_unflatten(whole, call.spec)
                     with call.fence.restored(leaves[inside:]):
                         inner.step(call.stage, call.module, args, kwargs, call.fence, leaves[inside:])
@@ -143,7 +151,7 @@ class Walk:
     calls that will come. Frames then save all that their stages will be given as soon as they open, so that a replay that
     ends with a frame stops there (early stop) and does not run the frame's stages for the sake of the last one's arguments.
     `host`: holds what stages save that are kept under the option "spill". Not `evictable`: frames recompute what the plan says,
-    and no more where the budget is full.
+    and no more where the budget is full. `unread`: classes of stages that read no tensor inside of objects among their arguments.
     """
 
     def __init__(
@@ -155,8 +163,10 @@ class Walk:
         ahead: Sequence[_Arrival] | None = None,
         host: Budget | None = None,
         evictable: bool = True,
+        unread: frozenset[type] = frozenset(),
     ) -> None:
         self.budget = budget
+        self.unread = unread
         self.evictable = evictable
         self.host = host
         self.verify = verify
@@ -221,7 +231,11 @@ class Walk:
                 if fence is None:
                     fence = learning = Fence(module, leaves, self.preserve_rng_state)
                     kept = fence.kept
-                call = _Arrival(module, stage, [*leaves, *objects.tensors, *kept], spec, objects, fence)
+                inside: Sequence[Any] = objects.release()
+                if type(module) in self.unread:
+                    inside = [_NotKept() if is_entry(tensor) else tensor for tensor in inside]
+                given = objects.taken_out(leaves) if objects else leaves
+                call = _Arrival(module, stage, [*given, *inside, *kept], spec, objects, fence)
                 with paused():
                     self._announce(call, opening, hooks)
                 hooks.enter_context(recording(*[opened.record for opened in self._open]))
@@ -229,11 +243,13 @@ class Walk:
                     if opened.option:
                         policy = option_policy(opened.option)
                         hooks.enter_context(keeping(opened.record, policy, opened.frame.slots))
-                del leaves, call
+                del leaves, call, given, inside
             if stage in self._spilled:
                 linked = self.previous.unchanged()
-                given = pytree.tree_leaves((args, kwargs))
-                tensors = [*tensors_in(given), *Objects(given).tensors]
+                flat = pytree.tree_leaves((args, kwargs))
+                unread = type(module) in self.unread
+                within = [tensor for tensor in Objects(flat).tensors if not (unread and is_entry(tensor))]
+                tensors = [*tensors_in(flat), *within]
                 shared = [tensor for tensor in tensors if id(tensor) not in linked]
                 hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
             if learning is not None:

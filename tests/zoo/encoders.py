@@ -95,7 +95,7 @@ def bart():
     return BartForConditionalGeneration(config), _to_translate()
 
 
-@architecture(0.31)
+@architecture(0.25)
 def whisper():
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,15 @@ Recipe = Callable[[Sequence[torch.Tensor], dict[int, Any]], Any]
 
 
 class Objects:
-    """The objects among `leaves`. `tensors`: those inside of them, each once, which the caller has to keep for the second run."""
+    """The objects among `leaves`. `tensors`: those inside of them, each once, which the caller has to keep for the second run;
+    `count`: how many these were when they were released."""
 
-    __slots__ = ("_recipes", "tensors")
+    __slots__ = ("_recipes", "count", "tensors")
 
     def __init__(self, leaves: Sequence[Any]) -> None:
         self.tensors: list[torch.Tensor] = []
         self._recipes: dict[int, Recipe] = {}
+        self.count = 0
         known: dict[int, Any] = {}
         for number, leaf in enumerate(leaves):
             if _is_object(leaf):
@@ -43,6 +46,16 @@ class Objects:
 
     def __bool__(self) -> bool:
         return bool(self._recipes)
+
+    def release(self) -> list[torch.Tensor]:
+        """`tensors`, which from now on the caller alone keeps: their graphs may lead back to whoever keeps this."""
+        found, self.tensors = self.tensors, []
+        self.count = len(found)
+        return found
+
+    def taken_out(self, leaves: Sequence[Any]) -> list[Any]:
+        """`leaves` without the objects, which must not be kept: with the tensors inside of them they would keep whole graphs."""
+        return [None if number in self._recipes else leaf for number, leaf in enumerate(leaves)]
 
     def rebuilt(self, leaves: Sequence[Any], kept: Sequence[torch.Tensor]) -> list[Any]:
         """`leaves` with a fresh copy of each object, as it was. `kept`: what has become of `tensors`."""
@@ -80,7 +93,7 @@ class Objects:
             return lambda kept, made: made[name]
         known[name] = True
         try:
-            blank = copy.copy(value)
+            blank = _blank(value)
         except Exception:  # what cannot be copied is used as it is
             return lambda kept, made: value
         held = [(key, self._taken_apart(item, known, depth - 1)) for key, item in vars(value).items()]
@@ -93,13 +106,33 @@ class Objects:
         def build(kept: Sequence[torch.Tensor], made: dict[int, Any]) -> Any:
             if name in made:
                 return made[name]
-            twin = made[name] = copy.copy(blank)
+            twin = made[name] = blank()
             vars(twin).update({key: item(kept, made) for key, item in held})
             if entries is not None:
                 dict.update(twin, {key: item(kept, made) for key, item in entries})
             return twin
 
         return build
+
+
+def _blank(value: Any) -> Callable[[], Any]:
+    """Makes instances of a value's class, to be filled. It refers to nothing inside of `value` where that can be helped: tensors
+    there have graphs, and these the work, whose bytes would never be let go."""
+    cls: Any = type(value)
+    plain = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__
+    if plain and not isinstance(value, list | set | tuple):
+        with suppress(Exception):
+            cls.__new__(cls)
+            return lambda: cls.__new__(cls)
+    copied = copy.copy(value)
+    with suppress(Exception):
+        emptied = copy.copy(value)
+        vars(emptied).clear()
+        if isinstance(emptied, dict):
+            emptied.clear()
+        copy.copy(emptied)
+        copied = emptied
+    return lambda: copy.copy(copied)
 
 
 def _is_named_tuple(value: Any) -> bool:

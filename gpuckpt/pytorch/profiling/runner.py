@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from gpuckpt.pytorch.engine.kept.current import in_checkpoint, recording
 from gpuckpt.pytorch.engine.kept.options import ProductTrace
 from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
+from gpuckpt.pytorch.engine.unread import Unread, is_entry
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
 from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, idle_siblings, tensors_in
@@ -33,24 +34,9 @@ from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
 from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, residents_of, unpack
-from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Sample, StageKind, kind_key, offered
+from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Measured, Sample, StageKind, kind_key, offered
 
 __all__ = ["Measured", "run_chain"]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A chain, the modules whose calls make up its stages (in calling order), the number of each call's stage, the names of calls
-    that draw random numbers, the ids of storages that cannot go to the host, the process groups of the collectives that the
-    forward calls, and modules like those that did not run (see `chain_finder.idle_siblings`)."""
-
-    chain: Chain
-    modules: tuple[nn.Module, ...]
-    owned: tuple[int, ...]
-    random: tuple[str, ...]
-    staying: frozenset[int] = frozenset()
-    groups: tuple[Any, ...] = ()
-    idle: tuple[nn.Module, ...] = ()
 
 
 class _Measurement:
@@ -83,6 +69,7 @@ class _Measurement:
         self.owned: list[int] = []
         self.random: list[str] = []
         self.kinds: dict[Any, StageKind] = {}
+        self.unread = Unread()
         self.outside = SaveRecorder(storages.stamp)  # since the last stage ended
         self.held: set[int] = set()  # storages that a stage so far, or a frame around it, may hold
         self.inside = False
@@ -101,9 +88,14 @@ class _Measurement:
         linked = set(self.previous.unchanged())
         # A frame holds what is resident for nothing.
         fence = Fence(module, leaves, preserve_rng_state=True)
-        held = [tensor for tensor in (*tensors, *Objects(leaves).tensors, *fence.kept) if not is_resident(tensor)]
+        inside, direct = Objects(leaves).tensors, [*tensors, *fence.kept]
+        held = [tensor for tensor in (*direct, *inside) if not is_resident(tensor)]
         inputs = self.storages.of([tensor for tensor in held if id(tensor) in linked])
         extras = self.storages.of([tensor for tensor in held if id(tensor) not in linked])
+        entries = [tensor for tensor in inside if is_entry(tensor)]
+        of_entries = set(self.storages.of(entries)).difference(
+            self.storages.of([*direct, *(tensor for tensor in inside if not is_entry(tensor))])
+        )
         number, name = len(self.stages), self.names[module]
         again = fresh((args, kwargs))  # before the stage may change them
         # A recompute casts weights again, whatever autocast has cached for other stages.
@@ -117,7 +109,8 @@ class _Measurement:
         self.inner.watch()
         record = Record()
         trace = ProductTrace(record, saved.shapes)
-        with saved.hooks(), recording(record), fence.watching(), trace:
+        reads = self.unread.watching(module, self.position, entries, of_entries)
+        with saved.hooks(), recording(record), fence.watching(), reads, trace:
             out = run_module(module, cut_args, cut_kwargs)
         fence.learn(for_good=True)
         if fence.rewritten is not None:
@@ -264,7 +257,7 @@ class _Measurement:
 
     def finished(self) -> tuple[Stage, ...]:
         """The stages, with what is known of their kinds."""
-        stages = list(self.stages)
+        stages = self.unread.dropped(self.stages, self.owned)
         last_calls = {number: call for call, number in enumerate(self.owned)}
         for kind in self.kinds.values():
             forward_s, backward_s = statistics.median(kind.forward_s), statistics.median(kind.backward_s)
@@ -345,4 +338,7 @@ def run_chain(
     chain = Chain(run.finished(), tuple(run.storages.sizes), unit_bytes, type(model).__name__)
     staying = frozenset(run.storages.staying)
     idle = () if stages else idle_siblings(model, found.modules)
-    return Measured(chain, tuple(found.modules), tuple(run.owned), tuple(run.random), staying, found.groups, idle)
+    unread = run.unread.classes
+    return Measured(
+        chain, tuple(found.modules), tuple(run.owned), tuple(run.random), staying, found.groups, idle, unread
+    )

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
-from gpuckpt.planning import Stage, Variant
+from gpuckpt.planning import Chain, Stage, Variant
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.early_stop import replaying
 from gpuckpt.pytorch.engine.fence.fence import Fence
@@ -35,9 +35,26 @@ from gpuckpt.pytorch.profiling.isolation import fresh
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, identity
 from gpuckpt.pytorch.profiling.sharding import gathered_around, sharding_unchanged
 
-__all__ = ["MOST_SAMPLES", "Sample", "StageKind", "kind_key", "offered", "run_again"]
+__all__ = ["MOST_SAMPLES", "Measured", "Sample", "StageKind", "kind_key", "offered", "run_again"]
 
 MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A chain, the modules whose calls make up its stages (in calling order), the number of each call's stage, the names of calls
+    that draw random numbers, the ids of storages that cannot go to the host, the process groups of the collectives that the
+    forward calls, modules like those that did not run (see `chain_finder.idle_siblings`), and classes whose calls read no tensor
+    inside of the objects that they are given (see engine/unread.py)."""
+
+    chain: Chain
+    modules: tuple[nn.Module, ...]
+    owned: tuple[int, ...]
+    random: tuple[str, ...]
+    staying: frozenset[int] = frozenset()
+    groups: tuple[Any, ...] = ()
+    idle: tuple[nn.Module, ...] = ()
+    unread: frozenset[type] = frozenset()
 
 
 class Sample(NamedTuple):
