@@ -25,6 +25,7 @@ __all__ = [
     "group_of",
     "innermost_transform",
     "intercept_checkpoints",
+    "is_profiling",
     "is_taken_apart",
     "is_wrapper",
     "keep_graph",
@@ -204,6 +205,10 @@ def intercept_checkpoints(called: Callable[[Any], None]) -> Iterator[None]:
         yield
     finally:
         module._checkpoint_without_reentrant_generator, module.CheckpointFunction = lazy, reentrant
+
+
+is_profiling: Callable[[], bool] = torch.autograd._profiler_enabled
+"""Whether a profiler of torch runs in this thread, `emit_nvtx` included."""
 
 
 def forward_inside(module: nn.Module) -> Any:

@@ -35,6 +35,7 @@ from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.signature import Fingerprint
 from gpuckpt.pytorch.step_progress import StepProgress
 from gpuckpt.pytorch.terms import Terms
+from gpuckpt.pytorch.trace import PlanTrace
 
 __all__ = ["Fitted"]
 
@@ -63,6 +64,7 @@ class Fitted:
         self._terms = terms
         self._made: PlanMaker | None = None  # by the first call that is planned, as are the peaks
         self._latest: Planned | None = None
+        self._trace = PlanTrace()
         self._local = threading.local()
         self._intercepted: dict[nn.Module, Interception] = {}
         self._bypass: Any = None  # the handle of the hook that notices calls that were not intercepted
@@ -172,6 +174,8 @@ class Fitted:
         elif not self._intercepted:  # changed, and under the plan that all ranks share
             self._wrap(self._watched(planned))
             self._fingerprint.refresh()
+        if planned is not self._latest:
+            self._trace.tell(planned.chain, planned.plan)
         self._latest = planned
         return planned
 

@@ -36,6 +36,7 @@ from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import Outputs, tensors_in
 from gpuckpt.pytorch.profiling.isolation import connected
+from gpuckpt.pytorch.trace import stage_range
 
 __all__ = ["Walk"]
 
@@ -254,7 +255,8 @@ class Walk:
                 hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
             if learning is not None:
                 hooks.enter_context(learning.watching())
-            out = run_module(module, args, kwargs)
+            with stage_range(stage, recompute=self._ahead is not None):
+                out = run_module(module, args, kwargs)
         if learning is not None:
             learning.learn()
         self.previous = Outputs(tensors_in(out))

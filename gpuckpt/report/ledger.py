@@ -1,19 +1,53 @@
-"""A picture of a budget's ledger over one training step: forward climbing, backward draining, the cap as a line."""
+"""A budget's ledger over one training step: a picture (forward climbing, backward draining, the cap as a line), and a trace."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gpuckpt.memory import Event, format_bytes
 
-__all__ = ["draw_ledger", "one_step"]
+__all__ = ["chrome_trace", "draw_ledger", "one_step"]
 
 
 def one_step(events: Sequence[Event]) -> list[Event]:
     """The events of the last complete training step in a log: from the last "forward" mark on."""
     begins = [i for i, event in enumerate(events) if event.kind == "step" and event.what == "forward"]
     return list(events[begins[-1] :]) if begins else []
+
+
+def chrome_trace(events: Sequence[Event]) -> dict[str, list[dict[str, Any]]]:
+    """What a ledger logged (`budget.events()`) as a trace in Chrome's format: bytes held as a counter, the steps of the plan as
+    ranges, refusals and evictions as instants. Write it by `json.dump` and open it in Perfetto or chrome://tracing.
+
+    >>> from gpuckpt.memory import Budget
+    >>> budget = Budget(1024, device="cpu", log_events=4)
+    >>> budget.step("forward")
+    >>> budget.allocate(100)
+    >>> [(row["ph"], row["name"]) for row in chrome_trace(budget.events())["traceEvents"]]
+    [('C', 'held by the budget'), ('C', 'held by the budget'), ('X', 'forward')]
+    """
+    if not events:
+        return {"traceEvents": []}
+    began_s = events[0].time_s
+    rows: list[dict[str, Any]] = []
+    steps: list[Event] = []
+    for event in events:
+        at_us = round((event.time_s - began_s) * 1e6, 3)
+        rows.append(
+            {"ph": "C", "name": "held by the budget", "ts": at_us, "pid": 0, "args": {"bytes": event.used_bytes}}
+        )
+        if event.kind == "step":
+            steps.append(event)
+        elif event.kind not in ("charge", "release", "allocate", "free"):
+            args = {"bytes": event.nbytes, "what": event.what}
+            rows.append({"ph": "i", "name": event.kind, "ts": at_us, "pid": 0, "tid": 0, "s": "p", "args": args})
+    ends = [*(step.time_s for step in steps[1:]), events[-1].time_s]
+    for step, end_s in zip(steps, ends, strict=False):
+        start_us, took_us = round((step.time_s - began_s) * 1e6, 3), round((end_s - step.time_s) * 1e6, 3)
+        rows.append({"ph": "X", "name": str(step.what), "ts": start_us, "dur": took_us, "pid": 0, "tid": 0})
+    return {"traceEvents": rows}
 
 
 def draw_ledger(

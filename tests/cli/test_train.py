@@ -50,6 +50,8 @@ def test_report_and_picture_are_complete(trained):
     assert set(expected) <= set(report)
     assert report["recompute_share"] > 0
     assert report["versions"]["torch"]
+    trace = json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert max(row["args"]["bytes"] for row in trace if row["ph"] == "C") == report["measured_peak_bytes"]
     assert (out / "ledger.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "ledger.svg").read_text()
     assert "bitwise equal" in stdout
