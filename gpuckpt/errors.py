@@ -24,6 +24,7 @@ __all__ = [
     "InvalidChain",
     "InvalidPlan",
     "NotCheckpointed",
+    "OffloadFailed",
     "PromiseBroken",
     "RecomputeMismatch",
     "SavedTensorModified",
@@ -131,6 +132,10 @@ class PromiseBroken(CheckpointError, RuntimeError):
 
     def __str__(self) -> str:
         return f"the plan promised a peak of {self.promised_bytes} bytes and the run held {self.measured_bytes}; {self.hint}"
+
+
+class OffloadFailed(CheckpointError, RuntimeError):
+    """A copy to the host, or back from it, failed."""
 
 
 class DLPackRefused(CheckpointError, TypeError):

@@ -70,6 +70,8 @@ def check_stage(stage: Any, n_storages: int) -> None:
     for field in ("saves", "inputs", "extras", "output"):
         _check_ids(getattr(stage, field), n_storages, field)
     _check_tail(stage.tail_s, stage.forward_s, "")
+    if stage.input_moved_s is not None:
+        _check_seconds(stage.input_moved_s, "input_moved_s")
     _check_variants(stage, n_storages)
 
 
@@ -92,6 +94,12 @@ def _check_variants(stage: Any, n_storages: int) -> None:
         for field in ("saves", "spilled", "remade"):
             _check_ids(getattr(variant, field), n_storages, f"{of_variant}: {field}")
         _check_seconds(variant.again_s, f"{of_variant}: again_s")
+        _check_seconds(variant.moved_s, f"{of_variant}: moved_s")
+        if variant.moved_s > min(variant.forward_s, variant.backward_s):
+            raise InvalidChain(
+                f"{of_variant}: moved_s is {variant.moved_s!r}, part of a forward of {variant.forward_s!r} s and of a backward "
+                f"of {variant.backward_s!r} s; expected at most either"
+            )
         if variant.again_s > variant.backward_s:
             raise InvalidChain(
                 f"{of_variant}: again_s is {variant.again_s!r}, part of a backward of {variant.backward_s!r} s; "

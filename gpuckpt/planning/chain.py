@@ -38,7 +38,8 @@ class Variant:
 
     `saves`: storage ids held in the budget under this option; `forward_s`, `backward_s`: seconds of the stage's forward and
     backward under it, transfers included. `spilled`: ids that go to host memory in its forward and come
-    back, into the budget, for its backward; one that others hold in the budget already is held on there instead.
+    back, into the budget, for its backward; one that others hold in the budget already is held on there instead. `moved_s`: the
+    seconds of that, one way, which are part of `forward_s` and of `backward_s`, and overlap other work at a plan's top level.
     `remade`: ids that are made again when its backward begins, and held till that ends; `again_s`: the seconds of that, which
     are part of `backward_s`.
 
@@ -53,6 +54,7 @@ class Variant:
     spilled: tuple[int, ...] = ()
     remade: tuple[int, ...] = ()
     again_s: float = 0.0
+    moved_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Stage:
             that begins.
         recomputable: False for stages that may only be kept, at top level (a loss, a stage with side effects).
         variants: further ways to keep it.
+        input_moved_s: seconds that the input of a frame that starts here takes to the host, or back; None where it stays.
 
     >>> block = Stage("block 0", forward_s=1e-3, backward_s=2e-3, saves=(0, 1), inputs=(0,))
     >>> [option.name for option in block.options]
@@ -94,6 +97,7 @@ class Stage:
     variants: tuple[Variant, ...] = ()
     tail_s: float = 0.0
     again_bytes: int = 0
+    input_moved_s: float | None = None
 
     def option(self, name: str) -> Variant:
         """The way to keep this stage called `name`; `KeyError` when it has none of that name."""
@@ -201,6 +205,11 @@ class Chain:
             last = len(self.storages) - 1
             raise ValueError(f"ids is {shown(ids)}; chain {shown(self.name)} has storages 0..{last}") from None
 
+    @cached_property
+    def blocks(self) -> frozenset[int]:
+        """Numbers of the stages that can be recomputed."""
+        return frozenset(i for i, stage in enumerate(self.stages) if stage.recomputable)
+
     @property
     def saved_bytes(self) -> int:
         """Bytes that keeping every stage holds at the end of forward."""
@@ -210,6 +219,11 @@ class Chain:
         """Ids that a frame over stages `first..last` holds: its input and the extras of all its stages, each once."""
         extras = self.extras_of(first, last)
         return tuple(dict.fromkeys((*self.stages[first].inputs, *extras)))
+
+    def movable_input(self, first: int, last: int) -> tuple[int, ...]:
+        """Ids that a frame over stages `first..last` need not hold here: its input, but for what is one of their extras."""
+        extras = self.extras_of(first, last)
+        return tuple(i for i in dict.fromkeys(self.stages[first].inputs) if i not in extras)
 
     def extras_of(self, first: int, last: int) -> tuple[int, ...]:
         """Ids of the extras of stages `first..last`, each once."""
@@ -339,6 +353,7 @@ def _stage_from(fields: Mapping[str, Any]) -> Stage:
             tuple(v.get("spilled", ())),
             tuple(v.get("remade", ())),
             v.get("again_s", 0.0),
+            v.get("moved_s", 0.0),
         )
         for v in known.get("variants", ())
     )

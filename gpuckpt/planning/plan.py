@@ -32,7 +32,8 @@ class Certificate:
         total_peak_bytes: the most bytes alive: held, running outputs, gradients in flight, workspace.
         recompute_s: seconds of forward run again in backward; step_s: seconds of the whole step.
         smallest_budget_bytes: the smallest budget that any plan for this chain fits in (under the plan's objective).
-        layout_bytes: size of one slab that holds the step at offsets known beforehand.
+        layout_bytes: size of one slab that holds the step at offsets known beforehand: the peak, and two buffers of the most that
+            is offloaded at a time.
         gap: how far `step_s` may be above the optimum, as a fraction of it: 0.0 is proven optimal, None is not computed.
         slot_bytes: the granule the solver planned in; 0 for a strategy that needs none.
         host_peak_bytes: the most bytes spilled to the host at one time.

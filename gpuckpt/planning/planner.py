@@ -12,7 +12,7 @@ import numpy as np
 from gpuckpt.checks import check_choice, check_int, shown
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning import strategies
-from gpuckpt.planning._host_limit import plan_within_host
+from gpuckpt.planning._offload import library_of, offloads, without_offload
 from gpuckpt.planning.chain import Chain, check_chain
 from gpuckpt.planning.coverage import what_stands_in_the_way
 from gpuckpt.planning.plan import Certificate, Plan
@@ -76,8 +76,8 @@ def plan_chain(
         objective: "held" (what a budget's ledger holds) or "total" (all bytes alive) has to fit.
         slots: memory resolution of the solver; None: as fine as a fraction of a second allows, exact where that is enough.
         engine: of the solver: "numpy", "numba", or "auto".
-        host_bytes: what options that spill may hold on the host at one time; None: as much as they like. The certificate's
-            smallest budget is that without this bound.
+        host_bytes: what may be on the host at one time; None: as much as there is. Only "optimal" offloads. The certificate's
+            smallest budget is that without this bound, and where a chain may offload that of the plans that were weighed.
 
     Raises:
         BudgetExceeded: nothing fits; `need` is the smallest budget that would do.
@@ -99,11 +99,9 @@ def plan_chain(
     if slots is not None:
         slots = check_int(slots, "slots", 1, _MOST_SLOTS)
     if host_bytes is not None:
-        return plan_within_host(
-            chain,
-            check_int(host_bytes, "host_bytes", 0, _MOST_BUDGET_BYTES),
-            lambda each: plan_chain(each, budget_bytes, strategy, objective=objective, slots=slots, engine=engine),
-        )
+        host_bytes = check_int(host_bytes, "host_bytes", 0, _MOST_BUDGET_BYTES)
+    if strategy == "optimal" and offloads(chain):
+        return _plan_with_host(chain, budget_bytes, host_bytes, objective, slots, engine)
     search = _Search(chain, budget_bytes, objective, slots, engine)
     if strategy == "optimal":
         tree, simulation, gap, slot_bytes = search.optimal()
@@ -163,13 +161,40 @@ def _plan(
         recompute_s=simulation.recompute_s,
         step_s=simulation.step_s,
         smallest_budget_bytes=smallest_bytes,
-        # Lifetimes nest, so a slab laid out beforehand is exactly the peak.
-        layout_bytes=simulation.peak_bytes,
+        # Lifetimes nest, so a slab laid out beforehand is exactly the peak; but for what leaves and comes back while stages run,
+        # of which there are two at a time.
+        layout_bytes=simulation.peak_bytes + 2 * max((copy.nbytes for copy in simulation.transfers), default=0),
         gap=gap,
         slot_bytes=slot_bytes,
         host_peak_bytes=simulation.host_peak_bytes,
     )
     return Plan(tree, certificate, chain.fingerprint(), budget_bytes, strategy, objective)
+
+
+def _plan_with_host(
+    chain: Chain, budget_bytes: int, host_bytes: int | None, objective: str, slots: int | None, engine: str
+) -> Plan:
+    """The fastest plan of those that only recompute and those that offload."""
+    library = library_of(chain, objective, engine)
+    search = _Search(without_offload(chain), budget_bytes, objective, slots, engine)
+    slot_bytes = 0
+    least_bytes = min(search.smallest_bytes, *(search.peak(simulation) for _, simulation in library.trials))
+    with_room = [trial for trial in library.trials if host_bytes is None or trial[1].host_peak_bytes <= host_bytes]
+    trials = [trial for trial in with_room if search.fits(trial[1])]
+    if search.smallest_bytes <= budget_bytes:
+        tree, simulation, _, slot_bytes = search.optimal()
+        trials.append((tree, simulation))
+    if not trials:
+        need = min([search.smallest_bytes, *(search.peak(simulation) for _, simulation in with_room)])
+        hint = what_stands_in_the_way(chain, search.smallest)
+        if least_bytes < need:
+            hint = f"with more than the {host_bytes} bytes of the host budget {least_bytes} would do; {hint}"
+        raise BudgetExceeded(need, budget_bytes, f"no plan of chain {chain.name!r} holds less: {hint}")
+    tree, simulation = min(trials, key=search.rank)
+    gap = max(0.0, simulation.step_s / least_s - 1.0) if (least_s := library.least_s(budget_bytes)) > 0 else 0.0
+    return _plan(
+        chain, tree, simulation, least_bytes, budget_bytes, "optimal", objective, gap=gap, slot_bytes=slot_bytes
+    )
 
 
 class _Search:
@@ -200,7 +225,7 @@ class _Search:
                 f"no {strategy!r} plan of chain {self.chain.name!r} holds less; 'optimal' needs {self.smallest_bytes}"
             )
             raise BudgetExceeded(need, self.budget_bytes, hint)
-        return min(fitting, key=self._rank)
+        return min(fitting, key=self.rank)
 
     def optimal(self) -> tuple[Tree, Simulation, float | None, int]:
         plain = strategies.keep_all(self.chain)
@@ -215,10 +240,10 @@ class _Search:
                 f"no plan of chain {self.chain.name!r} holds less: {what_stands_in_the_way(self.chain, self.smallest)}"
             )
             raise BudgetExceeded(self.smallest_bytes, self.budget_bytes, hint)
-        tree, simulation = min(trials, key=self._rank)
+        tree, simulation = min(trials, key=self.rank)
         return tree, simulation, self._gap(solution, kept, simulation), solution.grid.slot_bytes
 
-    def _rank(self, trial: Trial) -> tuple[float, int]:
+    def rank(self, trial: Trial) -> tuple[float, int]:
         return trial[1].step_s, self.peak(trial[1])
 
     def _search_smallest(self) -> None:

@@ -10,8 +10,13 @@ The rules, which the runtime follows to the byte:
 - A storage is charged once however many hold it, and let go with its last holder.
 - An extra that an earlier stage made is what forward made. When the frame that holds it runs its maker again, that makes another
   of the same size, which the stages next to it share; the two are two storages.
-- What an option spills goes to the host in the forward, except storages that are held already, which stay held. Before
-  the backward of that stage it comes back and is charged again; its copy on the host goes with the backward's end.
+- What an option spills goes to the host, and so does the input of a frame that says so, except storages that are held already,
+  which stay held. It comes back, charged again, for the backward, with whose end its copy on the host goes.
+- Within a frame that stops the work (`Variant.moved_s` is part of its seconds). At top level one link copies while stages run:
+  out from the start of the next stage on (of a frame: of its own first), and what is out is let go before the stage after that
+  starts, which waits for the copy; stages that cannot be recomputed (code between blocks) do not count. What has not been let go
+  by the end of forward stays. Backward brings back what a frame or stage needs when it reaches that, unless it is on its way, and
+  then asks for what is offloaded next before it.
 
 Held bytes therefore only rise in forward and recompute, and fall in backward. `total` adds, by the step: the stage's
 input and output while it runs, its workspace, and the gradients that come and go.
@@ -26,6 +31,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from gpuckpt.planning.chain import KEEP, Chain
+from gpuckpt.planning.transfers import HostBytes, Traffic, Transfer
 from gpuckpt.planning.tree import Node, Step, check_tree
 
 __all__ = ["Simulation", "simulate"]
@@ -42,6 +48,7 @@ class Simulation:
         recompute_s: seconds of forward run again in backward; step_s: seconds of everything.
         total_peak_bytes, total_peak_step: the same as the peak, for all bytes alive (see the module).
         host_peak_bytes: the most bytes spilled to the host at one time.
+        transfers: the copies of the top level, in the order in which they were asked for.
     """
 
     peak_bytes: int
@@ -53,6 +60,7 @@ class Simulation:
     total_peak_bytes: int
     total_peak_step: str
     host_peak_bytes: int
+    transfers: tuple[Transfer, ...] = ()
 
 
 def simulate(chain: Chain, tree: Iterable[Node]) -> Simulation:
@@ -79,6 +87,7 @@ def simulate(chain: Chain, tree: Iterable[Node]) -> Simulation:
         run.total_peak_bytes,
         run.total_peak_step,
         run.host.peak_bytes,
+        run.traffic.transfers,
     )
 
 
@@ -100,8 +109,9 @@ class _Run:
         self.total_peak_bytes = 0
         self.total_peak_step = "start"
         self.trace: list[tuple[str, int]] = []
-        self.host = _Host(chain.storages * 2 if self.made else chain.storages)
-        self.spilled: dict[int, _SpilledIds] = {}  # by stage
+        self.host = HostBytes(chain.storages * 2 if self.made else chain.storages)
+        self.spilled: dict[int, _SpilledIds] = {}  # by stage, within frames
+        self.traffic = Traffic(self)
         self.count_changes = [0] * (len(chain) + 1)
         self.recompute_s = 0.0
         self.step_s = 0.0
@@ -116,11 +126,13 @@ class _Run:
         while stack:
             i = stack.pop()
             if i < 0:
-                self._release(self.kept.pop(~i))
-                self._record(f"end of frame {self._span(self.steps[~i])}")
+                self.release(self.kept.pop(~i))
+                self.traffic.forget(~i)
+                self.record(f"end of frame {self._span(self.steps[~i])}")
             elif self.steps[i].variant is None:
                 if self.steps[i].depth == 0:
                     root = self.steps[i].first
+                    self.traffic.reach(i, frame=True)
                 self._forward(i + 1, self.steps[i].end, self.steps[i], root)
                 stack.append(~i)
                 stack.extend(self._children(i + 1, self.steps[i].end))
@@ -143,30 +155,50 @@ class _Run:
         for i in self._children(start, end):
             step = self.steps[i]
             stage = self.chain.stages[step.first]
+            if frame is None and stage.recomputable:
+                self.traffic.start_stage()
             if step.variant is not None:
                 option = stage.option(step.variant)
                 saves = self.kept[i] = self._anew(option.saves, stage.extras, root)
                 spilled = self._anew(option.spilled, stage.extras, root)
-                away = self._spill(step.first, saves, spilled) if spilled else ()
-                self._hold(saves)
-                stopped_s = stage.tail_s if frame is not None and step.ends else 0.0
+                if spilled and frame is None:
+                    spilled = tuple(x for x in spilled if x not in saves)
+                    self.traffic.finished = self.traffic.offload(i, spilled, option.moved_s, stage.name)
+                away = self._spill(step.first, saves, spilled) if spilled and frame is not None else ()
+                self.hold(saves)
+                stopped_s = (
+                    stage.tail_s if frame is not None and step.ends else option.moved_s if frame is None else 0.0
+                )
                 self._spend(step.first, step.last, option.forward_s - stopped_s, frame)
-                self._hold(away)  # all of it may still be there when the last of it goes
+                self.hold(away)  # all of it may still be there when the last of it goes
                 self._alive(f"{label} {stage.name}", gradient_bytes + self._transient_bytes(step.first))
-                self._release(away)
-                self._record(f"{label} {stage.name}" + ("" if step.variant == KEEP else f" ({step.variant})"))
+                self.release(away)
+                self.record(f"{label} {stage.name}" + ("" if step.variant == KEEP else f" ({step.variant})"))
                 continue
             inputs = self._anew(stage.inputs, (), root)
-            self.kept[i] = (*inputs, *self.chain.extras_of(step.first, step.last))
-            self._hold(self.kept[i])
-            if frame is None or not step.ends:
+            extras = self.chain.extras_of(step.first, step.last)
+            if step.moved:
+                moved = self.chain.movable_input(step.first, step.last)
+                inputs = tuple(x for x in inputs if x not in moved)
+                leaving = self.traffic.offload(i, moved, stage.input_moved_s or 0.0, self._span(step))
+            self.kept[i] = (*inputs, *extras)
+            self.hold(self.kept[i])
+            self.record(f"{label} input of {self._span(step)}")
+            if frame is None:
+                if step.moved:
+                    self.traffic.copy_out(leaving)
+                for number in range(step.first, step.last + 1):
+                    if number > step.first:
+                        self.traffic.start_stage()
+                    self._spend(number, number, self.chain.stages[number].forward_s, None)
+                    self._alive(f"{label} {self._span(step)}", self._transient_bytes(number))
+            elif not step.ends:
                 seconds = self.forward_sums[step.last + 1] - self.forward_sums[step.first]
                 self._spend(step.first, step.last, seconds, frame)
                 transient = self._transient_bytes(step.first)
                 if step.last > step.first:
                     transient = max(transient, self.transients.over(step.first + 1, step.last))
                 self._alive(f"{label} {self._span(step)}", gradient_bytes + transient)
-            self._record(f"{label} input of {self._span(step)}")
 
     def _anew(self, ids: tuple[int, ...], extras: tuple[int, ...], root: int) -> tuple[int, ...]:
         """`ids` as a stage with those `extras` sees them where all stages from `root` on are run again."""
@@ -179,28 +211,32 @@ class _Run:
         step = self.steps[node]
         stage = self.chain.stages[step.first]
         option = stage.option(step.variant or KEEP)
+        if option.spilled and step.depth == 0:
+            self.traffic.reach(node, frame=False)
+            self.step_s -= option.moved_s
         self.step_s += option.backward_s
         spilled = self.spilled.pop(step.first, None)
         if spilled is not None:
-            self._hold(spilled.away)
-            self._record(f"bring back {stage.name}")
+            self.hold(spilled.away)
+            self.record(f"bring back {stage.name}")
         remade = self._anew(option.remade, stage.extras, step.first)
         if remade:
-            self._hold(remade)
+            self.hold(remade)
             self.recompute_s += option.again_s
             self._alive(f"recompute in {stage.name}", stage.output_bytes + self._transient_bytes(step.first))
-            self._record(f"recompute in {stage.name} ({option.name})")
+            self.record(f"recompute in {stage.name} ({option.name})")
         gradients_bytes = stage.output_bytes + (self.chain.stages[step.first - 1].output_bytes if step.first else 0)
         self._alive(f"backward {stage.name}", gradients_bytes + stage.workspace_bytes + stage.again_bytes)
         if stage.again_bytes:
-            self._record(f"recompute inside {stage.name}", stage.again_bytes)
-        self._release(self.kept.pop(node))
-        self._release(remade)
+            self.record(f"recompute inside {stage.name}", stage.again_bytes)
+        self.release(self.kept.pop(node))
+        self.traffic.forget(node)
+        self.release(remade)
         if spilled is not None:
-            self._release(spilled.away)
-            self._release(spilled.here)
+            self.release(spilled.away)
+            self.release(spilled.here)
             self.host.release(spilled.away)
-        self._record(f"backward {stage.name}")
+        self.record(f"backward {stage.name}")
 
     def _spill(self, stage: int, saves: tuple[int, ...], spilled: tuple[int, ...]) -> tuple[int, ...]:
         """Send to the host what is `spilled` and nothing else holds; the ids of that. What is held already is held on."""
@@ -208,7 +244,7 @@ class _Run:
         here = tuple(i for i in ids if self.holders[i])
         away = tuple(i for i in ids if not self.holders[i])
         self.spilled[stage] = _SpilledIds(here, away)
-        self._hold(here)
+        self.hold(here)
         self.host.hold(away)
         return away
 
@@ -218,13 +254,13 @@ class _Run:
         self.count_changes[first] += 1
         self.count_changes[last + 1] -= 1
 
-    def _hold(self, ids: tuple[int, ...]) -> None:
+    def hold(self, ids: tuple[int, ...]) -> None:
         for i in set(ids):
             if self.holders[i] == 0:
                 self.held_bytes += self.footprints[i]
             self.holders[i] += 1
 
-    def _release(self, ids: tuple[int, ...]) -> None:
+    def release(self, ids: tuple[int, ...]) -> None:
         for i in set(ids):
             self.holders[i] -= 1
             if self.holders[i] == 0:
@@ -239,7 +275,7 @@ class _Run:
             self.total_peak_bytes = self.held_bytes + beyond_bytes
             self.total_peak_step = label
 
-    def _record(self, label: str, beyond_bytes: int = 0) -> None:
+    def record(self, label: str, beyond_bytes: int = 0) -> None:
         held_bytes = self.held_bytes + beyond_bytes
         self.trace.append((label, held_bytes))
         if held_bytes > self.peak_bytes:
@@ -256,27 +292,6 @@ class _SpilledIds:
 
     here: tuple[int, ...]
     away: tuple[int, ...]
-
-
-class _Host:
-    """Bytes on the host, where a storage takes no more than its size."""
-
-    def __init__(self, storages: tuple[int, ...]) -> None:
-        self.storages = storages
-        self.holders: dict[int, int] = {}
-        self.held_bytes = self.peak_bytes = 0
-
-    def hold(self, ids: tuple[int, ...]) -> None:
-        for i in ids:
-            holders = self.holders.get(i, 0)
-            self.held_bytes += 0 if holders else self.storages[i]
-            self.holders[i] = holders + 1
-        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
-
-    def release(self, ids: tuple[int, ...]) -> None:
-        for i in ids:
-            self.holders[i] -= 1
-            self.held_bytes -= 0 if self.holders[i] else self.storages[i]
 
 
 class _Held:

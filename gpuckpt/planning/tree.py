@@ -1,14 +1,16 @@
 """Trees of who keeps and who recomputes, and their text.
 
 A tree is a tuple of nodes that covers stages 0..n-1 in order. `Keep(i)` saves everything of stage i; `Recompute(children)`
-keeps its input only and runs its children again in backward. The text form of a tree is what a plan file holds:
-`0 (1 2 (3 4) 5) 6:spill` keeps 0, recomputes 1..5 with a frame over 3..4 inside, and keeps 6 under its option "spill".
+keeps its input only and runs its children again in backward; at top level that input may be on the host. The text form of a
+tree is what a plan file holds: `0 (1 2 (3 4) 5) 6:spill (7):spill` keeps 0, recomputes 1..5 with a frame over 3..4 inside, keeps
+6 under its option "spill", and recomputes 7 from an input on the host.
 
 Trees can nest as deep as the chain is long, so nothing here recurses.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from gpuckpt.planning._checks import is_int
 from gpuckpt.planning.chain import KEEP, Chain, check_chain
 
 __all__ = [
+    "SPILL",
     "Keep",
     "Node",
     "Recompute",
@@ -32,6 +35,9 @@ __all__ = [
     "steps_text",
     "tree_text",
 ]
+
+SPILL = "spill"
+"""The option to keep what a stage saves, or the input of a frame, on the host."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,15 @@ class Keep:
 
 @dataclass(frozen=True)
 class Recompute:
-    """A frame: only its input is kept, and `children` run again in backward.
+    """A frame: only its input is kept, and `children` run again in backward. `variant`: "spill" where the input, but for
+    extras, goes to the host and comes back.
 
-    >>> tree_text([Keep(0), Recompute((Keep(1), Keep(2)))])
-    '0 (1 2)'
+    >>> tree_text([Keep(0), Recompute((Keep(1), Keep(2))), Recompute((Keep(3),), "spill")])
+    '0 (1 2) (3):spill'
     """
 
     children: tuple[Node, ...]
+    variant: str = KEEP
 
 
 _MOST_DIGITS = 18  # of a stage number in a file
@@ -68,7 +76,7 @@ class Step:
     """One node of a tree in preorder.
 
     `first..last`: the stages it covers; `end`: the index just past its subtree; `ends`: it is its parent's last child;
-    `variant`: the option of a `Keep`, None for a frame; `depth`: 0 at top level.
+    `variant`: the option of a `Keep`, None for a frame; `depth`: 0 at top level; `moved`: a frame whose input goes to the host.
     """
 
     first: int
@@ -77,11 +85,12 @@ class Step:
     ends: bool
     variant: str | None
     depth: int
+    moved: bool = False
 
 
 def flatten(tree: Iterable[Node]) -> list[Step]:
     """The nodes of a tree in preorder. `InvalidPlan` when stages are out of order, missing, or a frame is empty."""
-    rows: list[list[Any]] = []  # first, last, end, ends, variant, depth
+    rows: list[list[Any]] = []  # first, last, end, ends, variant, depth, moved
     position = 0
     # A level of the walk: (iterator over siblings, index of their frame's row, index of the latest sibling's row)
     levels: list[list[Any]] = [[iter(nodes_of(tree)), -1, -1]]
@@ -103,10 +112,14 @@ def flatten(tree: Iterable[Node]) -> list[Step]:
                 raise InvalidPlan(f"the plan has stage {shown(node.stage)} where stage {position} comes next")
             if not isinstance(node.variant, str):
                 raise InvalidPlan(f"stage {position} has variant {shown(node.variant)}; expected the name of an option")
-            rows.append([position, position, index + 1, False, node.variant, len(levels) - 1])
+            rows.append([position, position, index + 1, False, node.variant, len(levels) - 1, False])
             position += 1
         elif isinstance(node, Recompute):
-            rows.append([position, -1, -1, False, None, len(levels) - 1])
+            if node.variant not in (KEEP, SPILL):
+                raise InvalidPlan(
+                    f"the frame at stage {position} is {shown(node.variant)}; its input is {KEEP!r} or {SPILL!r}"
+                )
+            rows.append([position, -1, -1, False, None, len(levels) - 1, node.variant == SPILL])
             levels.append([iter(nodes_of(node.children, "children")), index, -1])
         else:
             raise InvalidPlan(f"a plan's tree and children are Keep and Recompute; got {type(node).__name__}")
@@ -133,6 +146,15 @@ def check_tree(chain: Chain, tree: Iterable[Node]) -> list[Step]:
         raise InvalidPlan(f"the plan covers {covered} stages and the chain has {len(chain)}")
     for step in steps:
         if step.variant is None:
+            if step.moved and (step.depth or chain.stages[step.first].input_moved_s is None):
+                raise InvalidPlan(
+                    f"the plan has the input of stage {step.first} ({chain.stages[step.first].name!r}) on the host; "
+                    + (
+                        "that of a frame inside another stays here"
+                        if step.depth
+                        else "the chain says that it stays here"
+                    )
+                )
             continue
         stage = chain.stages[step.first]
         if step.depth and not stage.recomputable:
@@ -160,25 +182,25 @@ def tree_text(tree: Iterable[Node]) -> str:
 def steps_text(steps: Sequence[Step], start: int, end: int) -> str:
     """`tree_text` of the nodes `start..end-1` of a flattened tree."""
     words: list[str] = []
-    closing: list[int] = []
+    closing: list[tuple[int, str]] = []
     for i in range(start, end):
         step = steps[i]
-        while closing and closing[-1] <= i:
-            words[-1] += ")"
-            closing.pop()
+        while closing and closing[-1][0] <= i:
+            words[-1] += closing.pop()[1]
         opening = ""
         if words and words[-1].endswith("("):
             opening = words.pop()
         if step.variant is None:
             words.append(opening + "(")
-            closing.append(step.end)
+            closing.append((step.end, f"):{SPILL}" if step.moved else ")"))
         else:
             words.append(opening + str(step.first) + ("" if step.variant == KEEP else f":{step.variant}"))
-    return " ".join(words) + ")" * len(closing)
+    return " ".join(words) + "".join(text for _, text in reversed(closing))
 
 
 def build_tree(tokens: Iterable[Token]) -> tuple[Node, ...]:
-    """A tree out of its nodes in preorder, with "(" and ")" around what a frame recomputes."""
+    """A tree out of its nodes in preorder, with "(" and ")" around what a frame recomputes; "):spill" ends one whose input is on
+    the host."""
     levels: list[list[Node]] = [[]]
     for token in tokens:
         if isinstance(token, Keep):
@@ -189,7 +211,7 @@ def build_tree(tokens: Iterable[Token]) -> tuple[Node, ...]:
             raise InvalidPlan("the plan's tree closes a frame it never opened")
         else:
             children = tuple(levels.pop())
-            levels[-1].append(Recompute(children))
+            levels[-1].append(Recompute(children, token[2:] or KEEP))
     if len(levels) > 1:
         raise InvalidPlan(f"the plan's tree leaves {len(levels) - 1} frame(s) open")
     return tuple(levels[0])
@@ -198,14 +220,14 @@ def build_tree(tokens: Iterable[Token]) -> tuple[Node, ...]:
 def parse_tree(text: str) -> tuple[Node, ...]:
     """A tree out of `tree_text`'s form; `InvalidPlan` names what is wrong.
 
-    >>> parse_tree("0 (1 2:spill)")
-    (Keep(stage=0, variant='keep'), Recompute(children=(Keep(stage=1, variant='keep'), Keep(stage=2, variant='spill'))))
+    >>> parse_tree("0:spill (1)")
+    (Keep(stage=0, variant='spill'), Recompute(children=(Keep(stage=1, variant='keep'),), variant='keep'))
     """
     if not isinstance(text, str):
         raise TypeError(f"text is {shown(text)}; expected a plan's tree as tree_text gives it")
     tokens: list[Token] = []
-    for word in text.replace("(", " ( ").replace(")", " ) ").split():
-        if word in "()":
+    for word in re.findall(rf"\(|\):{SPILL}|\)|[^\s()]+", text):
+        if word in ("(", ")", f"):{SPILL}"):
             tokens.append(word)
             continue
         number, _, variant = word.partition(":")

@@ -1,12 +1,12 @@
 """Further ways to keep a stage, for the solver to choose from.
 
-`with_spill` adds to every stage the option to keep what it saves in host memory. Transfers are synchronous unless `overlap` says
-otherwise: a plan may turn out faster than promised, not slower. Spilled bytes are counted again when they come back.
+`with_spill` adds to every stage the option to keep what it saves in host memory, and to the frames that start with it that to
+keep their input there. At a plan's top level transfers overlap the work of other stages, as `simulate` has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 from gpuckpt.checks import check_number, shown
@@ -31,15 +31,13 @@ def with_spill(
     bytes_per_s: float,
     *,
     latency_s: float = 0.0,
-    overlap: float = 0.0,
     name: str = "spill",
     staying: Container[int] = (),
 ) -> Chain:
-    """The chain with an option for each recomputable stage to keep what it saves in host memory.
+    """The chain in which each recomputable stage may keep what it saves in host memory, and a frame from it on its input.
 
     Extras that a stage saves stay: other stages hold them anyway. `bytes_per_s`: of the link, one way; `latency_s`: further
-    seconds for each storage, one way; `overlap`: the fraction of each transfer hidden behind other work, 0 to 1; `staying`: ids
-    of storages that cannot be moved (parts of sparse or nested tensors).
+    seconds for each storage, one way; `staying`: ids of storages that cannot be moved (parts of sparse or nested tensors).
 
     >>> from gpuckpt.planning import Stage
     >>> chain = Chain((Stage("a", 1e-3, 2e-3, saves=(0,)),), (63 * 10**6,))
@@ -48,7 +46,6 @@ def with_spill(
     """
     check_chain(chain)
     bytes_per_s = check_number(bytes_per_s, "bytes_per_s", _LEAST_BYTES_PER_S)
-    overlap = check_number(overlap, "overlap", 0.0, 1.0)
     latency_s = check_number(latency_s, "latency_s", 0.0, _MOST_LATENCY_S)
     if not isinstance(name, str):
         raise TypeError(f"name is {shown(name)}; expected what the option is called")
@@ -56,14 +53,21 @@ def with_spill(
         _ = 0 in staying
     except Exception:
         raise TypeError(f"staying is {shown(staying)}; expected a container of ids") from None
+
+    def moved_s(ids: Sequence[int]) -> float:
+        return sum(chain.storages[i] for i in ids) / bytes_per_s + len(ids) * latency_s
+
     stages = []
-    for stage in chain.stages:
+    for number, stage in enumerate(chain.stages):
         here = tuple(i for i in stage.saves if i in stage.extras or i in staying)
         away = tuple(dict.fromkeys(i for i in stage.saves if i not in here))
-        moved_bytes = sum(chain.storages[i] for i in away)
-        if stage.recomputable and moved_bytes:
-            seconds = (1.0 - overlap) * (moved_bytes / bytes_per_s + len(away) * latency_s)
-            variant = Variant(name, here, stage.forward_s + seconds, stage.backward_s + seconds, away)
+        if stage.recomputable and any(chain.storages[i] for i in away):
+            seconds = moved_s(away)
+            variant = Variant(name, here, stage.forward_s + seconds, stage.backward_s + seconds, away, moved_s=seconds)
             stage = replace(stage, variants=(*stage.variants, variant))
+        own = tuple(dict.fromkeys(i for i in stage.inputs if i not in stage.extras))
+        # What the first stage is given belongs to the caller, who keeps it.
+        if number and stage.recomputable and any(chain.storages[i] for i in own) and not any(i in staying for i in own):
+            stage = replace(stage, input_moved_s=moved_s(own))
         stages.append(stage)
     return replace(chain, stages=tuple(stages))

@@ -26,6 +26,7 @@ from gpuckpt.pytorch.checkpoint import checkpoint
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes
 from gpuckpt.pytorch.engine.hooks import enter, plain_call
 from gpuckpt.pytorch.engine.kept.current import in_checkpoint
+from gpuckpt.pytorch.engine.offload import Offload
 from gpuckpt.pytorch.engine.residency import mark_computed, mark_given
 from gpuckpt.pytorch.peak_check import Deviation, StepPeaks
 from gpuckpt.pytorch.plan_maker import PlanMaker, Planned
@@ -273,7 +274,10 @@ class Fitted:
         self._peaks.begin(certificate.peak_bytes, certificate.host_peak_bytes)
         tree, evictable = planned.plan.tree, not self._maker.shared
         verify, rng, unread = self._terms.verify, self._terms.preserve_rng_state, planned.measured.unread
-        walk = Walk(tree, self.budget, verify, rng, None, self.host_budget, evictable, unread)
+        offload = None
+        if self.host_budget is not None and (copies := self._maker.copies) is not None:
+            offload = Offload(self.budget, self.host_budget, copies, planned.chain.blocks)
+        walk = Walk(tree, self.budget, verify, rng, None, self.host_budget, evictable, offload, unread)
         spare_bytes = self.budget.max_bytes - self._peaks.held.promised_bytes
         step = StepProgress(planned, walk, frozenset(map(id, given)), spare_bytes)
         self._local.step = step

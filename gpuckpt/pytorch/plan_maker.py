@@ -25,6 +25,7 @@ from gpuckpt.planning import Chain, Plan, certify, plan_chain, simulate, with_sp
 from gpuckpt.planning.strategies import keep_all
 from gpuckpt.planning.tree import flatten
 from gpuckpt.pytorch._torch_internals import sharded_parameters
+from gpuckpt.pytorch.engine.copies import Copies, copies_for
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_given, mark_resident
 from gpuckpt.pytorch.other_calls import ExtraCall, skipped_calls, with_calls
@@ -75,6 +76,7 @@ class PlanMaker:
         self._terms = terms
         self.budget = terms.budget_for(model)
         self.host_budget = terms.host_budget_for(self.budget)
+        self.copies: Copies | None = None  # who copies to the host and back, once a device is known
         self.peaks = StepPeaks(self.budget, self.host_budget, terms.strict)
         self._shared: Planned | None = None  # the one plan of ranks that meet inside of the model
         self._observed: dict[Any, OrderedDict[tuple[int, ...], Measured]] = {}  # by kind without sizes, and by sizes
@@ -173,7 +175,8 @@ class PlanMaker:
             self._observed.pop(next(iter(self._observed)))
         if self.host_budget is not None and self._link is None:
             device = next((tensor.device for tensor in self._parameters), torch.device(self.budget.device))
-            self._link = measure_link(device, self.host_budget, WallClock())
+            self.copies = copies_for(device)
+            self._link = measure_link(device, self.host_budget, WallClock(), self.copies)
         ranks = ranks_of(self._model, measured.groups, self._terms.group)
         alone = self._planned_before and not ranks.inside
         planned = self._add(kind, measured, predicted=False, ranks=Ranks() if alone else ranks)

@@ -30,7 +30,7 @@ from gpuckpt.pytorch.engine.kept.current import paused, reading, recording
 from gpuckpt.pytorch.engine.kept.operations import keeping, returning
 from gpuckpt.pytorch.engine.kept.options import is_option, option_policy
 from gpuckpt.pytorch.engine.kept.record import Record
-from gpuckpt.pytorch.engine.offload import SPILL, Spill
+from gpuckpt.pytorch.engine.offload import SPILL, Offload, Spill
 from gpuckpt.pytorch.engine.unread import is_entry, stand_in
 from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.profiling.call_hooks import run_module
@@ -98,14 +98,22 @@ class _Open:
         self._loose: set[int] = set()  # numbers of kept tensors that are cut from their graph
         program, loose, verify, preserve = self.program, self._loose, walk.verify, walk.preserve_rng_state
         budget, host, evictable, unread = walk.budget, walk.host, walk.evictable, walk.unread
+        self._spill: Spill | None = None  # of its input
+        self._offload = offload = walk.offload if isinstance(node, Recompute) and walk.is_top(node) else None
+        first = _first(node)
+        if isinstance(node, Recompute) and node.variant == SPILL:
+            assert offload is not None, "a walk was given all that its nodes need"
+            self._spill = offload.spill(first)
         children = node.children if isinstance(node, Recompute) else (Keep(node.stage),)
 
         record = self.record = Record()
 
         def replay(kept: list[torch.Tensor]) -> None:
+            if offload is not None:
+                offload.reach(first)
             kept = [connected(tensor) if number in loose else tensor for number, tensor in enumerate(kept)]
             arrivals = [call.rewritten(_FromFrame, lambda leaf: kept[leaf.index]) for call in program]
-            inner = Walk(children, budget, verify, preserve, arrivals, host, evictable, unread)
+            inner = Walk(children, budget, verify, preserve, arrivals, host, evictable, None, unread)
             run = reading(record)
             with returning(run) if option else nullcontext(), run:
                 for call in arrivals:
@@ -128,7 +136,14 @@ class _Open:
         first is given of that, if it opens the frame."""
         kept: list[torch.Tensor] = []
         self.program += [call.rewritten(torch.Tensor, lambda leaf: self._keep(leaf, kept, links)) for call in calls]
-        self.frame.save(kept)
+        if self._spill is None or not links:
+            self.frame.save(kept)
+            return
+        for tensor in kept:
+            with self._spill.run((), replayed=False) if id(tensor) in links else nullcontext():
+                self.frame.save([tensor])
+        assert self._offload is not None
+        self._offload.send_input(self._spill)
 
     def _keep(self, tensor: torch.Tensor, kept: list[torch.Tensor], links: Container[int]) -> _FromFrame:
         key = id(tensor), version_number(tensor)
@@ -151,8 +166,9 @@ class Walk:
     `budget` holds what frames recompute. `previous`: what the latest stage returned. `ahead`: in a replay, the
     calls that will come. Frames then save all that their stages will be given as soon as they open, so that a replay that
     ends with a frame stops there (early stop) and does not run the frame's stages for the sake of the last one's arguments.
-    `host`: holds what stages save that are kept under the option "spill". Not `evictable`: frames recompute what the plan says,
-    and no more where the budget is full. `unread`: classes of stages that read no tensor inside of objects among their arguments.
+    `host`: holds what stages save that are kept under the option "spill", and inputs of frames; `offload`: lets copies of that
+    overlap the work of other stages (None: each is waited for). Not `evictable`: frames recompute what the plan says, and no more
+    where the budget is full. `unread`: classes of stages that read no tensor inside of objects among their arguments.
     """
 
     def __init__(
@@ -164,9 +180,11 @@ class Walk:
         ahead: Sequence[_Arrival] | None = None,
         host: Budget | None = None,
         evictable: bool = True,
+        offload: Offload | None = None,
         unread: frozenset[type] = frozenset(),
     ) -> None:
         self.budget = budget
+        self.offload = offload
         self.unread = unread
         self.evictable = evictable
         self.host = host
@@ -178,7 +196,8 @@ class Walk:
         self._calls = 0
         self._opens: deque[Node] = deque()
         self._spilled: dict[int, Spill] = {}
-        self._collect(tuple(nodes))
+        self._nodes = tuple(nodes)
+        self._collect(self._nodes)
         self._open: list[_Open] = []
 
     def _collect(self, nodes: tuple[Node, ...]) -> None:
@@ -191,7 +210,14 @@ class Walk:
                         f"the plan keeps stage {node.stage} under the option {node.variant!r}; what can be run is {KEEP!r}, "
                         f"products that are kept (such as 'products-6'), and {SPILL!r} with a host_budget"
                     )
-                self._spilled[node.stage] = Spill(self.budget, self.host)
+                self._spilled[node.stage] = (
+                    Spill(self.budget, self.host) if self.offload is None else self.offload.spill(node.stage)
+                )
+            elif isinstance(node, Recompute) and node.variant != KEEP and self.offload is None:
+                raise InvalidPlan(
+                    f"the plan has the input of stage {_first(node)} on the host, which needs a host_budget, and a frame "
+                    "that is in no other"
+                )
         waiting = list(nodes[::-1])
         while waiting:
             node = waiting.pop()
@@ -210,6 +236,10 @@ class Walk:
                 found.append(_Open(node, self))
         return found
 
+    def is_top(self, node: Node) -> bool:
+        """Whether a node is in no frame."""
+        return any(each is node for each in self._nodes)
+
     def step(
         self,
         stage: int,
@@ -223,6 +253,9 @@ class Walk:
         calls in a row. In a replay everything is as forward saw it: `fence` is forward's, and `kept` what that wanted kept."""
         while self._open and self._open[-1].last < stage:
             self._open.pop()
+        if self.offload is not None:
+            with paused():
+                self.offload.start_stage(stage)
         opening = self._opening(stage)
         learning = None
         with ExitStack() as hooks:
@@ -252,6 +285,8 @@ class Walk:
                 within = [tensor for tensor in Objects(flat).tensors if not (unread and is_entry(tensor))]
                 tensors = [*tensors_in(flat), *within]
                 shared = [tensor for tensor in tensors if id(tensor) not in linked]
+                if self.offload is not None:
+                    self.offload.finish(self._spilled[stage])
                 hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
             if learning is not None:
                 hooks.enter_context(learning.watching())

@@ -46,7 +46,8 @@ def make_chain(
             if rng.random() < 0.5:  # some of what it may save is made again, with or without what is kept
                 remade = tuple(x for x in saves() if x not in extras)
                 again_s = rng.randint(0, backward)
-            variants.append(Variant(f"v{len(variants)}", kept, forward, backward, spilled, remade, again_s))
+            moved_s = rng.randint(0, min(forward, backward)) if spilled else 0
+            variants.append(Variant(f"v{len(variants)}", kept, forward, backward, spilled, remade, again_s, moved_s))
         stages.append(
             Stage(
                 f"s{i}",
@@ -62,6 +63,7 @@ def make_chain(
                 tuple(variants),
                 rng.randint(0, min([forward_s, *(variant.forward_s for variant in variants)])),
                 rng.choice([0, 0, rng.randint(0, most)]),
+                rng.randint(0, 4) if rng.random() < spills and charged[i] else None,
             )
         )
     return Chain(tuple(stages), tuple(sizes))
@@ -87,11 +89,12 @@ def make_wild_chain(rng: random.Random, n: int) -> Chain:
             rng.randint(0, 2000),
             rng.randint(0, 2000),
             rng.random() < 0.9,
-            (Variant("v", some(3), 1 + rng.random(), 1 + rng.random(), some(3), some(3), 0.5),)
+            (Variant("v", some(3), 1 + rng.random(), 1 + rng.random(), some(3), some(3), 0.5, rng.random()),)
             if rng.random() < 0.3
             else (),
             tail_s=rng.random(),
             again_bytes=rng.choice([0, rng.randint(0, 3000) // unit_bytes * unit_bytes]),
+            input_moved_s=rng.choice([None, rng.random()]),
         )
         for i in range(n)
     )
@@ -114,6 +117,8 @@ def every_tree(chain: Chain, first: int, last: int, depth: int = 0, opening: boo
         for children in every_tree(chain, first, end, depth + 1, True):
             for rest in every_tree(chain, end + 1, last, depth):
                 yield (Recompute(children), *rest)
+                if depth == 0 and stage.input_moved_s is not None:
+                    yield (Recompute(children, "spill"), *rest)
 
 
 def make_tree(rng: random.Random, chain: Chain, first: int, last: int, depth: int = 0) -> tuple:
@@ -125,7 +130,8 @@ def make_tree(rng: random.Random, chain: Chain, first: int, last: int, depth: in
             reach += 1
         if reach > first and depth < 6 and rng.random() < 0.45:
             end = rng.randint(first, reach - 1)
-            nodes.append(Recompute(make_tree(rng, chain, first, end, depth + 1)))
+            moved = depth == 0 and chain.stages[first].input_moved_s is not None and rng.random() < 0.6
+            nodes.append(Recompute(make_tree(rng, chain, first, end, depth + 1), "spill" if moved else "keep"))
             first = end + 1
         else:
             nodes.append(Keep(first, rng.choice(chain.stages[first].options).name))
@@ -152,6 +158,10 @@ def play(chain: Chain, tree: tuple) -> Played:
     holds: set[tuple[object, int]] = set()
     times: dict[object, int] = {}
     on_host: set[tuple[object, int]] = set()
+
+    # What the top level offloads, in forward order: owner, ids that go, seconds one way, first stage, where it is, copy done at.
+    moving: list[list] = []
+    link_free_s = 0.0
 
     # A storage is a number, or ("again", number): a twin of an extra, which its maker makes when it is run again.
     def bytes_of(x: object) -> int:
@@ -227,12 +237,63 @@ def play(chain: Chain, tree: tuple) -> Played:
         inputs = seen_by(stages[0], chain.stages[stages[0]].inputs, outermost, links_only=True)
         return tuple(dict.fromkeys([*inputs, *extras]))
 
+    def offload(owner: object, ids: tuple, seconds: float, stage: int) -> list:
+        here = held()
+        gone = [x for x in dict.fromkeys(ids) if x not in here]
+        hold(owner, ids)
+        on_host.update((owner, x) for x in gone)
+        seen.host_peak_bytes = max(seen.host_peak_bytes, sum(bytes_of(x) for x in {x for _, x in on_host}))
+        whole = sum(bytes_of(x) for x in set(ids))
+        share = sum(map(bytes_of, gone)) / whole if whole else 0
+        moving.append([owner, gone, seconds * share, stage, "here" if gone else "stays", 0.0])
+        return moving[-1]
+
+    def copy(item: list, state: str) -> None:
+        nonlocal link_free_s
+        link_free_s = max(link_free_s, seen.seconds) + item[2]
+        item[4:] = [state, link_free_s]
+
+    def start() -> None:
+        for item in moving:
+            if item[4] == "leaving":
+                seen.seconds = max(seen.seconds, item[5])
+                let_go(item[0], tuple(item[1]))
+                item[4] = "there"
+            elif item[4] == "done":
+                copy(item, "leaving")
+
+    def reach(stage: int, frame: bool) -> None:
+        for item in [item for item in moving if item[3] == stage]:
+            if item[4] == "there":
+                hold(item[0], tuple(item[1]))
+                copy(item, "coming")
+            if item[4] == "coming":
+                seen.seconds = max(seen.seconds, item[5])
+        if not frame and not any(item[1] for item in moving if item[3] == stage):
+            return
+        earlier = [item for item in moving if item[3] < stage and item[1]]
+        if earlier and earlier[-1][4] == "there":
+            hold(earlier[-1][0], tuple(earlier[-1][1]))
+            copy(earlier[-1], "coming")
+
+    def forget(owner: object) -> None:
+        let_go(owner, tuple(x for item in moving if item[0] == owner for x in item[1] if (owner, x) in holds))
+        on_host.difference_update([pair for pair in on_host if pair[0] == owner])
+
     def forward(nodes: tuple, outermost: tuple | None, gradient_bytes: int) -> None:
         again = outermost is not None
         for node in nodes:
+            if not again and chain.stages[span(node)[0]].recomputable:
+                start()
             if isinstance(node, Keep):
                 option = chain.stages[node.stage].option(node.variant)
                 saves, spilled = (seen_by(node.stage, ids, outermost) for ids in (option.saves, option.spilled))
+                if not again and spilled:
+                    item = offload(node, tuple(x for x in spilled if x not in saves), option.moved_s, node.stage)
+                    hold(node, saves)
+                    run_stage(node.stage, option.forward_s - option.moved_s, gradient_bytes, again)
+                    item[4] = "done" if item[4] == "here" else "stays"
+                    continue
                 # What is spilled and already here stays; the rest is on the host from the stage's end on.
                 stays = [x for x in spilled if x in held()]
                 leaves = [x for x in spilled if x not in stays and x not in saves]
@@ -244,18 +305,30 @@ def play(chain: Chain, tree: tuple) -> Played:
                 there = {x for _, x in on_host}
                 seen.host_peak_bytes = max(seen.host_peak_bytes, sum(bytes_of(x) for x in there))
             else:
+                if node.variant == "spill":
+                    first = span(node)[0]
+                    extras = [x for i in span(node) for x in chain.stages[i].extras]
+                    moved = tuple(x for x in chain.stages[first].inputs if x not in extras)
+                    item = offload(id(node), moved, chain.stages[first].input_moved_s, first)
+                    if item[1]:
+                        copy(item, "leaving")
                 hold(id(node), frame_ids(node, outermost))
                 if not (again and node is nodes[-1]):
                     for i in span(node):
+                        if not again and i > span(node)[0]:
+                            start()
                         run_stage(i, chain.stages[i].forward_s, gradient_bytes, again)
 
     def backward(nodes: tuple, outermost: tuple | None = None) -> None:
         for node in reversed(nodes):
             if isinstance(node, Keep):
                 stage, option = chain.stages[node.stage], chain.stages[node.stage].option(node.variant)
-                seen.seconds += option.backward_s
+                at_top = outermost is None and bool(option.spilled)
+                if at_top:
+                    reach(node.stage, False)
+                seen.seconds += option.backward_s - (option.moved_s if at_top else 0)
                 gradients = stage.output_bytes + (chain.stages[node.stage - 1].output_bytes if node.stage else 0)
-                back = [x for owner, x in on_host if owner is node]
+                back = [] if at_top else [x for owner, x in on_host if owner is node]
                 hold(node, tuple(back))
                 if option.remade:  # the stage itself runs again, and makes twins of what later stages had from it
                     twins = [
@@ -270,11 +343,14 @@ def play(chain: Chain, tree: tuple) -> Played:
                     seen.events += [("alloc", ("inside", node), stage.again_bytes), ("free", ("inside", node))]
                 seen.peak_bytes = max(seen.peak_bytes, size(held()) + stage.again_bytes)
                 let_go(node, tuple(x for owner, x in holds if owner is node))
-                on_host.difference_update([(node, x) for x in back])
+                forget(node)
             else:
+                if outermost is None:
+                    reach(span(node)[0], True)
                 forward(node.children, outermost or (node,), chain.stages[span(node)[-1]].output_bytes)
                 backward(node.children, outermost or (node,))
                 let_go(id(node), frame_ids(node, outermost))
+                forget(id(node))
 
     forward(tree, None, 0)
     backward(tree)

@@ -58,12 +58,18 @@ def best_fit_bytes(events, unit_bytes: int) -> int:
 
 
 def test_lifetimes_nest_so_that_the_layout_is_the_peak(wild_chain_of, tree_of, played) -> None:
+    nested = 0
     for seed in range(100):
         rng = random.Random(seed)
         chain = wild_chain_of(rng, rng.randint(1, 9))
         tree = tree_of(rng, chain)
+        said = simulate(chain, tree)
         size_bytes = best_fit_bytes(played(chain, tree).events, chain.unit_bytes)
-        assert size_bytes == simulate(chain, tree).peak_bytes
+        # What leaves and comes back while stages run nests in nothing: it may take two buffers of the largest.
+        beside_bytes = 2 * max((copy.nbytes + 4 * chain.unit_bytes for copy in said.transfers), default=0)
+        assert said.peak_bytes <= size_bytes <= said.peak_bytes + beside_bytes
+        nested += not said.transfers
+    assert nested > 20
 
 
 def test_known_figures() -> None:
@@ -98,30 +104,59 @@ def test_a_recompute_stops_before_the_tail_of_its_last_stage() -> None:
 
 
 def test_known_figures_of_spilling() -> None:
-    # Stage i saves its input (id i, 4 bytes) and 10 bytes of its own (id 4 + i); spilled, it sends both to the host.
+    # Stage i saves its input (id i, 4 bytes) and 10 bytes of its own (id 4 + i); spilled, it sends both to the host, in 2 s.
     stages = (
-        Stage(f"s{i}", 1, 2, (i, 4 + i), (i,), variants=(Variant("spill", (), 3, 5, (i, 4 + i)),)) for i in range(4)
+        Stage(
+            f"s{i}",
+            1,
+            2,
+            (i, 4 + i),
+            (i,),
+            variants=(Variant("spill", (), 3, 4, (i, 4 + i), moved_s=2),),
+            input_moved_s=1,
+        )
+        for i in range(4)
     )
     chain = Chain(tuple(stages), (4, 4, 4, 4, 10, 10, 10, 10))
     spill = [Keep(i, "spill") for i in range(4)]
-    mixed = simulate(chain, (spill[0], Keep(1), spill[2], Keep(3)))
-    assert (mixed.peak_bytes, mixed.host_peak_bytes) == (28, 28)
+    mixed = simulate(chain, (spill[0], spill[1], Keep(2), Keep(3)))
     assert mixed.trace == (
-        ("forward s0 (spill)", 0),
-        ("forward s1", 14),
-        ("forward s2 (spill)", 14),
-        ("forward s3", 28),
+        ("forward s0 (spill)", 14),
+        ("forward s1 (spill)", 28),
+        ("forward s2", 28),  # s0 has left
+        ("forward s3", 28),  # and s1
         ("backward s3", 14),
-        ("bring back s2", 28),
-        ("backward s2", 14),
-        ("backward s1", 0),
-        ("bring back s0", 14),
+        ("backward s2", 0),
+        ("bring back s1", 14),
+        ("bring back s0", 28),
+        ("backward s1", 14),
         ("backward s0", 0),
     )
-    assert (mixed.step_s, mixed.recompute_s) == (2 * (3 + 5) + 2 * (1 + 2), 0)
-    # A frame holds the input of s1 anyway: only the other 10 bytes go.
+    assert (mixed.peak_bytes, mixed.host_peak_bytes) == (28, 28)
+    # s0 goes out from 1 to 3 s while s1 runs for one of them; s2 waits till 3, and s3 for s1, which is out from 3 to 5; two
+    # backwards end at 10, s1 is back at 12 and s0 at 14, when s1's backward is over.
+    assert [(c.what, c.direction, c.asked_s, c.done_s, c.queued_behind, c.waited_s) for c in mixed.transfers] == [
+        ("s0", "out", 1, 3, None, 1),
+        ("s1", "out", 3, 5, None, 1),
+        ("s1", "back", 10, 12, None, 2),
+        ("s0", "back", 12, 14, None, 0),
+    ]
+    assert (mixed.step_s, mixed.recompute_s) == (16, 0)
+    # The last ones never leave: nothing waits for them.
+    last = simulate(chain, (Keep(0), Keep(1), Keep(2), spill[3]))
+    assert (last.transfers, last.peak_bytes, last.step_s) == ((), 4 * 14, 12)
+    # A frame sends its input while its first stage runs, and has it back while the frame after it runs again.
+    frames = simulate(chain, tuple(Recompute((Keep(i),), "spill") for i in range(4)))
+    assert [(c.what, c.direction) for c in frames.transfers] == [
+        *((f"s{i}", "out") for i in range(4)),
+        *((f"s{i}", "back") for i in (2, 1, 0)),
+    ]
+    assert frames.peak_bytes == 4 + 4 + 14 - 4  # s3's stays; s2's comes back while s3 runs again
+    assert frames.step_s == 4 + 4 * 3  # nothing waits
+    # Within a frame transfers stop the work. The frame holds the input of s1 anyway: only the other 10 bytes go.
     framed = simulate(chain, (Keep(0), Recompute((spill[1], Keep(2))), Keep(3)))
-    assert (framed.peak_bytes, framed.host_peak_bytes) == (14 + 4 + 14, 10)
+    assert (framed.peak_bytes, framed.host_peak_bytes, framed.transfers) == (14 + 4 + 14, 10, ())
+    assert framed.step_s == 4 + 4 * 2 + (1 + 2 + 1) + 2
 
 
 def test_the_unit_is_charged() -> None:

@@ -12,7 +12,7 @@ from gpuckpt.memory.adapters.inspect import Layout, layout_of
 from gpuckpt.memory.pools.cupy import import_cupy, torch_stream
 from gpuckpt.memory.protocols import STORAGE_BYTES
 
-__all__ = ["TorchForm", "torch_allocator"]
+__all__ = ["TorchForm", "bytes_of", "torch_allocator"]
 
 _CUDA_ERROR_MEMORY_ALLOCATION = 2  # CuPy does not name it for Python
 
@@ -49,13 +49,7 @@ class TorchForm:
         return stored.expand(self.layout.shape) if self.layout.expanded else stored.detach()
 
     def stored(self, block: Any) -> Any:
-        if hasattr(block, "__array_interface__"):
-            flat = torch.from_numpy(np.asarray(block))
-        else:
-            from gpuckpt.memory.adapters.cupy import flat_array
-
-            flat = torch.from_dlpack(flat_array(block))
-        return flat.view(self.dtype).as_strided(self.layout.stored_shape, self.layout.strides)
+        return bytes_of(block).view(self.dtype).as_strided(self.layout.stored_shape, self.layout.strides)
 
     def shrunk(self, block: Any, dtype: str) -> Any:
         tensor = self.stored(block)
@@ -73,6 +67,15 @@ class TorchForm:
     def to_host(self, tensor: Any) -> tuple[Any, Callable[[Any], Any]]:
         device = tensor.device
         return tensor.detach().cpu(), lambda kept: kept.to(device, copy=True)
+
+
+def bytes_of(block: Any) -> Any:
+    """The bytes of a pool's block as a flat uint8 tensor."""
+    if hasattr(block, "__array_interface__"):
+        return torch.from_numpy(np.asarray(block))
+    from gpuckpt.memory.adapters.cupy import flat_array
+
+    return torch.from_dlpack(flat_array(block))
 
 
 def refuse_unstrided(tensor: Any) -> None:

@@ -38,7 +38,7 @@ def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
     """As `dp_numpy.fill_tables`."""
     width = grid.slots + 1
     tables = Tables(np.empty((2, pieces.rows, width), np.float32), np.empty((2, 2, problem.n + 1, width), np.float32))
-    option_s = problem.option_s.astype(np.float32)
+    option_s, away_s = problem.option_s.astype(np.float32), problem.input_away_s.astype(np.float32)
     layout = (pieces.near, pieces.far, np.int64(pieces.body_start), np.int64(pieces.body_end), np.int64(width))
     needs = (grid.option_need, grid.back_need, grid.first_need, grid.run_need, grid.gradient)
     options = (grid.option, option_s, problem.option_covers, problem.option_extras)
@@ -55,13 +55,11 @@ def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
         extras = np.int64(grid.extras)
         next_user = _start_top(top, problem.uses_extras, width)
         for first, end in _top_blocks(pieces):
-            block = _top_block(
-                layout, pieces.run_end, first, end, next_user, extras, stage_s, needs, len(flat), len(top)
-            )
+            sizes = (len(flat), len(top))
+            block = _top_block(layout, pieces.run_end, first, end, next_user, extras, stage_s, needs, *sizes)
             team.run(_sum_top, flat, top, width, block)
-            _finish_block(
-                flat, top, layout, block[0], first, end, next_user, options, grid.input, extras, stage_s, needs
-            )
+            args = (first, end, next_user, options, (grid.input, away_s), extras, stage_s, needs)
+            _finish_block(flat, top, layout, block[0], *args)
     return tables
 
 
@@ -316,6 +314,7 @@ def _finish_block(flat, top, layout, frames, i_first, i_end, next_user, options,
 def _finish_top(flat, top, layout, frames, own, i, k_end, user, options, inputs, extras, stage_s, needs):
     """Frames i..k with k < k_end, the ways to keep stage i, and the rows of the top level from i on."""
     option, option_s, covers, option_extras = options
+    input_slots, away_s = inputs
     option_need, back_need, first_need, run_need, _ = needs
     forward_s, tail_s = stage_s
     width, half = layout[4], len(flat) // 2
@@ -337,8 +336,10 @@ def _finish_top(flat, top, layout, frames, own, i, k_end, user, options, inputs,
         for c in range(2):
             out = (2 * e + c) * state + i * width
             top[out : out + width] = np.inf
-            taken = 0 if c == 1 else inputs[i]
+            taken = 0 if c == 1 else input_slots[i]
             _shifted_min(top, out, frames, own + e * width, np.float32(0), taken, taken, width)
+            if c == 0 and away_s[i] < np.inf:
+                _shifted_min(top, out, frames, own + e * width, away_s[i], 0, 0, width)
             for o in range(option.shape[2]):
                 if option_s[i, o] == np.inf:
                     continue

@@ -8,7 +8,8 @@ The recurrences, for a piece i..j that runs forward again and then backward, wit
 
 `again` is the forward of its stages without the tail of the last, before which the recompute stops. `next` is `held` where
 keeping stage i leaves the next stage's input held, else `free`. A piece's last stage is always kept: a frame at the end of a
-sub-plan is its content. The top level runs over pieces i..n-1 in the same way, with extras held or not.
+sub-plan is its content. The top level runs over pieces i..n-1 in the same way, with extras held or not; there a frame may have
+its input on the host instead, which takes seconds and is charged nothing.
 Seconds are those above plainly keeping, in float32; infinity is "does not fit".
 """
 
@@ -102,6 +103,8 @@ def _fill_top(problem: Problem, grid: Grid, pieces: Pieces, tables: Tables) -> N
             for c in (0, 1):
                 out = tables.top[e, c, i]
                 _shifted_min(out, frames[e], 0 if c else int(grid.input[i]))
+                if not c and np.isfinite(problem.input_away_s[i]):
+                    np.minimum(out, frames[e] + np.float32(problem.input_away_s[i]), out=out)
                 for o in np.flatnonzero(np.isfinite(problem.option_s[i])):
                     uses = bool(problem.option_extras[i, o])
                     extra = grid.extras if uses and not e else 0

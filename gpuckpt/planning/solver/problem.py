@@ -44,6 +44,7 @@ class Problem:
             backward, where what was spilled or is made again is held as well, and what checkpoints inside of it recompute.
         first_need, run_need: (n,); the same for a stage that runs forward in a frame, as its first stage and further on.
         gradient_bytes: (n,); gradient of the stage's output, alive while a frame that ends with it recomputes.
+        input_away_s: (n,); seconds for which a frame of the top level holds nothing for its input; inf where it has to.
         exact: the arrays charge every byte once.
     All the needs and gradients are zero when the plan has to fit held bytes only, but for what is held in backward alone.
     """
@@ -63,6 +64,7 @@ class Problem:
     first_need: Ints
     run_need: Ints
     gradient_bytes: Ints
+    input_away_s: Floats
     exact: bool
 
     @property
@@ -148,6 +150,7 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
         first_need=first_need,
         run_need=run_need,
         gradient_bytes=gradient_bytes,
+        input_away_s=np.array([np.inf if s.input_moved_s is None else 2 * s.input_moved_s for s in stages], np.float64),
         exact=_charges_once(chain, inputs, extras),
     )
 

@@ -233,6 +233,7 @@ def _kinds(problem: Problem) -> Ints:
         problem.gradient_bytes,
         problem.forward_s,
         problem.tail_s,
+        np.where(np.isfinite(problem.input_away_s), problem.input_away_s, -1.0),
         problem.recomputable,
     ]
     table = np.stack([np.asarray(column, np.float64) for column in columns], axis=1)

@@ -11,7 +11,7 @@ from gpuckpt.planning.chain import Chain
 from gpuckpt.planning.solver.dp_numpy import Tables
 from gpuckpt.planning.solver.problem import Problem
 from gpuckpt.planning.solver.slots import Grid, Pieces
-from gpuckpt.planning.tree import Keep, Token
+from gpuckpt.planning.tree import SPILL, Keep, Token
 
 __all__ = ["Traceback"]
 
@@ -86,8 +86,8 @@ class Traceback:
                 if seconds < best:
                     option, best = o, seconds
             end = int(self.pieces.run_end[i])
-            free = m - (0 if c else int(grid.input[i]))
-            if end >= i and free >= 0:
+            frame: tuple[int, int, int, str] | None = None
+            for free, away_s, closing in self._inputs(i, c, m) if end >= i else ():
                 ends = np.arange(i, end + 1)
                 held = np.logical_or.accumulate(problem.uses_extras[i : end + 1]) | bool(e)
                 frees = np.where(held, free - (0 if e else grid.extras), free)
@@ -95,18 +95,29 @@ class Traceback:
                 frees = np.maximum(frees, 0)
                 costs = self.tables.pieces[1, self.pieces.row(i, ends), frees] + problem.again_s(i, end + 1)
                 costs = np.where(fits, costs + top[held.astype(int), 0, ends + 1, frees], np.inf)
+                costs = costs + away_s
                 k = int(costs.argmin())
                 if costs[k] < best:
-                    m = int(frees[k])
-                    parts += ["(", (i, i + k, m), ")"]
-                    i, c, e = i + k + 1, 0, int(held[k])
-                    continue
+                    best, frame = float(costs[k]), (k, int(frees[k]), int(held[k]), closing)
+            if frame is not None:
+                k, m, e, closing = frame
+                parts += ["(", (i, i + k, m), closing]
+                i, c = i + k + 1, 0
+                continue
             assert option >= 0, "the traceback left what fits"
             parts.append(Keep(i, self.names[i][option]))
             m -= int(grid.option[c, i, option]) + self._extra(i, option, e)
             e = e or int(problem.option_extras[i, option])
             i, c = i + 1, int(problem.option_covers[c, i, option])
         return parts
+
+    def _inputs(self, i: int, c: int, m: int) -> Iterator[tuple[int, float, str]]:
+        """(slots left, seconds, the token that ends it) of the places where a frame from stage i may have its input."""
+        free = m - (0 if c else int(self.grid.input[i]))
+        if free >= 0:
+            yield free, 0.0, ")"
+        if not c and np.isfinite(self.problem.input_away_s[i]):
+            yield m, float(np.float32(self.problem.input_away_s[i])), f"):{SPILL}"
 
     def _options(self, i: int, c: int, m: int, gradient: int) -> Iterator[tuple[int, int]]:
         """(option, slots it takes) of the ways to keep stage i that fit in m slots."""

@@ -20,14 +20,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpuckpt.errors import BudgetExceeded, SavedTensorModified
 from gpuckpt.memory import Budget, Charge
-from gpuckpt.memory.adapters.torch import TorchForm
+from gpuckpt.memory.adapters.torch import TorchForm, bytes_of
 from gpuckpt.memory.compression import CompressedForm
 from gpuckpt.memory.pools.cupy import torch_stream
 from gpuckpt.pytorch._torch_internals import current_node, storage_use_count, tensor_use_count, untraced
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
 from gpuckpt.pytorch.engine.kept.current import paused
 
-__all__ = ["Geometry", "HeldTensor", "MovableStorage", "SavedStorage", "flat_bytes", "modified", "writes_late"]
+__all__ = [
+    "Geometry",
+    "HeldTensor",
+    "MovableStorage",
+    "SavedStorage",
+    "flat_bytes",
+    "modified",
+    "writes_late",
+]
 
 
 class Index(Protocol):
@@ -131,6 +139,12 @@ class SavedStorage:
         form = TorchForm(flat)
         block = budget.take(self.nbytes, "saved tensor")
         self.flat, self.block = form.write(flat, block).detach(), block
+        return self.flat
+
+    def make_room(self, budget: Budget) -> torch.Tensor:
+        """A block of the pool for its bytes, which come later. Raises `BudgetExceeded`."""
+        block = budget.take(self.nbytes, "saved tensor")
+        self.flat, self.block = bytes_of(block), block
         return self.flat
 
     def move_in(self, budget: Budget, flat: torch.Tensor, device: torch.device, pooled: bool) -> torch.Tensor:

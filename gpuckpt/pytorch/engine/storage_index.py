@@ -28,10 +28,35 @@ from gpuckpt.memory.fork import renew_after_fork
 from gpuckpt.pytorch._torch_internals import innermost_transform, is_wrapper, untraced
 from gpuckpt.pytorch.engine.kept.current import paused
 from gpuckpt.pytorch.engine.residency import charged_bytes, is_copied, is_resident
-from gpuckpt.pytorch.engine.saved_storage import Geometry, HeldTensor, MovableStorage, SavedStorage, flat_bytes
+from gpuckpt.pytorch.engine.saved_storage import (
+    Geometry,
+    HeldTensor,
+    MovableStorage,
+    SavedStorage,
+    flat_bytes,
+)
 from gpuckpt.pytorch.engine.subclasses import detached, parts_of
 
-__all__ = ["StorageIndex", "index_of"]
+__all__ = ["Source", "StorageIndex", "index_of"]
+
+
+class Source:
+    """Where a tensor's bytes are, without keeping them."""
+
+    __slots__ = ("_counter", "_storage", "_version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._version = tensor._version
+        # It counts in-place changes with the tensor, and has no bytes.
+        self._counter = tensor.detach()
+        self._counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+    def storage(self) -> torch.UntypedStorage | None:
+        """The storage, where it is alive and nothing was changed in place."""
+        if self._storage.expired() or self._counter._version != self._version:
+            return None
+        return torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
 
 
 class StorageIndex:
@@ -122,6 +147,45 @@ class StorageIndex:
                 self.remember(flat.untyped_storage()._cdata, holding)
                 known = brought[id(there.holding)] = flat, holding
             flat, holding = known
+            return self._held(Geometry(there.tensor).of(flat), holding)
+
+    def room(self, nbytes: int) -> SavedStorage:
+        """Room for a copy of `nbytes` in the budget's pool, not filled in. Raises `BudgetExceeded`."""
+        budget = None if self._budget is None else self._budget()
+        assert budget is not None, "a copy is made for a budget only"
+        holding = self._new(budget, nbytes)
+        holding.make_room(budget)
+        return holding
+
+    def room_for(self, nbytes: int, device: torch.device) -> tuple[torch.Tensor, SavedStorage]:
+        """Room on `device` for `nbytes` that come back, as flat bytes, and what holds it. Raises `BudgetExceeded`."""
+        budget = None if self._budget is None else self._budget()
+        assert budget is not None
+        holding = self._new(budget, nbytes)
+        if self._copies_on == device:
+            return holding.make_room(budget), holding
+        charge = budget.charge(budget.footprint(nbytes), "saved tensor brought back")
+        flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        holding.charge = charge
+        return flat, holding
+
+    def find(self, source: Source, device: torch.device) -> tuple[torch.Tensor, SavedStorage] | None:
+        """The bytes of a storage that is held, and as it was, and what holds it; None where it is not."""
+        with self._lock:
+            storage = source.storage()
+            holding = None if storage is None else self._find(storage._cdata)
+            return None if storage is None or holding is None else (flat_bytes(storage, device), holding)
+
+    def look(self, tensor: torch.Tensor, room: SavedStorage) -> HeldTensor:
+        """A look, as `tensor` has it into its storage, into the copy that `room` is for."""
+        assert room.flat is not None
+        return self._held(Geometry(tensor).of(room.flat), room)
+
+    def look_back(self, there: HeldTensor, flat: torch.Tensor, holding: SavedStorage) -> HeldTensor:
+        """What `there` looks at elsewhere, in `flat`, which came back and is held by `holding`."""
+        assert there.tensor is not None
+        with self._lock:
+            self.remember(flat.untyped_storage()._cdata, holding)
             return self._held(Geometry(there.tensor).of(flat), holding)
 
     def remember(self, key: Any, holding: SavedStorage) -> None:

@@ -43,14 +43,14 @@ def check_against_every_tree(chain: Chain, trees: list, rng: random.Random, obje
 def test_equals_brute_force(batch: int, chain_of, trees_of) -> None:
     for seed in range(batch * 250, (batch + 1) * 250):
         rng = random.Random(seed)
-        chain = chain_of(rng, rng.choice([1, 2, 2, 3, 3, 3, 4]))
+        chain = chain_of(rng, rng.choice([1, 2, 2, 3, 3, 3, 4]), spills=0.0)
         check_against_every_tree(chain, list(trees_of(chain)), rng, "total" if seed % 4 == 0 else "held")
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_equals_brute_force_on_five_and_six_stages(seed: int, chain_of, trees_of) -> None:
     rng = random.Random(seed)
-    chain = chain_of(rng, 5 + seed % 2, options=0.2 if seed % 2 == 0 else 0.0)
+    chain = chain_of(rng, 5 + seed % 2, options=0.2 if seed % 2 == 0 else 0.0, spills=0.0)
     check_against_every_tree(chain, list(trees_of(chain)), rng, "total" if seed % 4 < 2 else "held")
 
 
@@ -59,7 +59,7 @@ def test_equals_brute_force_on_five_and_six_stages(seed: int, chain_of, trees_of
 def test_equals_brute_force_at_length(batch: int, chain_of, trees_of) -> None:
     for seed in range(10_000 + batch * 40, 10_000 + (batch + 1) * 40):
         rng = random.Random(seed)
-        chain = chain_of(rng, rng.choice([5, 5, 6]), options=0.1)
+        chain = chain_of(rng, rng.choice([5, 5, 6]), options=0.1, spills=0.0)
         check_against_every_tree(chain, list(trees_of(chain)), rng, rng.choice(["held", "total"]))
 
 
@@ -143,14 +143,14 @@ objectives = st.sampled_from(["held", "held", "total"])
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(rng=st.randoms(use_true_random=False), n=st.integers(1, 14), objective=objectives)
 def test_promises_hold(chain_of, rng: random.Random, n: int, objective: str) -> None:
-    check_promises(chain_of(rng, n), objective, rng)
+    check_promises(chain_of(rng, n, spills=0.0), objective, rng)
 
 
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None)
 @given(rng=st.randoms(use_true_random=False), n=st.integers(1, 14), objective=objectives)
 def test_promises_hold_on_ten_thousand_chains(chain_of, rng: random.Random, n: int, objective: str) -> None:
-    check_promises(chain_of(rng, n), objective, rng)
+    check_promises(chain_of(rng, n, spills=0.0), objective, rng)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -13,7 +13,8 @@ from torch import nn
 import gpuckpt.pytorch.plan_maker as plan_maker
 from gpuckpt import BudgetExceeded, CheckpointBudget, Keep, Recompute, fit, plan_chain, simulate
 from gpuckpt.errors import InvalidPlan, PromiseBroken
-from gpuckpt.planning import Node, tree_text, with_spill
+from gpuckpt.planning import Chain, Node, tree_text, with_spill
+from gpuckpt.pytorch.engine.copies import CopyThread
 from gpuckpt.pytorch.engine.offload import Spill
 from gpuckpt.pytorch.fitted import Fitted
 from gpuckpt.pytorch.plan_maker import Planned
@@ -58,13 +59,14 @@ def quick_link(monkeypatch) -> None:
     monkeypatch.setattr(plan_maker, "measure_link", lambda *_: QUICK)
 
 
-def random_nodes(generator: random.Random, first: int, last: int, depth: int = 0) -> tuple[Node, ...]:
-    """Stages first..last, split into runs that are kept, spilled or framed at random."""
+def random_nodes(generator: random.Random, chain: Chain, first: int, last: int, depth: int = 0) -> tuple[Node, ...]:
+    """Stages first..last, split into runs that are kept, spilled or framed at random, with inputs here and on the host."""
     nodes: list[Node] = []
     while first <= last:
         end = generator.randint(first, last)
         if depth < 4 and generator.random() < 0.5:
-            nodes.append(Recompute(random_nodes(generator, first, end, depth + 1)))
+            moved = depth == 0 and chain.stages[first].input_moved_s is not None and generator.random() < 0.6
+            nodes.append(Recompute(random_nodes(generator, chain, first, end, depth + 1), "spill" if moved else "keep"))
         else:
             end = first
             nodes.append(Keep(first, generator.choice(["keep", "spill", "spill"])))
@@ -93,9 +95,9 @@ def test_random_trees_hold_here_and_there_what_the_simulator_says(hold: str) -> 
     fitted = fit(model, x, "1MiB", hold=hold, host_budget="1MiB")
     chain, host = fitted.chain, fitted.host_budget
     assert [len(stage.variants) for stage in chain.stages] == [0, *[1] * COUNT, 0]
-    framed = 0
+    framed = inputs = overlapped = 0
     for _ in range(150 if hold == "account" else 60):
-        tree = (Keep(0), *random_nodes(generator, 1, COUNT), Keep(COUNT + 1))
+        tree = (Keep(0), *random_nodes(generator, chain, 1, COUNT), Keep(COUNT + 1))
         said, text = simulate(chain, tree), tree_text(tree)
         put_plan(fitted, tree)
         for block in model.blocks:
@@ -107,8 +109,10 @@ def test_random_trees_hold_here_and_there_what_the_simulator_says(hold: str) -> 
         assert [block.tally.count for block in model.blocks] == list(said.forward_counts[1:-1]), text
         assert (fitted.budget.used_bytes, host.used_bytes) == (0, 0), text
         assert all(map(torch.equal, got, plain)), text
-        framed += any(":spill" in part for part in text.split("(")[1:])
-    assert framed > 20
+        framed += any(":spill" in part.split(")")[0] for part in text.split("(")[1:])
+        inputs += "):spill" in text
+        overlapped += any(copy.direction == "back" for copy in said.transfers)
+    assert min(framed, inputs, overlapped) > 20
     fitted.unfit()
 
 
@@ -180,7 +184,7 @@ def test_over_a_slow_link_nothing_is_spilled(monkeypatch) -> None:
 
 def test_the_link_is_timed_on_the_device_and_leaves_the_host_budget_alone() -> None:
     host = CheckpointBudget(0, device="cpu", hold="pool")
-    link = measure_link(torch.device("cpu"), host, plan_maker.WallClock())
+    link = measure_link(torch.device("cpu"), host, plan_maker.WallClock(), CopyThread())
     assert 1e6 < link.bytes_per_s < 1e13
     assert 0 < link.latency_s < 0.1
     assert host.events() == []
@@ -196,7 +200,8 @@ def test_a_small_host_budget_takes_what_it_can(quick_link) -> None:
         assert_same(*(train_step(m, (X,), {}, o, 0) for m, o in zip((model, plain), optimizers, strict=True)))
         assert host.peak_bytes == fitted.plan.certificate.host_peak_bytes <= host.max_bytes
         runs.append(sum(simulate(fitted.chain, fitted.plan.tree).forward_counts))
-    assert runs[0] > runs[1] > runs[2] > runs[3] == len(fitted.chain)
+    assert runs[0] > max(runs[1:3])
+    assert min(runs[1:3]) > runs[3] == len(fitted.chain)
 
 
 def spilling(model: nn.Module, **options) -> Fitted:
@@ -255,12 +260,13 @@ def test_a_retained_graph_needs_no_more_at_a_time_than_one_that_is_not(hold: str
 @both
 def test_gradients_of_some_and_a_look_at_a_node_leave_nothing_back(hold: str) -> None:
     model = dear()
+    between: list[torch.Tensor] = []
+    model[-1].linear.register_forward_hook(lambda module, args, out: between.append(out))
     fitted = all_spilled(model, hold=hold)
-    between = []
-    handle = model[-1].linear.register_forward_hook(lambda module, args, out: between.append(out))
+    between.clear()
     loss = model(X).sum()
-    handle.remove()
     held, there = fitted.budget.used_bytes, fitted.host_budget.used_bytes
+    assert there == fitted.plan.certificate.host_peak_bytes > 0
     # A look at a saved tensor brings the stage back for the moment.
     node = loss.grad_fn
     while not hasattr(node, "_saved_result"):
@@ -268,8 +274,9 @@ def test_gradients_of_some_and_a_look_at_a_node_leave_nothing_back(hold: str) ->
     assert node._saved_result.shape == X.shape
     assert (fitted.budget.used_bytes, fitted.host_budget.used_bytes) == (held, there)
     # Up to the last linear layer the whole stage comes back; what that layer saved is not asked for, and does not stay.
-    torch.autograd.grad(loss, between[-1], retain_graph=True)
-    assert (fitted.budget.used_bytes, fitted.host_budget.used_bytes) == (held, there)
+    torch.autograd.grad(loss, between[0], retain_graph=True)
+    # The last stage had not left; now it has, as the graph stays.
+    assert (fitted.budget.used_bytes, fitted.host_budget.used_bytes) == (held - 2 * X.nbytes, there)
     expected = copy.deepcopy(model)
     expected.zero_grad()
     expected(X).sum().backward()
