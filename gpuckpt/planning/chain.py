@@ -220,11 +220,6 @@ class Chain:
         extras = self.extras_of(first, last)
         return tuple(dict.fromkeys((*self.stages[first].inputs, *extras)))
 
-    def movable_input(self, first: int, last: int) -> tuple[int, ...]:
-        """Ids that a frame over stages `first..last` need not hold here: its input, but for what is one of their extras."""
-        extras = self.extras_of(first, last)
-        return tuple(i for i in dict.fromkeys(self.stages[first].inputs) if i not in extras)
-
     def extras_of(self, first: int, last: int) -> tuple[int, ...]:
         """Ids of the extras of stages `first..last`, each once."""
         if not (type(first) is type(last) is int and 0 <= first <= last < len(self.stages)):
@@ -344,17 +339,8 @@ def _stage_from(fields: Mapping[str, Any]) -> Stage:
     known = dict(fields)
     for key in ("saves", "inputs", "extras", "output"):
         known[key] = tuple(known.get(key, ()))
+    lists = ("saves", "spilled", "remade")
     known["variants"] = tuple(
-        Variant(
-            v["name"],
-            tuple(v["saves"]),
-            v["forward_s"],
-            v["backward_s"],
-            tuple(v.get("spilled", ())),
-            tuple(v.get("remade", ())),
-            v.get("again_s", 0.0),
-            v.get("moved_s", 0.0),
-        )
-        for v in known.get("variants", ())
+        Variant(**{**v, **{key: tuple(v[key]) for key in lists if key in v}}) for v in known.get("variants", ())
     )
     return Stage(**known)

@@ -178,7 +178,7 @@ class _Run:
             inputs = self._anew(stage.inputs, (), root)
             extras = self.chain.extras_of(step.first, step.last)
             if step.moved:
-                moved = self.chain.movable_input(step.first, step.last)
+                moved = tuple(x for x in inputs if x not in extras)
                 inputs = tuple(x for x in inputs if x not in moved)
                 leaving = self.traffic.offload(i, moved, stage.input_moved_s or 0.0, self._span(step))
             self.kept[i] = (*inputs, *extras)

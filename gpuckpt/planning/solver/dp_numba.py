@@ -55,7 +55,7 @@ def fill_tables(problem: Problem, grid: Grid, pieces: Pieces) -> Tables:
         extras = np.int64(grid.extras)
         next_user = _start_top(top, problem.uses_extras, width)
         for first, end in _top_blocks(pieces):
-            sizes = (len(flat), len(top))
+            sizes = (flat.size, top.size)
             block = _top_block(layout, pieces.run_end, first, end, next_user, extras, stage_s, needs, *sizes)
             team.run(_sum_top, flat, top, width, block)
             args = (first, end, next_user, options, (grid.input, away_s), extras, stage_s, needs)
@@ -317,8 +317,7 @@ def _finish_top(flat, top, layout, frames, own, i, k_end, user, options, inputs,
     input_slots, away_s = inputs
     option_need, back_need, first_need, run_need, _ = needs
     forward_s, tail_s = stage_s
-    width, half = layout[4], len(flat) // 2
-    state = len(top) // 4
+    width, half, state = layout[4], len(flat) // 2, len(top) // 4
     spent, need = 0.0, first_need[i]
     for k in range(i, k_end):
         spent += forward_s[k]

@@ -53,7 +53,8 @@ class CopySide:
 
 @dataclass(slots=True)
 class CopyRecord:
-    """One copy of a `CopyThread`, in seconds of `time.perf_counter`. `waited_s`: how long somebody stood still for it."""
+    """One copy of a `CopyThread`, in seconds of `time.perf_counter`. `waited_s`: how long somebody stood still for it; `thread`:
+    who made it."""
 
     what: str
     nbytes: int
@@ -61,6 +62,7 @@ class CopyRecord:
     began_s: float = 0.0
     done_s: float = 0.0
     waited_s: float = 0.0
+    thread: int = 0
 
 
 class CopyThread:
@@ -91,7 +93,7 @@ class CopyThread:
         return _ThreadCopy(done, target, source, record)
 
     def _run(self, sides: list[np.ndarray], record: CopyRecord) -> None:
-        record.began_s = time.perf_counter()
+        record.began_s, record.thread = time.perf_counter(), threading.get_ident()
         source, target = sides.pop(), sides.pop()  # the thread keeps its arguments a little longer than it runs
         self.move(target, source)
         rest_s = record.began_s + self.latency_s + record.nbytes / self.bytes_per_s - time.perf_counter()
@@ -122,7 +124,8 @@ class _ThreadCopy:
 
     def __del__(self) -> None:
         # Nobody needs it. What it reads and writes is free once this is gone, and so the thread has to be done with it.
-        if self._places is not None and not self._done.cancel():
+        ours = self._record.thread != threading.get_ident()  # or a collection of garbage, in the thread that copies
+        if self._places is not None and not self._done.cancel() and ours:
             self._done.exception()
 
 
