@@ -20,6 +20,7 @@ from gpuckpt.units import format_bytes, parse_bytes
 __all__ = ["chain_of_sizes", "frontier_table", "plan"]
 
 _CUDA_UNIT_BYTES = 512
+_MORE_BYTES = 1 << 30  # of what so much more would buy the report tells
 _DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -160,7 +161,10 @@ def plan(
         if frontier is None:
             raise ValueError(f"no frontier to choose from with --strategy {strategy}; give a --budget")
         chosen = frontier.plans[frontier.knee]
-    report = explain(chain, chosen)
+    faster = None
+    if strategy == "optimal":
+        faster = plan_chain(chain, chosen.budget_bytes + _MORE_BYTES, objective=objective, host_bytes=host_bytes)
+    report = explain(chain, chosen, faster=faster)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "chain.json", chain.to_json() + "\n")
     write_whole(out / "plan.json", chosen.to_json() + "\n")

@@ -26,8 +26,10 @@ class StageReport:
         fate: "kept", "recomputed", "spilled" (to the host and back), or the name of another option it is kept under.
         runs: how often its forward runs in a step.
         saves_bytes: what autograd saves in it, and so what keeping it holds (shared storages counted in each stage).
-        recompute_ms: time of its forward beyond the first; spill_ms: of its transfers, there and back.
-        host_bytes: what it spills at the most; storages that others hold already stay.
+        recompute_ms: time of its forward beyond the first; spill_ms: of its transfers, there and back; waited_ms: how long the
+            step stands still for them.
+        host_bytes: what it sends to the host at the most, or of a recompute that starts with it the input; storages that others
+            hold already stay.
     """
 
     number: int
@@ -41,12 +43,15 @@ class StageReport:
     spill_ms: float
     host_bytes: int
     why: str
+    waited_ms: float = 0.0
 
 
 @dataclass(frozen=True)
 class PlanReport:
     """All stages under a plan, and the plan's figures. Measured peaks are those of the latest step, None before the first.
-    `predicted`: bytes and seconds follow from those of inputs of other sizes."""
+    `predicted`: bytes and seconds follow from those of inputs of other sizes. `waited_ms`: how long a step stands still for
+    transfers. `more_saves_ms`: by how much a step would be faster with `more_bytes` more on the device; None where that was not
+    asked."""
 
     model: str
     stages: tuple[StageReport, ...]
@@ -63,6 +68,9 @@ class PlanReport:
     promised_host_peak_bytes: int = 0
     measured_host_peak_bytes: int | None = None
     predicted: bool = False
+    waited_ms: float = 0.0
+    more_bytes: int = 0
+    more_saves_ms: float | None = None
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -97,25 +105,46 @@ class PlanReport:
         )
         promised = f"peak promised {self.promised_peak_bytes} B, measured {measured}, budget {self.budget_bytes} B"
         host = [f"on the host: peak promised {self.promised_host_peak_bytes} B, measured {there}"]
-        transfers = f" and transfers {_ms(self.spill_ms)}" if self.promised_host_peak_bytes else ""
+        transfers = ""
+        if self.promised_host_peak_bytes:
+            transfers = f"; transfers {_ms(self.spill_ms)}, for which it stands still {_ms(self.waited_ms)}"
+        more = []
+        if self.more_saves_ms is not None:
+            more = [f"with {format_bytes(self.more_bytes)} more a step would take {_ms(self.more_saves_ms)} less"]
         return [
             f"{promised}, reached at: {self.peak_step}",
             f"keeping all holds {format_bytes(self.keep_all_bytes)}; the smallest budget is {self.smallest_budget_bytes} B",
             *(host if self.promised_host_peak_bytes else []),
             f"a step takes {_ms(self.step_ms)}, of which recompute {_ms(self.recompute_ms)}{transfers}; {gap}",
+            *more,
             *(["not measured: bytes and seconds follow from those of other sizes"] if self.predicted else []),
         ]
 
 
 def explain(
-    chain: Chain, plan: Plan, measured_peak_bytes: int | None = None, measured_host_peak_bytes: int | None = None
+    chain: Chain,
+    plan: Plan,
+    measured_peak_bytes: int | None = None,
+    measured_host_peak_bytes: int | None = None,
+    *,
+    faster: Plan | None = None,
 ) -> PlanReport:
-    """The report of `plan` for `chain`. Raises `InvalidPlan` where the plan is not for the chain."""
+    """The report of `plan` for `chain`; `faster`: the plan for a larger budget, to say what that would buy. Raises `InvalidPlan`
+    where the plan is not for the chain."""
     plan.check(chain)
     simulation = simulate(chain, plan.tree)
     keep_all_bytes = chain.saved_bytes
     fits = keep_all_bytes <= plan.budget_bytes
-    steps = {step.first: step for step in check_tree(chain, plan.tree) if step.variant is not None}
+    nodes = check_tree(chain, plan.tree)
+    steps = {step.first: step for step in nodes if step.variant is not None}
+    moved = {
+        step.first: [i for i in chain.stages[step.first].inputs if i not in chain.extras_of(step.first, step.last)]
+        for step in nodes
+        if step.moved
+    }
+    waited_s = dict.fromkeys(range(len(chain)), 0.0)
+    for copy in simulation.transfers:
+        waited_s[copy.stage] += copy.waited_s
     stages = []
     for number, stage in enumerate(chain.stages):
         runs, variant = simulation.forward_counts[number], steps[number].variant or KEEP
@@ -127,6 +156,11 @@ def explain(
         stopped_s = stage.tail_s if recomputed and steps[number].ends else 0.0
         recompute_s = (runs - 1) * stage.forward_s - stopped_s + option.again_s
         spill_s = option.forward_s + option.backward_s - stage.forward_s - stage.backward_s if option.spilled else 0.0
+        host_bytes = sum(chain.storages[i] for i in (*option.spilled, *moved.get(number, ())))
+        why = _why(chain, stage, option, fate, recompute_s, fits)
+        if number in moved:
+            spill_s += 2 * (stage.input_moved_s or 0.0)
+            why += f"; what it starts from, {format_bytes(host_bytes)}, on the host meanwhile"
         stages.append(
             StageReport(
                 number,
@@ -138,8 +172,9 @@ def explain(
                 1e3 * option.backward_s,
                 1e3 * recompute_s,
                 1e3 * spill_s,
-                sum(chain.storages[number] for number in option.spilled),
-                _why(chain, stage, option, fate, recompute_s, fits),
+                host_bytes,
+                why,
+                1e3 * waited_s[number],
             )
         )
     certificate = plan.certificate
@@ -158,6 +193,9 @@ def explain(
         sum(stage.spill_ms for stage in stages),
         certificate.host_peak_bytes,
         measured_host_peak_bytes,
+        waited_ms=sum(stage.waited_ms for stage in stages),
+        more_bytes=0 if faster is None else faster.budget_bytes - plan.budget_bytes,
+        more_saves_ms=None if faster is None else 1e3 * (certificate.step_s - faster.certificate.step_s),
     )
 
 
@@ -172,7 +210,7 @@ def _why(chain: Chain, stage: Stage, option: Variant, fate: str, recompute_s: fl
         if option.spilled:
             moved = format_bytes(sum(chain.storages[number] for number in option.spilled))
             other = f"running it again would take {_ms(1e3 * stage.forward_s)}"
-            return f"{moved} to the host and back for {_ms(1e3 * extra_s)} more; {other}"
+            return f"{moved} to the host and back, {_ms(1e3 * extra_s)} on the link; {other}"
         if option.remade:
             held, remade = (format_bytes(chain.charge(ids)) for ids in (option.saves, option.remade))
             return f"{held} held till its backward, which makes {remade} again for {_ms(1e3 * extra_s)} more"

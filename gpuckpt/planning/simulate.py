@@ -163,7 +163,7 @@ class _Run:
                 spilled = self._anew(option.spilled, stage.extras, root)
                 if spilled and frame is None:
                     spilled = tuple(x for x in spilled if x not in saves)
-                    self.traffic.finished = self.traffic.offload(i, spilled, option.moved_s, stage.name)
+                    self.traffic.finished = self.traffic.offload(i, step.first, spilled, option.moved_s, stage.name)
                 away = self._spill(step.first, saves, spilled) if spilled and frame is not None else ()
                 self.hold(saves)
                 stopped_s = (
@@ -180,7 +180,7 @@ class _Run:
             if step.moved:
                 moved = tuple(x for x in inputs if x not in extras)
                 inputs = tuple(x for x in inputs if x not in moved)
-                leaving = self.traffic.offload(i, moved, stage.input_moved_s or 0.0, self._span(step))
+                leaving = self.traffic.offload(i, step.first, moved, stage.input_moved_s or 0.0, self._span(step))
             self.kept[i] = (*inputs, *extras)
             self.hold(self.kept[i])
             self.record(f"{label} input of {self._span(step)}")

@@ -12,11 +12,12 @@ __all__ = ["HostBytes", "Traffic", "Transfer"]
 class Transfer:
     """One copy. Seconds count from the beginning of the step.
 
-    `what`: the stage, or stages of a frame, whose `nbytes` move; `direction`: "out" to the host, "back" to the device; `asked_s`:
-    when all that it copies was there; `began_s`, `done_s`: when the link had it; `queued_behind`: the number of the copy that
-    kept it waiting, or None; `waited_s`: how long the step stood still for it.
+    `what`: the stage, or stages of a frame, whose `nbytes` move, of which `stage` is the first; `direction`: "out" to the host,
+    "back" to the device; `asked_s`: when all that it copies was there; `began_s`, `done_s`: when the link had it;
+    `queued_behind`: the number of the copy that kept it waiting, or None; `waited_s`: how long the step stood still for it.
     """
 
+    stage: int
     what: str
     direction: str
     nbytes: int
@@ -67,6 +68,7 @@ class Offloaded:
     """What a node of the top level sends to the host: `here`, ids that were held already, and `away`, of `nbytes`, which take
     `seconds` one way. `left`: they were let go; `coming`: they are held again. `copy`: the latest one's number on the link."""
 
+    stage: int
     here: tuple[int, ...]
     away: tuple[int, ...]
     nbytes: int
@@ -94,13 +96,14 @@ class Traffic:
         """The copies, in the order in which they were asked for."""
         return tuple(replace(copy, waited_s=s) for copy, s in zip(self._copies, self._waited_s, strict=True))
 
-    def offload(self, node: int, ids: tuple[int, ...], seconds: float, what: str) -> Offloaded:
-        """What of `ids`, which take the link `seconds` one way, a node sends to the host. All is held here until it is out."""
+    def offload(self, node: int, stage: int, ids: tuple[int, ...], seconds: float, what: str) -> Offloaded:
+        """What of `ids`, which take the link `seconds` one way, a node that starts with `stage` sends to the host. All is held
+        here until it is out."""
         step, ids = self._step, tuple(dict.fromkeys(ids))
         here = tuple(i for i in ids if step.holders[i])
         away = tuple(i for i in ids if not step.holders[i])
         nbytes, all_bytes = (sum(step.host.storages[i] for i in some) for some in (away, ids))
-        found = Offloaded(here, away, nbytes, seconds * nbytes / all_bytes if all_bytes else 0.0, what)
+        found = Offloaded(stage, here, away, nbytes, seconds * nbytes / all_bytes if all_bytes else 0.0, what)
         self._waiting[node] = found
         step.hold(ids)
         step.host.hold(away)
@@ -157,7 +160,7 @@ class Traffic:
         began_s = max(now_s, free_s)
         behind = len(self._copies) - 1 if free_s > now_s else None
         done_s = began_s + each.seconds
-        self._copies.append(Transfer(each.what, direction, each.nbytes, now_s, began_s, done_s, behind))
+        self._copies.append(Transfer(each.stage, each.what, direction, each.nbytes, now_s, began_s, done_s, behind))
         self._waited_s.append(0.0)
         return len(self._copies) - 1
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from gpuckpt import Chain, Stage, fit, plan_chain, simulate
 from gpuckpt.errors import InvalidPlan
-from gpuckpt.planning import Variant
+from gpuckpt.planning import Keep, Recompute, Variant, certify, strategies, with_spill
 from gpuckpt.planning.report import explain
 
 
@@ -88,3 +88,23 @@ def test_a_fitted_model_reports_what_it_measured() -> None:
     assert {stage.fate for stage in report.stages} == {"kept", "recomputed"}
     assert report.stages[0].why.startswith("cannot run twice")
     assert "blocks" in str(report)
+
+
+def test_it_says_what_is_on_the_host_what_that_waits_for_and_what_more_bytes_would_buy() -> None:
+    chain = with_spill(chain_of(6), 200.0)
+    last = len(chain) - 1
+    tree = (Keep(0), Keep(1, "spill"), Recompute((Keep(2),), "spill"), *(Keep(i) for i in range(3, last + 1)))
+    plan, faster = certify(chain, tree, 1000, "by hand"), certify(chain, strategies.keep_all(chain), 3000, "by hand")
+    report, seen = explain(chain, plan, faster=faster), simulate(chain, tree)
+    assert seen.transfers
+    assert report.waited_ms == pytest.approx(1e3 * sum(copy.waited_s for copy in seen.transfers))
+    spilled, recomputed = report.stages[1:3]
+    assert (spilled.fate, recomputed.fate) == ("spilled", "recomputed")
+    assert spilled.host_bytes == chain.charge(chain.stages[1].saves)
+    assert recomputed.host_bytes == chain.charge(chain.stages[2].inputs) > 0
+    assert "on the host meanwhile" in recomputed.why
+    assert recomputed.spill_ms == pytest.approx(2e3 * recomputed.host_bytes / 200)
+    saves_ms = 1e3 * (plan.certificate.step_s - faster.certificate.step_s)
+    assert (report.more_bytes, report.more_saves_ms) == (2000, pytest.approx(saves_ms))
+    assert "with 1.95 KiB more a step would take" in str(report)
+    assert "would take" not in explain(chain, plan).summary()[-1]
