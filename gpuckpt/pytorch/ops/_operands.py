@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, overload
 
@@ -12,7 +13,7 @@ from torch.autograd import forward_ad
 
 from gpuckpt.backend import use_triton
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch._torch_internals import innermost_transform
+from gpuckpt.pytorch._torch_internals import all_ordinary, innermost_transform, unwatched
 
 __all__ = [
     "as_if_cast",
@@ -22,6 +23,7 @@ __all__ = [
     "check_bias",
     "check_second_weight",
     "check_weight",
+    "is_plain_call",
     "like_rows_of",
     "no_double_backward",
     "wants_copy",
@@ -176,3 +178,10 @@ def refuse_grad_transforms(name: str, *operands: Tensor | None) -> None:
         raise NotImplementedError(
             f"gpuckpt.functional.{name} has no forward-mode derivative; use torch.nn.functional.linear where you need one"
         )
+
+
+def is_plain_call(args: Sequence[Any]) -> bool:
+    """Whether the operator would do nothing for these arguments but call its function."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not unwatched():
+        return False
+    return all_ordinary(args)

@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from gpuckpt.pytorch._torch_internals import all_ordinary, unwatched
 from gpuckpt.pytorch.engine.early_stop import about_to_save
 from gpuckpt.pytorch.ops._operands import (
     autocast_input,
+    is_plain_call,
     no_double_backward,
     refuse_grad_transforms,
     rows_of,
@@ -36,7 +35,7 @@ from gpuckpt.pytorch.ops._operands import (
 from gpuckpt.pytorch.ops._weight_grads import main_grad_of
 from gpuckpt.pytorch.ops.norm import RECIPE, Norm, normalise, restored
 
-__all__ = ["FusedOp", "is_plain_call"]
+__all__ = ["FusedOp"]
 
 
 class _Direct(torch.autograd.Function):
@@ -193,10 +192,3 @@ class FusedOp:
         others, needs = args[: self._operands - 1], args[-1]
         like = dy.new_empty(dy.shape[0], others[0].shape[1]) if x is None and needs[0] else x
         return [t.new_empty(t.shape) for t, need in zip((like, *others), needs, strict=True) if need and t is not None]
-
-
-def is_plain_call(args: Sequence[Any]) -> bool:
-    """Whether the operator would do nothing for these arguments but call its function."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not unwatched():
-        return False
-    return all_ordinary(args)

@@ -44,11 +44,12 @@ from gpuckpt.pytorch.ops._loss_chunks import (
 from gpuckpt.pytorch.ops._operands import (
     autocast_input,
     check_weight,
+    is_plain_call,
     rows_of,
     without_autocast,
     without_derivative,
 )
-from gpuckpt.pytorch.ops._register import FusedOp, is_plain_call
+from gpuckpt.pytorch.ops._register import FusedOp
 from gpuckpt.pytorch.ops._weight_grads import main_grad_of
 from gpuckpt.pytorch.ops.norm import Norm, normalise
 

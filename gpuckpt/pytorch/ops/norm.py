@@ -13,14 +13,14 @@ Shapes: x, xn, dxn, dx (M, K), weight and bias (K,).
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gpuckpt.backend import load_kernels, use_triton
 from gpuckpt.errors import DimMismatch
-from gpuckpt.pytorch.ops._operands import cast, no_double_backward
+from gpuckpt.pytorch.ops._operands import cast, is_plain_call, no_double_backward
 
 __all__ = ["RECIPE", "Norm", "normalise", "restored"]
 
@@ -74,8 +74,7 @@ class Norm(NamedTuple):
                 raise DimMismatch(x.shape[-1], t.numel(), f"length of the norm's {name}")
 
 
-@torch.library.custom_op("gpuckpt::norm_fwd", mutates_args=())
-def norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float) -> Tensor:
+def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float) -> Tensor:
     """x (M, K) -> xn (M, K), in x's dtype."""
     if use_triton(x):
         load_kernels(x)
@@ -92,13 +91,15 @@ def norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, e
     return xn.to(x.dtype)
 
 
+norm_fwd = torch.library.custom_op("gpuckpt::norm_fwd", _normed, mutates_args=())
+
+
 @norm_fwd.register_fake
 def _(x, weight, bias, kind, eps) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("gpuckpt::norm_bwd", mutates_args=())
-def norm_bwd(
+def _gradients(
     dxn: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, needs: list[bool]
 ) -> list[Tensor]:
     """The gradients of x, weight and bias that `needs` asks for, in that order; each in its input's dtype."""
@@ -122,6 +123,9 @@ def norm_bwd(
         if grad is not None and like is not None:
             found.append(grad.to(like.dtype))
     return found
+
+
+norm_bwd = torch.library.custom_op("gpuckpt::norm_bwd", _gradients, mutates_args=())
 
 
 @norm_bwd.register_fake
@@ -166,11 +170,27 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dxn: Tensor):
     x, weight, bias = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    found = iter(norm_bwd(dxn, x, weight, bias, *ctx.options, needs) if any(needs) else ())
+    plain = not torch.is_grad_enabled() and is_plain_call((dxn, x, weight, bias))
+    run = _gradients if plain else norm_bwd
+    kind, eps = ctx.options
+    found = iter(run(dxn, x, weight, bias, kind, eps, needs) if any(needs) else ())
     return (*(next(found) if need else None for need in needs), None, None)
 
 
 norm_fwd.register_autograd(_backward, setup_context=_setup)
+
+
+class _DirectNorm(torch.autograd.Function):
+    """The norm in a node of its own, for plain calls; see `_register`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _setup(ctx, inputs, None)
+        return _normed(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dxn: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dxn)
 
 
 def normalise(
@@ -182,7 +202,8 @@ def normalise(
         return rows, None, None, None, "rms", 1.0
     norm.check(rows)
     weight, bias, kind, eps = norm.weight, norm.bias, norm.kind, float(norm.eps)
-    return norm_fwd(rows, weight, bias, kind, eps), rows, weight, bias, kind, eps
+    run = _DirectNorm.apply if is_plain_call((rows, weight, bias)) else norm_fwd
+    return run(rows, weight, bias, kind, eps), rows, weight, bias, kind, eps
 
 
 def restored(x: Tensor | None, recipe: tuple[Tensor | None, Tensor | None, Tensor | None, str, float]) -> Tensor | None:
@@ -191,4 +212,4 @@ def restored(x: Tensor | None, recipe: tuple[Tensor | None, Tensor | None, Tenso
     if raw is None:
         return x
     with torch.no_grad():
-        return norm_fwd(raw, weight, bias, kind, eps)
+        return (_normed if is_plain_call((raw, weight, bias)) else norm_fwd)(raw, weight, bias, kind, eps)

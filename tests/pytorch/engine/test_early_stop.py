@@ -8,13 +8,13 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._library.custom_ops import OPDEFS
 from torch.autograd.graph import saved_tensors_hooks
 
 import gpuckpt
 from gpuckpt import CheckpointBudget, functional
 from gpuckpt.pytorch.engine import early_stop
 from gpuckpt.pytorch.ops import _register
+from gpuckpt.pytorch.ops import norm as norm_module
 from gpuckpt.pytorch.ops.norm import Norm
 from tests.pytorch.ops.fused import OPS
 from tests.pytorch.steps import HOLDS, Tally, bits
@@ -37,18 +37,14 @@ def forwards(monkeypatch) -> list[str]:
         return run(op, *args)
 
     monkeypatch.setattr(_register.FusedOp, "run_forward", noted)
-    norm = OPDEFS["gpuckpt::norm_fwd"]
-    for kind in list(norm._backend_fns):
-        monkeypatch.setitem(norm._backend_fns, kind, noting(ran, "gpuckpt::norm_fwd", norm._init_fn))
+    normed = norm_module._normed
+
+    def noted_norm(*args):
+        ran.append("gpuckpt::norm_fwd")
+        return normed(*args)
+
+    monkeypatch.setattr(norm_module, "_normed", noted_norm)
     return ran
-
-
-def noting(ran, name, fn):
-    def run(*args, **kwargs):
-        ran.append(name)
-        return fn(*args, **kwargs)
-
-    return run
 
 
 def announced_and_packed(monkeypatch, run) -> tuple[list[Tensor], list[Tensor]]:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt import functional
-from gpuckpt.pytorch.ops import _register, gated_mlp, linear, linear_cross_entropy, mlp
+from gpuckpt.pytorch.ops import _register, gated_mlp, linear, linear_cross_entropy, mlp, norm
 from tests.pytorch.ops.fused import ALL_OPS, gradients
 
 MODULES = {"linear": linear, "mlp": mlp, "gated_mlp": gated_mlp, "linear_cross_entropy": linear_cross_entropy}
@@ -81,6 +81,29 @@ def test_views_hooks_and_partial_gradients_as_by_operator(op, operators):
     expected = torch.autograd.grad(y, [x3, *(t for t in frozen if t.requires_grad)], torch.ones_like(y))
     assert operators == [f"{op.name}_fwd"]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_a_norm_has_the_same_bits_either_way(kind, operators, monkeypatch):
+    x, w, b = ALL_OPS["linear"].draw(dtype=torch.float32)
+    scale = torch.linspace(0.5, 1.5, 7).requires_grad_()
+    shift = torch.linspace(-1.0, 1.0, 7).requires_grad_() if kind == "layer" else None
+    wanted = [t for t in (x, w, b, scale, shift) if t is not None]
+    normed = []
+    run = norm.norm_fwd
+    monkeypatch.setattr(norm, "norm_fwd", lambda *args: normed.append(1) or run(*args))
+
+    def step():
+        y = functional.linear(x, w, b, activation="gelu", norm=norm.Norm(kind, scale, shift))
+        return [y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y))]
+
+    direct = step()
+    assert not normed
+    with Seen():
+        by_operator = step()
+    assert len(normed) == 2, "forward, and again in backward"
+    assert operators == ["linear_fwd", "linear_bwd"]
+    assert all(torch.equal(a, b) for a, b in zip(direct, by_operator, strict=True))
 
 
 @ANY_OP
