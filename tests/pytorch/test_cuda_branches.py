@@ -11,8 +11,10 @@ import torch
 import gpuckpt
 from gpuckpt import CheckpointBudget, backend, functional
 from gpuckpt.backend import use_triton
+from gpuckpt.memory.adapters.torch import TorchForm
 from gpuckpt.memory.devices import choose_device
 from gpuckpt.memory.uncapped import uncapped
+from gpuckpt.pytorch.engine.copies import CopySide, copies_for
 from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.fence.randomness import Draws, Generators
 from gpuckpt.pytorch.ops._weight_grads import CUDA_BLOCK, WeightGrad, bias_scratch, sum_rows, weight_scratch
@@ -20,6 +22,7 @@ from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.isolation import have_drawn, random_states
 from gpuckpt.pytorch.profiling.link_speed import Link
 from gpuckpt.segments.fused import runs_fused
+from tests.hostcuda.torch_on_host import TorchStream
 from tests.pytorch.steps import batch, blocks, gradients, run
 
 CUDA = torch.device("cuda", 0)
@@ -185,6 +188,37 @@ def test_tensors_of_the_device_run_on_the_kernels(cuda_tensors, monkeypatch):
     assert use_triton(torch.ones(1))
     assert not use_triton(torch.ones(1, dtype=torch.float64))
     assert runs_fused(torch.ones(1))
+
+
+def test_copies_on_a_stream_of_their_own_are_ordered_with_the_step(cuda_tensors, monkeypatch):
+    class SideStream(TorchStream):
+        def __init__(self, device):
+            super().__init__(cuda_tensors.cupy.cuda.Stream(non_blocking=True))
+
+        def wait_stream(self, other):
+            self.stream.wait_event(other.stream.record())
+
+        def record_event(self):
+            return self.stream.record()
+
+    monkeypatch.setattr(torch.cuda, "Stream", SideStream)
+    monkeypatch.setattr(torch.cuda, "stream", cuda_tensors.on)
+    monkeypatch.setattr(TorchStream, "wait_event", lambda self, event: self.stream.wait_event(event), raising=False)
+    form = TorchForm(torch.empty(1024, dtype=torch.uint8))
+    host, budget = CheckpointBudget("1MiB", device="cpu", hold="pool"), cuda_tensors.budget("1MiB")
+    blocks = [place.take(form.nbytes, "test") for place in (host, budget, host)]
+    first, there, back = (CopySide(form.view(block), block) for block in blocks)
+    first.flat.copy_(torch.arange(1024))
+    copies = copies_for(CUDA)
+    side, step = copies._stream.stream, cuda_tensors.default.stream
+    for target, source in ((there, first), (back, there)):
+        before = cuda_tensors.hostcuda.waits(side, step), cuda_tensors.hostcuda.waits(step, side)
+        copies.copy(target, source, "test").wait()
+        after = cuda_tensors.hostcuda.waits(side, step), cuda_tensors.hostcuda.waits(step, side)
+        assert all(b < a for b, a in zip(before, after, strict=True))
+    assert there.flat.is_cuda
+    assert not back.flat.is_cuda
+    assert torch.equal(back.flat, torch.arange(1024).to(torch.uint8))
 
 
 def test_kernels_are_loaded_without_the_interpreter(cuda_tensors, monkeypatch):
