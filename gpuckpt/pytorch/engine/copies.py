@@ -89,8 +89,9 @@ class CopyThread:
         with self._lock:
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, "gpuckpt-copy")
-            done = self._thread.submit(self._run, [target.flat.numpy(), source.flat.numpy()], record)
-        return _ThreadCopy(done, target, source, record)
+            sides = [target.flat.numpy(), source.flat.numpy()]
+            done = self._thread.submit(self._run, sides, record)
+        return _ThreadCopy(done, target, source, sides, record)
 
     def _run(self, sides: list[np.ndarray], record: CopyRecord) -> None:
         record.began_s, record.thread = time.perf_counter(), threading.get_ident()
@@ -107,11 +108,14 @@ class CopyThread:
 
 
 class _ThreadCopy:
-    __slots__ = ("_done", "_places", "_record")
+    __slots__ = ("_done", "_places", "_record", "_sides")
 
-    def __init__(self, done: Future[None], target: CopySide, source: CopySide, record: CopyRecord) -> None:
+    def __init__(
+        self, done: Future[None], target: CopySide, source: CopySide, sides: list[np.ndarray], record: CopyRecord
+    ) -> None:
         self._done = done
         self._places: tuple[CopySide, CopySide] | None = (target, source)
+        self._sides = sides
         self._record = record
 
     def wait(self) -> None:
@@ -124,8 +128,13 @@ class _ThreadCopy:
 
     def __del__(self) -> None:
         # Nobody needs it. What it reads and writes is free once this is gone, and so the thread has to be done with it.
-        ours = self._record.thread != threading.get_ident()  # or a collection of garbage, in the thread that copies
-        if self._places is not None and not self._done.cancel() and ours:
+        if self._places is None:
+            return
+        if self._done.cancel():
+            self._sides.clear()  # the thread gets to what was cancelled after what was asked for before it
+        elif (
+            self._record.thread != threading.get_ident()
+        ):  # a collection of garbage may end it in the thread that copies
             self._done.exception()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -277,6 +278,31 @@ def test_what_changes_in_place_before_it_is_out_is_an_error() -> None:
         spill.let_go()
     del y, spill
     assert (budget.used_bytes, host.used_bytes) == (0, 0)
+
+
+def test_copies_that_nobody_needs_any_more_hold_nothing_while_they_wait_for_their_turn() -> None:
+    class Busy(CopyThread):
+        def move(self, target: np.ndarray, source: np.ndarray) -> None:
+            free.wait(10)
+            super().move(target, source)
+
+    free, link = threading.Event(), Busy()
+    host = CheckpointBudget("1GiB", device="cpu", hold="pool")
+    spills = []
+    for number in range(3):  # the thread is at the first; the others wait behind it
+        spill = Spill(CheckpointBudget("1GiB", device="cpu"), host, link, number)
+        with spill.run((), replayed=False):
+            y = torch.randn(50, requires_grad=True).sigmoid()
+        spill.send()
+        spills.append((y, spill))
+    first = spills.pop(0)
+    assert host.used_bytes == 3 * 200
+    del y, spill
+    spills.clear()
+    assert host.used_bytes == 200
+    free.set()
+    del first
+    assert host.used_bytes == 0
 
 
 def test_a_step_that_never_goes_backward_leaves_nothing(quick, monkeypatch) -> None:
