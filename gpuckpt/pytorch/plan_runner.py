@@ -283,7 +283,8 @@ class Walk:
                 flat = pytree.tree_leaves((args, kwargs))
                 unread = type(module) in self.unread
                 within = [tensor for tensor in Objects(flat).tensors if not (unread and is_entry(tensor))]
-                tensors = [*tensors_in(flat), *within]
+                read = Fence(module, flat, self.preserve_rng_state).kept if fence is None else kept
+                tensors = [*tensors_in(flat), *within, *read]
                 shared = [tensor for tensor in tensors if id(tensor) not in linked]
                 if self.offload is not None:
                     self.offload.finish(self._spilled[stage])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -220,6 +221,44 @@ def all_spilled(model: nn.Module, **options) -> Fitted:
     last = len(fitted.chain) - 1
     put_plan(fitted, (Keep(0), *(Keep(i, "spill") for i in range(1, last)), Keep(last)))
     return fitted
+
+
+class Tables:
+    def __init__(self) -> None:
+        self.mix = torch.randn(16, 4, generator=torch.Generator().manual_seed(3))
+
+
+class ReadsTables(nn.Module):
+    """Reads a table that stands in an attribute, of its own or shared, or in an object."""
+
+    def __init__(self, tables: Tables, where: str) -> None:
+        super().__init__()
+        self.linear, self.down = nn.Linear(16, 16), nn.Linear(4, 16)
+        self.tables, self.where = tables, where
+        self.mix = tables.mix if where == "shared" else tables.mix.clone()
+
+    def forward(self, x):
+        mix = self.tables.mix if self.where == "object" else self.mix
+        return torch.tanh(self.linear(x)) * self.down(x @ mix)
+
+
+@both
+@pytest.mark.parametrize("fitting", [spilling, all_spilled])
+@pytest.mark.parametrize("where", ["own", "shared", "object"])
+def test_tables_that_are_read_from_attributes_stay(where: str, fitting: Callable[..., Fitted], hold: str) -> None:
+    """Others may read them as well: the plan holds them here, and nothing of them goes to the host."""
+    torch.manual_seed(0)
+    tables = Tables()
+    model = nn.Sequential(*[ReadsTables(tables, where) for _ in range(8)])
+    (plain := copy.deepcopy(model))(X).square().sum().backward()
+    fitted = fitting(model, hold=hold)
+    for _ in range(3):
+        model.zero_grad()
+        model(X).square().sum().backward()
+        assert all(map(torch.equal, grads(model), grads(plain)))
+        assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+        assert fitted.measured_host_peak_bytes == fitted.promised_host_peak_bytes > 0
+        assert (fitted.budget.used_bytes, fitted.host_budget.used_bytes) == (0, 0)
 
 
 def grads(model: nn.Module) -> list[torch.Tensor]:
