@@ -237,6 +237,8 @@ class PlanMaker:
                     del self._longer[next(iter(self._longer))]
                 if not failed:
                     self._keep(self._latest, found)
+                if len(self._longer) > _MOST_PLANS:
+                    self._longer.pop(next(iter(self._longer)))
 
     def deviated(self, planned: Planned) -> None:
         """The latest step, under `planned`, held other bytes than expected: other contents, or another int. Measure again, though
