@@ -83,8 +83,9 @@ class PlanMaker:
         self._unpredictable: set[Any] = set()  # kinds
         self._longer: dict[Any, Planned] = {}  # by kind, with calls that were seen later
         self._link: Link | None = None
-        # Kinds in which another int may take other bytes: how many more calls had new ints than ones that were met before.
-        self._numbers_matter: dict[Any, int] = {}
+        self._numbers_matter: set[Any] = set()  # kinds in which another int may take other bytes
+        # By kind without sizes: how many more of their calls had a new int than one that was met before.
+        self._new_numbers: dict[Any, int] = {}
         self._replanned: dict[Any, int] = {}
         self._latest: Any = None  # the kind of the latest call
         self._made_of: Any = None
@@ -113,13 +114,13 @@ class PlanMaker:
     def kind_of(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What of a call its plan depends on."""
         kind = self._describe(args, kwargs, numbers=False)
-        new = self._numbers_matter.get(kind, _MOST_NEW_NUMBERS)
-        if (
-            new >= _MOST_NEW_NUMBERS
-        ):  # none does, or it counts steps: a plan for each would be made and never used again
+        if kind not in self._numbers_matter:
             return kind
+        like = without_sizes(kind)[0]
+        if (new := self._new_numbers.get(like, 0)) >= _MOST_NEW_NUMBERS:
+            return kind  # it counts steps: a plan for each would be made and never used again
         by_number = self._describe(args, kwargs, numbers=True)
-        self._numbers_matter[kind] = max(0, new - 1) if by_number in self.plans else new + 1
+        self._new_numbers[like] = max(0, new - 1) if by_number in self.plans else new + 1
         return by_number
 
     def known(self, kind: Any) -> Planned | None:
@@ -252,11 +253,13 @@ class PlanMaker:
         if len(self._unpredictable) >= _MOST_DEVIANTS:
             self._unpredictable.clear()
             self._replanned.clear()
+            self._numbers_matter.clear()
+            self._new_numbers.clear()
         self._unpredictable.add(kind)
         if now is not None and now.predicted:
             del self.plans[kind]
             return
-        self._numbers_matter.setdefault(kind, 0)
+        self._numbers_matter.add(kind)
         self._replanned[kind] = self._replanned.get(kind, 0) + 1
         if self._replanned[kind] <= _MOST_REPLANS:
             self.plans.pop(kind, None)
