@@ -1,4 +1,4 @@
-# make setup | demo | test | check | coverage | docs | nightly | torches | audit | matrix | bench | bench-compare
+# make setup | demo | test | check | coverage | mutants | docs | nightly | torches | audit | matrix | bench | bench-compare
 PYTHON ?= python3
 EXTRAS ?= cuda12,dev
 CONSTRAINTS ?= constraints.txt
@@ -6,7 +6,7 @@ TORCH  ?= torch
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test check coverage docs nightly torches audit matrix bench bench-compare format clean
+.PHONY: setup demo test check coverage mutants docs nightly torches audit matrix bench bench-compare format clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,11 @@ check: setup
 coverage: setup
 	$(BIN)/python -m pytest -m "timed and not slow" -q
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not timed" -q --cov --cov-report=term --cov-report=html:out/coverage
+
+# Small faults, planted one by one: which do the tests of their room see? A sample; survivors are printed with file and line.
+MINUTES ?= 10
+mutants: setup
+	$(BIN)/python -m tests.mutants --minutes $(MINUTES)
 
 # The site in out/site: guides, and the reference out of the docstrings. A warning is an error.
 docs: setup
