@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import torch
 from gpuckpt import CheckpointBudget
 from gpuckpt.errors import BudgetClosed, BudgetExceeded, NotCheckpointed
 from gpuckpt.memory.compression import CompressedForm
+from gpuckpt.memory.devices import choose_device
 
 
 @pytest.fixture
@@ -279,6 +281,20 @@ def test_compress_refuses_to_turn_numbers_into_infinities_and_integers_into_anyt
         gc.collect()
 
 
+@pytest.mark.parametrize(
+    "array",
+    [np.full(200, 1.1, np.float16), torch.full((200,), 1.1, dtype=torch.float16), torch.full((200,), 1.1).bfloat16()],
+)
+def test_what_is_as_small_already_is_not_compressed(array):
+    """It would take the same bytes, and lose digits where the formats differ."""
+    budget = CheckpointBudget(500, device="cpu", hold="pool", over_cap=("compress",), storage_dtype="float16")
+    saved = budget.save(array)
+    assert saved.evict("compress") == 0
+    assert saved._compressed is None
+    assert (saved.nbytes, budget.used_bytes) == (400, 400)
+    assert (saved.load() == array).all()
+
+
 @pytest.mark.parametrize("storage", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_the_documented_error_of_each_storage_dtype_holds(storage, library):
@@ -470,3 +486,25 @@ def test_a_child_that_is_forked_while_a_thread_is_inside_does_not_wait(lock):
         os.waitpid(child, 0)
     assert found == (child, 0), "the child waits for a lock that nobody can release"
     assert saved.load()[3] == 3.0
+
+
+def test_sixteen_policies_are_taken_and_no_more():
+    """A list without an end would never be read through."""
+    policies = [lambda budget, need_bytes, what: False] * 17
+    assert CheckpointBudget(1, device="cpu", over_cap=policies[:16]).over_cap == tuple(policies[:16])
+    with pytest.raises(ValueError, match="over_cap must name"):
+        CheckpointBudget(1, device="cpu", over_cap=policies)
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda:2"), (False, "cpu"), (None, "cpu")])
+def test_without_torch_cupy_says_whether_there_is_a_device(there, device, monkeypatch):
+    class Cuda:
+        is_available = staticmethod(lambda: there)
+        Device = type("Device", (), {"id": 2})
+
+    monkeypatch.delitem(sys.modules, "torch")
+    if there is None:
+        monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    else:
+        monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=Cuda))
+    assert choose_device(None) == device

@@ -298,3 +298,101 @@ def test_a_printed_budget_is_a_table_of_what_is_held():
     charges.clear()
     assert str(budget).splitlines()[2:-1] == ["allocate       1  24 B"]
     assert "\n" not in repr(budget)
+
+
+READERS = {
+    "used_bytes": lambda ledger: ledger.used_bytes,
+    "snapshot": lambda ledger: ledger.snapshot().used_bytes,
+    "held": lambda ledger: sum(nbytes for _, nbytes in ledger.held()),
+    "events": lambda ledger: ledger.events()[-1].used_bytes,
+    "reset_peak": lambda ledger: ledger.reset_peak() or ledger.peak_bytes,
+    "charge": lambda ledger: ledger.charge(10, "all of it") or ledger._plain_bytes - 10,
+    "reserve": lambda ledger: ledger.reserve(10, Charge(ledger, "all of it")) or ledger.pending_bytes - 10,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_whoever_asks_first_after_a_handle_died_unbooked_finds_it_gone(reader):
+    """The handle dies while another thread has the lock: its finalizer does not wait, the claim waits in the queue."""
+    ledger = Ledger(10)
+    handle = Charge(ledger, "x")
+    ledger.charge(10, "x", handle)
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold_the_lock() -> None:
+        with ledger._lock:
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=hold_the_lock)
+    thread.start()
+    inside.wait()
+    del handle
+    leave.set()
+    thread.join()
+    assert ledger._used_bytes == 10, "nobody has looked yet"
+    assert READERS[reader](ledger) == 0
+
+
+def test_every_figure_of_a_ledger_after_each_step():
+    """One line an operation: used, peak, pending, charges, refusals, and the event that it wrote."""
+    ledger = Ledger(100)
+    first, second = Charge(ledger, "first"), Charge(ledger, "second")
+    seen = []
+
+    def look() -> None:
+        _, used, peak, pending, charges, refusals = ledger.snapshot()
+        event = ledger.events()[-1] if ledger.events() else None
+        seen.append((used, peak, pending, charges, refusals, event and tuple(event[:4])))
+
+    look()
+    ledger.charge(60, "first", first)
+    look()
+    ledger.reserve(40, second)
+    look()
+    with pytest.raises(BudgetExceeded, match="'more' is 1 bytes short: 100 of 100 bytes are in use") as refusal:
+        ledger.charge(1, "more")
+    assert (refusal.value.need, refusal.value.available) == (1, 0)
+    look()
+    ledger.commit(second)
+    look()
+    ledger.shrink(second, 15)
+    look()
+    ledger.charge(25, "plain")
+    look()
+    ledger.free(5, "free")
+    look()
+    first.release()
+    look()
+    first.release()
+    look()
+    ledger.reset_peak()
+    look()
+    ledger.reserve(65, first)
+    ledger.cancel(first)
+    look()
+    assert ledger.held() == [("second", 15)]
+    assert seen == [
+        (0, 0, 0, 0, 0, None),
+        (60, 60, 0, 1, 0, ("charge", "first", 60, 60)),
+        (60, 60, 40, 1, 0, ("charge", "first", 60, 60)),
+        (60, 60, 40, 1, 1, ("refuse", "more", 1, 60)),
+        (100, 100, 0, 2, 1, ("charge", "second", 40, 100)),
+        (75, 100, 0, 2, 1, ("release", "second", 25, 75)),
+        (100, 100, 0, 3, 1, ("allocate", "plain", 25, 100)),
+        (95, 100, 0, 3, 1, ("free", "free", 5, 95)),
+        (35, 100, 0, 3, 1, ("release", "first", 60, 35)),
+        (35, 100, 0, 3, 1, ("release", "first", 60, 35)),
+        (35, 35, 0, 3, 1, ("release", "first", 60, 35)),
+        (35, 35, 0, 3, 1, ("release", "first", 60, 35)),
+    ]
+
+
+def test_a_handle_cannot_shrink_to_more_than_it_holds():
+    ledger = Ledger(100)
+    handle = Charge(ledger, "x")
+    ledger.charge(10, "x", handle)
+    with pytest.raises(ValueError, match="cannot shrink to 11 bytes"):
+        ledger.shrink(handle, 11)
+    ledger.shrink(handle, 10)
+    assert ledger.used_bytes == handle.nbytes == 10
