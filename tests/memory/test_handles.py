@@ -508,3 +508,34 @@ def test_without_torch_cupy_says_whether_there_is_a_device(there, device, monkey
     else:
         monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=Cuda))
     assert choose_device(None) == device
+
+
+def test_a_host_pool_gives_back_the_oldest_sizes_and_no_more_than_asked():
+    budget = CheckpointBudget(1000, device="cpu", hold="pool")
+    for nbytes in (100, 200, 300):
+        budget.save(np.zeros(nbytes, np.uint8)).free()
+    pool = budget._pool
+    assert (pool.live_bytes, pool.cached_bytes) == (0, 600)
+    found = []
+    for keep_bytes in (600, 599, 300, 299, 0):
+        pool.trim(keep_bytes)
+        found.append(pool.cached_bytes)
+    assert found == [600, 500, 300, 0, 0]
+    for nbytes in (400, 500):
+        budget.save(np.zeros(nbytes, np.uint8)).free()
+    held = budget.save(np.zeros(200, np.uint8))
+    assert (pool.live_bytes, pool.cached_bytes) == (200, 500), "400 cached bytes went, 500 fit beside it"
+    held.free()
+
+
+@pytest.mark.parametrize("how", ["compress", "spill", "recompute"])
+def test_what_holds_nothing_gives_nothing_up(how):
+    """An empty array, one that was freed, one that was given up before: 0 bytes, and nothing changes."""
+    budget, _ = spilling(1000, 1000, storage_dtype="float16")
+    empty, freed, gone = (budget.save(np.zeros(count, np.float32)) for count in (0, 10, 10))
+    freed.free()
+    assert gone.evict("spill") == 40
+    before = budget.snapshot()
+    assert [saved.evict(how) for saved in (empty, freed, gone)] == [0, 0, 0]
+    assert budget.snapshot() == before
+    assert gone.load().tolist() == [0.0] * 10
