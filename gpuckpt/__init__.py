@@ -30,6 +30,7 @@ _CORE = {
     "gpuckpt.pytorch.graph": ("checkpoint_graph",),
     "gpuckpt.pytorch.profiling.measure": ("measure",),
     "gpuckpt.pytorch.whole_device.plan_device": ("plan_device",),
+    "gpuckpt.pytorch.whole_device.step_ledger": ("StepLedger",),
 }
 _NAMES = {name: home for home, names in _CORE.items() for name in names}
 _ROOMS = ("errors", "functional", "kernels", "memory", "nn", "planning", "segments")
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from gpuckpt.pytorch.graph import checkpoint_graph
     from gpuckpt.pytorch.profiling.measure import measure
     from gpuckpt.pytorch.whole_device.plan_device import plan_device
+    from gpuckpt.pytorch.whole_device.step_ledger import StepLedger
     from gpuckpt.segments import *
     from gpuckpt.units import *
 

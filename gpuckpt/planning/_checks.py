@@ -66,6 +66,7 @@ def check_stage(stage: Any, n_storages: int) -> None:
     _check_seconds(stage.backward_s, "backward_s")
     check_bytes(stage.output_bytes, "output_bytes")
     check_bytes(stage.workspace_bytes, "workspace_bytes")
+    check_bytes(stage.gradients_bytes, "gradients_bytes")
     check_bytes(stage.again_bytes, "again_bytes")
     for field in ("saves", "inputs", "extras", "output"):
         _check_ids(getattr(stage, field), n_storages, field)

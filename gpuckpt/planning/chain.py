@@ -73,6 +73,7 @@ class Stage:
         output: ids of its output; `()` when the output is not a storage of the chain, and then `output_bytes` alone counts.
         output_bytes: bytes of its output, which are also those of the gradient that comes back through it.
         workspace_bytes: temporaries at the worst moment of its forward or backward, beyond input, output and saves.
+        gradients_bytes: what gradients of its parameters add to that worst moment; neither a budget nor a plan counts them.
         again_bytes: what checkpoints inside of it recompute and hold in its backward, at the most, beyond what is held when
             that begins.
         recomputable: False for stages that may only be kept, at top level (a loss, a stage with side effects).
@@ -98,6 +99,7 @@ class Stage:
     tail_s: float = 0.0
     again_bytes: int = 0
     input_moved_s: float | None = None
+    gradients_bytes: int = 0
 
     def option(self, name: str) -> Variant:
         """The way to keep this stage called `name`; `KeyError` when it has none of that name."""

@@ -50,7 +50,7 @@ def chain_at(size: int, sizes: Sequence[int], chains: Sequence[Chain]) -> Chain 
     return replace(last, stages=tuple(stages), storages=tuple(storages))
 
 
-_COUNTED = ("output_bytes", "workspace_bytes", "again_bytes")
+_COUNTED = ("output_bytes", "workspace_bytes", "gradients_bytes", "again_bytes")
 
 
 def _structure(chain: Chain) -> list[object]:

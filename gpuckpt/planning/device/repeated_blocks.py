@@ -133,4 +133,12 @@ def _with_ids(stage: Stage, moved: Callable[[int], int]) -> Stage:
 def _bytes(stage: Stage) -> tuple[object, ...]:
     counts = tuple(map(len, (stage.saves, stage.inputs, stage.extras, stage.output)))
     variants = [(v.name, len(v.saves), len(v.spilled), len(v.remade)) for v in stage.variants]
-    return counts, variants, stage.output_bytes, stage.workspace_bytes, stage.again_bytes, stage.recomputable
+    return (
+        counts,
+        variants,
+        stage.output_bytes,
+        stage.workspace_bytes,
+        stage.gradients_bytes,
+        stage.again_bytes,
+        stage.recomputable,
+    )

@@ -1,7 +1,8 @@
 """The bytes of a whole step on one device, as a chain under a plan, its parameters, an optimizer and a layout make them.
 
 Weights and optimizer state are there all the time (from the second step on). A gradient comes when backward has gone through the
-stage that its parameter belongs to, and stays until the optimizer has stepped and set it to None. So a step has two high
+stage that its parameter belongs to (how many of them are there at the worst moment of that backward has been measured:
+`Stage.gradients_bytes`), and stays until the optimizer has stepped and set it to None. So a step has two high
 points: somewhere in backward, where activations are still held and some gradients are there, and the optimizer's step, with every
 gradient and no activation. The first is planned: gradients that are there when a stage goes backward are added to that stage's
 workspace, and `plan_chain(objective="total")` does the rest. In the first forward they are not there yet; that costs nothing, for
@@ -118,13 +119,14 @@ class StepMemory:
                 whole[stage] += full
         stages, there = [], 0
         for number in reversed(range(count)):
-            there += came[number]
-            gathered = 0
+            plain = self.chain.stages[number]
+            extra = there + plain.gradients_bytes  # at the worst moment of its backward
             if sharded and whole[number]:
                 ahead = max((whole[n] for n in (number - 1, number + 1) if 0 <= n < count), default=0)
-                gathered = 3 * whole[number] + ahead
-            plain = self.chain.stages[number]
-            stages.append(replace(plain, workspace_bytes=plain.workspace_bytes + there + gathered))
+                extra = there + 3 * whole[number] + ahead
+            there += came[number]
+            # When its backward has ended, and no workspace is left.
+            stages.append(replace(plain, workspace_bytes=max(plain.workspace_bytes + extra, there)))
         return replace(self.chain, stages=tuple(reversed(stages)))
 
     def plan(self, budget_bytes: int, strategy: str = "optimal") -> StepPlan:

@@ -8,7 +8,7 @@ the tensors between operators, no more.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,30 +32,39 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given: set[int] | None = None
+        given: dict[int, torch.UntypedStorage] | None = None
         for tensor in _parts(pytree.tree_leaves(out)):
             storage = tensor.untyped_storage()
             if storage._cdata in self._births:
                 continue
             if given is None:
                 leaves = pytree.tree_leaves((args, kwargs))
-                given = {part.untyped_storage()._cdata for part in _parts(leaves)}
+                given = {part.untyped_storage()._cdata: part.untyped_storage() for part in _parts(leaves)}
+                self._met(given.values())
             if storage._cdata not in given:  # a view of something older is nothing new
-                self._born(storage)
+                self._born(storage, str(func))
         return out
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
+    def _met(self, storages: Iterable[torch.UntypedStorage]) -> None:
+        """An operator that made something new was given these."""
+
+    def _born(self, storage: torch.UntypedStorage, operator: str) -> None:
+        """An operator has made a storage; from now on it has a number."""
         number, address = len(self._sizes), storage._cdata
         self._sizes.append(storage.nbytes())
         self._events.append((number, True))
         self._births[address] = number
 
         def died(_: Any) -> None:
-            self._events.append((number, False))
+            self._gone(number)
             if self._births.get(address) == number:
                 del self._births[address]
 
         self._refs.append(weakref.ref(storage, died))
+
+    def _gone(self, number: int) -> None:
+        """The storage of that number is gone."""
+        self._events.append((number, False))
 
     def mark(self) -> int:
         """A position in the record, for `peak_bytes`."""

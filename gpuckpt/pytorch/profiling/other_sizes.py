@@ -94,6 +94,7 @@ def _scaled(stage: Stage, ratio: float, again_bytes: int) -> Stage:
         backward_s=stage.backward_s * ratio,
         tail_s=stage.tail_s * ratio,
         workspace_bytes=math.ceil(stage.workspace_bytes * ratio),
+        gradients_bytes=math.ceil(stage.gradients_bytes * ratio),
         output_bytes=math.ceil(stage.output_bytes * ratio),
         again_bytes=again_bytes,
         variants=tuple(

@@ -105,7 +105,7 @@ class _Measurement:
         saved = SaveRecorder(self.storages.stamp)
         cut_args, cut_kwargs, hand_on = (args, kwargs, None) if self.whole else cut_call(args, kwargs)
         given = tensors_in((cut_args, cut_kwargs))
-        before, states = _versions(given), random_states()
+        before, states = list(map(version_number, given)), random_states()
         self.inner.watch()
         record = Record()
         trace = ProductTrace(record, saved.shapes)
@@ -212,25 +212,25 @@ class _Measurement:
         if saves or again_bytes or name in ("prefix", "suffix"):
             self.stages.append(Stage(name, seconds, 2 * seconds, saves, recomputable=False, again_bytes=again_bytes))
 
-    def backward(self, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> list[torch.Tensor]:
-        """Go backward from `roots` to the end of the stage before, or to the model's parameters. The gradients."""
-        leaves = [tensor for tensor in (*self.previous.tensors, *self.parameters) if tensor.requires_grad]
+    def backward(self, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> tuple[list[torch.Tensor], ...]:
+        """Go backward from `roots` to the end of the stage before, or to the model's parameters. The gradients of either."""
+        before = [tensor for tensor in self.previous.tensors if tensor.requires_grad]
+        leaves = [*before, *(parameter for parameter in self.parameters if parameter.requires_grad)]
         if not roots or not leaves:
-            return []
+            return [], []
         grads = [torch.ones_like(root) for root in roots]
         found = torch.autograd.grad(roots, leaves, grads, allow_unused=True, retain_graph=retain_graph)
-        return [grad for grad in found if grad is not None]
+        return tuple([[g for g in end if g is not None] for end in (found[: len(before)], found[len(before) :])])
 
     def close(self, out: Any) -> None:
         """What lies after the last stage, with its backward: usually a head and a loss, and with them much workspace."""
-        # What lies before may be reached by a skip: its checkpoints are not the suffix's.
         counts = self.inner.any() or not self.outside_again
         self.close_outside("suffix")
         self.inside = True
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
         # A model that returns its loss often returns logits and states as well, which have no backward.
         roots = [tensor for tensor in outputs if tensor.numel() == 1] or outputs
-        live, found = LiveBytes(), []
+        live, found = LiveBytes(), list[Any]()
         began_s = self.clock.now()
         self.backward(roots, retain_graph=True)
         backward_s = self.clock.now() - began_s
@@ -240,11 +240,16 @@ class _Measurement:
                 found.extend(self.backward(roots, retain_graph=False))
 
         again_bytes = self.inner.again_bytes(backward)
+        passing, own = map(live.numbers, found or ([], []))
+        workspace_bytes, with_own_bytes = [
+            live.peak_bytes(0, live.mark(), without) for without in (passing | own, passing)
+        ]
         self.stages[-1] = replace(
             self.stages[-1],
             backward_s=backward_s,
-            workspace_bytes=live.peak_bytes(0, live.mark(), live.numbers(found)),
-            again_bytes=again_bytes if counts else 0,
+            workspace_bytes=workspace_bytes,
+            gradients_bytes=with_own_bytes - workspace_bytes,
+            again_bytes=again_bytes if counts else 0,  # what lies before may be reached by a skip
         )
 
     @untraced
@@ -269,6 +274,7 @@ class _Measurement:
                     forward_s=stage.forward_s + forward_s,
                     backward_s=stage.backward_s + backward_s,
                     workspace_bytes=max(stage.workspace_bytes, kind.workspace_bytes),
+                    gradients_bytes=max(stage.gradients_bytes, kind.gradients_bytes),
                     again_bytes=max(stage.again_bytes, kind.again_bytes),
                     tail_s=kind.tail_s if last_calls[number] == call else stage.tail_s,
                 )
@@ -277,10 +283,6 @@ class _Measurement:
         return tuple(
             [stage if made.keys().isdisjoint(stage.saves) else replace(stage, variants=()) for stage in stages]
         )
-
-
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return [version_number(tensor) for tensor in tensors]
 
 
 def run_chain(

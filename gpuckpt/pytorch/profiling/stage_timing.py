@@ -83,6 +83,7 @@ class StageKind:
 
     saved: int  # how many tensors autograd saves in it
     workspace_bytes: int = 0
+    gradients_bytes: int = 0
     again_bytes: int = 0
     samples: list[Sample] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)  # which of the chain's calls
@@ -96,7 +97,7 @@ class StageKind:
         """Run the samples, calls in `model`, again: the first for its workspace, all for their time."""
         first = self.samples[0]
         with gathered_around(model, first.module, tensors_in(first.inputs)):
-            self.workspace_bytes = run_again(first)
+            self.workspace_bytes, self.gradients_bytes = run_again(first)
             if first.checkpoints:
                 self.again_bytes = _again_bytes(first, inner)
         while self.samples:
@@ -209,8 +210,9 @@ def _stopped_s(module: nn.Module, inputs: Any, clock: Clock, saved: int) -> floa
         return clock.now() - began_s
 
 
-def run_again(sample: Sample) -> int:
-    """Run a stage a second time; it must save the same again. Returns the bytes of its workspace."""
+def run_again(sample: Sample) -> tuple[int, int]:
+    """Run a stage a second time; it must save the same again. Returns the bytes of its workspace, and those that gradients of its
+    parameters add to it at the worst moment."""
     module, shapes = sample.module, sample.shapes
     args, kwargs = fresh(sample.inputs)
     saved, live = SaveRecorder(), LiveBytes()
@@ -232,9 +234,13 @@ def run_again(sample: Sample) -> int:
     del out
     with live:
         found = torch.autograd.grad(roots, leaves, grads, allow_unused=True) if roots and leaves else ()
+    own = {id(parameter) for parameter in module.parameters()}
+    passing = [grad for grad, leaf in zip(found, leaves, strict=False) if grad is not None and id(leaf) not in own]
     gradients = live.numbers([*(grad for grad in found if grad is not None), *grads])
     forward_bytes = live.peak_bytes(0, forward_end, kept | gradients)
-    return max(forward_bytes, live.peak_bytes(forward_end, live.mark(), gradients))
+    workspace_bytes = max(forward_bytes, live.peak_bytes(forward_end, live.mark(), gradients))
+    with_own_bytes = live.peak_bytes(forward_end, live.mark(), live.numbers([*passing, *grads]))
+    return workspace_bytes, max(0, with_own_bytes - workspace_bytes)
 
 
 def _again_bytes(sample: Sample, inner: InnerCheckpoints) -> int:

@@ -1,7 +1,7 @@
 """A Hugging Face model of a configuration file, on the meta device: no weights, no memory, no download.
 
 Attention dropout is left out: the attention of a GPU (flash, memory-efficient) keeps no scores for it, that of the CPU would.
-Grouped keys and values are counted as wide as the queries: so the CPU's attention saves them, a GPU's as narrow as they are.
+Grouped keys and values are counted as wide as the queries: torch has them so where nothing is computed, and narrow in earnest.
 Caches of keys and values are off, as training has them off.
 """
 

@@ -8,7 +8,7 @@ Where the two periods turn out unlike, three are tried, then the whole model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -158,7 +158,7 @@ class HubModel:
 
     def buffers_bytes(self, batch: int, context: int | None) -> int:
         """Bytes of the model's buffers and of one step's inputs, as an allocator rounds them."""
-        tensors = [*self.whole.buffers(), *_distinct(example_inputs(self.whole, batch, context).values())]
+        tensors = [*self.whole.buffers(), *example_inputs(self.whole, batch, context).values()]
         return rounded_bytes(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def check_sizes(self, batch: int, context: int | None) -> None:
@@ -203,11 +203,6 @@ def _block_lists(model: nn.Module, config: Any) -> list[_Blocks]:
             kinds = [_kind(block, config, number, len(module)) for number, block in enumerate(module)]
             lists.append(_Blocks(f"{name}.", len(module), *find_period(kinds)))
     return lists
-
-
-def _distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Each tensor once: labels may be the inputs themselves, and an index of them is no further memory."""
-    return list({tensor.untyped_storage()._cdata: tensor for tensor in tensors}.values())
 
 
 def _depths_of(config: Any) -> set[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gpuckpt.errors import BudgetExceeded
@@ -93,7 +95,7 @@ def test_shards_are_padded_and_tensors_rounded() -> None:
     assert memory.set_aside_bytes == SET_ASIDE_BYTES + SET_ASIDE_NCCL_BYTES
     last = memory.chain_with_gradients.stages[BLOCKS]
     whole = 1000 * 2048
-    assert last.workspace_bytes == 6 * MB + 334 * 2048 + 3 * whole + whole
+    assert last.workspace_bytes == 6 * MB + 3 * whole + whole
     scalars = StepMemory(memory.chain, (ParameterShape("scale", (), 4),), optimizer_called("adamw"), ParallelLayout())
     assert scalars.resident_bytes == 4 * 512
     assert scalars.rounding_bytes == 4 * (512 - 4)
@@ -110,3 +112,18 @@ def test_layouts_and_optimizers_by_name() -> None:
     assert ParallelLayout.parse("") == ParallelLayout()
     with pytest.raises(ValueError, match="'adam' is not known; known are sgd, sgd-momentum, adamw"):
         optimizer_called("adam")
+
+
+def test_own_gradients_count_as_they_are_there_at_the_worst_moment() -> None:
+    memory = step()
+    block = replace(memory.chain.stages[2], workspace_bytes=5 * MB, gradients_bytes=MB)
+    memory = replace(
+        memory, chain=replace(memory.chain, stages=(*memory.chain.stages[:2], block, *memory.chain.stages[3:]))
+    )
+    later = 6 + 2 * 2
+    assert memory.chain_with_gradients.stages[2].workspace_bytes == (5 + 1 + later) * MB
+    block = replace(block, workspace_bytes=MB // 2, gradients_bytes=0)  # at the end of its backward it is more
+    memory = replace(
+        memory, chain=replace(memory.chain, stages=(*memory.chain.stages[:2], block, *memory.chain.stages[3:]))
+    )
+    assert memory.chain_with_gradients.stages[2].workspace_bytes == (2 + later) * MB

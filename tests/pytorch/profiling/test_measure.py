@@ -252,3 +252,21 @@ def test_the_tail_of_joined_calls_is_that_of_the_last() -> None:
     x = torch.randn(32, 64)
     assert [stage.tail_s for stage in measure(model, x, fake=True).stages] == [0.0] * 4
     assert [stage.tail_s for stage in measure(apart, x, fake=True).stages] == [0.0] * 4
+
+
+def test_gradients_of_a_stage_come_on_top_of_its_workspace() -> None:
+    """A linear's backward makes both gradients at once; a wide activation is gone before the weight's is there."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.up(x).repeat(1, 500).tanh()[:, :8]
+
+    linear = measure(nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)]), torch.ones(4, 8))
+    assert [stage.gradients_bytes for stage in linear.stages[1:-1]] == [4 * (64 + 8)] * 3
+    wide = measure(nn.Sequential(*[Wide() for _ in range(3)]), torch.ones(4, 8))
+    assert [stage.gradients_bytes for stage in wide.stages[1:-1]] == [0] * 3
+    assert all(stage.workspace_bytes >= 4 * 4 * 8 * 500 for stage in wide.stages[1:-1])

@@ -147,8 +147,8 @@ def test_a_rank_of_tensor_parallelism_has_its_part() -> None:
         for i, j in zip(one.saves, other.saves, strict=True)
     ]
     assert {big / small for big, small in sizes} == {1.0, 2.0}
-    # What the norms read and put out stays whole (and tables of positions); heads and MLPs are split. The CPU's
-    # attention repeats keys and values for all heads.
+    # What the norms read and put out stays whole (and tables of positions); heads and MLPs are split. Without
+    # contents torch repeats keys and values for all heads.
     assert {big // 256 for big, small in sizes if big == small} == {4, 2 * 128, 4 * 128, 2 * 4096, 4 * 4096}
     assert {big // 256 for big, small in sizes if big > small} == {4 * 32, 2 * 4096, 2 * 14336}
 
