@@ -109,6 +109,15 @@ def test_more_devices_hold_less_each(small: Path) -> None:
     assert two.chain.saved_bytes < one.chain.saved_bytes == eight.chain.saved_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_example_has_a_page(config: Path, tmp_path: Path) -> None:
+    page = run("--hf", config, "--out", tmp_path).stdout
+    assert "fits: " in page or "does not fit: " in page
+    assert "largest batch that fits: " in page
+    assert "FSDP over 8 devices" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

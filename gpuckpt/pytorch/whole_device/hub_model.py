@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpuckpt.errors import InvalidChain
+from gpuckpt.errors import CheckpointError, InvalidChain
 from gpuckpt.planning import Chain
 from gpuckpt.planning.device.layout import ParallelLayout
 from gpuckpt.planning.device.parameters import ParameterShape, rounded_bytes
@@ -138,7 +138,14 @@ class HubModel:
         self.check_sizes(batch, context)
         prefix = "model." if self.fused_loss else ""
         while True:
-            chain = self._measured(batch, context, device)
+            try:
+                chain = self._measured(batch, context, device)
+            except (CheckpointError, ValueError):
+                raise
+            except Exception as error:  # a forward that fails, for whatever reason it has
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                step = f"{batch} samples of {context} tokens in {self.dtype_name}"
+                raise ValueError(f"{self.name} cannot run {step}: {reason}") from None
             try:
                 for blocks in self._lists:
                     first, period = self._depths[blocks.count]

@@ -213,3 +213,10 @@ def test_steps_that_cannot_be() -> None:
             model.chain(batch, context)
     with pytest.raises(ValueError, match="dtype 'int8': expected one of bf16, fp16, fp32"):
         HubModel(CONFIGS / "gpt2-xl.json", "int8")
+
+
+def test_a_forward_that_fails_says_why() -> None:
+    """torch's grouped products have no float32 where nothing is computed."""
+    model = HubModel(small("mixtral-8x7b", 3), "fp32")
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM cannot run 2 samples of 64 tokens in fp32: .*BF16"):
+        model.chain(2, 64)
