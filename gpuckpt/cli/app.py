@@ -1,4 +1,4 @@
-"""The command line: `gpuckpt train | plan | audit | doctor`.
+"""The command line: `gpuckpt train | plan | audit | doctor | report`.
 
 Each command's work is in a module of its own, imported when the command runs. What a user got wrong ends with exit code 2
 and one line.
@@ -84,7 +84,9 @@ def train(
         print(dumps(asdict(report), indent=1, default=str))
     else:
         console.print(command.table(report))
-        console.print(f"report: {out / 'report.json'}, picture: {out / 'ledger.png'}", highlight=False)
+        console.print(
+            f"report: {out / 'report.json'}, picture: {out / 'ledger.png'}, page: {out / 'page.html'}", highlight=False
+        )
     if report.interrupted:
         raise typer.Exit(130)
 
@@ -108,6 +110,22 @@ def audit(
 
     archs = [*(arch or ()), *(more or ())]
     raise typer.Exit(run_audit(archs, "-" if json else None, html, jobs, quick=quick))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="where `gpuckpt train` wrote page.json")],
+    json: Annotated[bool, typer.Option("--json", help="print the path as JSON")] = False,
+) -> None:
+    """Make the page of a run again from its data: FOLDER/page.json becomes FOLDER/page.html."""
+    from json import loads
+
+    from gpuckpt.report.files import write_whole
+    from gpuckpt.report.page import to_page
+
+    path = folder / "page.html"
+    write_whole(path, to_page(loads((folder / "page.json").read_text(encoding="utf-8"))))
+    print(dumps({"page": str(path)}) if json else f"wrote {path}")
 
 
 @app.command()

@@ -29,6 +29,7 @@ from gpuckpt.pytorch.fit import Fitted, fit
 from gpuckpt.pytorch.profiling.measure import measure
 from gpuckpt.report.files import whole_file, write_whole
 from gpuckpt.report.ledger import chrome_trace, draw_ledger, one_step
+from gpuckpt.report.page import page_data, to_page
 from gpuckpt.units import format_bytes, parse_bytes
 
 __all__ = ["DEFAULT_SHARE", "Options", "TrainReport", "table", "train", "write_report"]
@@ -259,11 +260,15 @@ def _versions() -> dict[str, str]:
 
 
 def write_report(report: TrainReport, fitted: Fitted, out: Path) -> None:
-    """report.json, and of the ledger's last step the picture and a trace, into the folder `out`."""
+    """report.json, of the ledger's last step the picture and a trace, and the page, into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "report.json", json.dumps(asdict(report), indent=1, default=str) + "\n")
     events = one_step(fitted.budget.events())
     write_whole(out / "trace.json", json.dumps(chrome_trace(events)) + "\n")
+    if report.losses:
+        data = page_data(fitted, plain_peak_bytes=report.plain_peak_bytes)
+        write_whole(out / "page.json", json.dumps(data) + "\n")
+        write_whole(out / "page.html", to_page(data))
     if len(events) > 1 and report.losses:
         peak, cap = format_bytes(report.measured_peak_bytes), format_bytes(report.cap_bytes)
         title = f"One training step: {peak} held at the peak, {cap} allowed"

@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from gpuckpt.units import format_bytes
+
 SMALL = ["--layers", "12", "--width", "32", "--heads", "2", "--context", "32", "--batch", "2", "--steps", "6"]
 
 
@@ -50,6 +52,13 @@ def test_report_and_picture_are_complete(trained):
     assert set(expected) <= set(report)
     assert report["recompute_share"] > 0
     assert report["versions"]["torch"]
+    page = (out / "page.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert format_bytes(report["plain_peak_bytes"]) in page
+    (out / "page.html").unlink()
+    done = gpuckpt("report", str(out), "--json", cwd=out)
+    assert json.loads(done.stdout) == {"page": str(out / "page.html")}
+    assert (out / "page.html").read_text() == page, "the same page, from its data alone"
     trace = json.loads((out / "trace.json").read_text())["traceEvents"]
     assert max(row["args"]["bytes"] for row in trace if row["ph"] == "C") == report["measured_peak_bytes"]
     assert (out / "ledger.png").read_bytes().startswith(b"\x89PNG")
