@@ -139,3 +139,15 @@ def test_interrupted_it_leaves_a_valid_report(tmp_path):
     assert report["interrupted"] is True
     assert 0 < len(report["losses"]) < 100000
     assert report["measured_peak_bytes"] <= report["cap_bytes"]
+
+
+@pytest.mark.parametrize("text", [None, "[]", "{", '{"format": 1}'])
+def test_a_report_of_something_else_is_refused_in_one_line(text, tmp_path):
+    if text is not None:
+        (tmp_path / "page.json").write_text(text)
+    done = gpuckpt("report", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("gpuckpt: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
