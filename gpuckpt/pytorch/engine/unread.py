@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt.errors import RecomputeMismatch
 from gpuckpt.planning import Stage
+from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
 __all__ = ["ReadWatch", "Unread", "is_entry", "stand_in"]
@@ -79,6 +80,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self._watch = watch
 
+    @untraced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._watch.look((args, kwargs), storages=False)
         return func(*args, **(kwargs or {}))

@@ -20,7 +20,7 @@ from torch import nn
 from gpuckpt.errors import CheckpointError
 from gpuckpt.pytorch._torch_internals import untraced
 
-__all__ = ["Bypass", "Interception", "intercept", "run_module", "set_call"]
+__all__ = ["Bypass", "Interception", "intercept", "run_module", "runs_compiled", "set_call"]
 
 
 class Interception:
@@ -71,6 +71,16 @@ def run_module(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     if isinstance(slot, Interception):
         slot = slot.before
     return (module._call_impl if slot is None else slot)(*args, **kwargs)
+
+
+def runs_compiled(module: nn.Module) -> bool:
+    """Whether `module`, or one inside of it, was compiled: by its own `compile()`, or by torch.compile around it."""
+    for part in module.modules():
+        slot = part.__dict__.get("_compiled_call_impl")
+        slot = slot.before if isinstance(slot, Interception) else slot
+        if slot is not None or "_orig_mod" in part._modules:
+            return True
+    return False
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
 from gpuckpt.pytorch.engine.unread import Unread, is_entry
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
-from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
+from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module, runs_compiled
 from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, idle_siblings, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
@@ -92,7 +92,8 @@ class _Measurement:
         held = [tensor for tensor in (*direct, *inside) if not is_resident(tensor)]
         inputs = self.storages.of([tensor for tensor in held if id(tensor) in linked])
         extras = self.storages.of([tensor for tensor in held if id(tensor) not in linked])
-        entries = [tensor for tensor in inside if is_entry(tensor)]
+        # What compiled code reads is not seen.
+        entries = [tensor for tensor in inside if is_entry(tensor) and not runs_compiled(module)]
         of_entries = set(self.storages.of(entries)).difference(
             self.storages.of([*direct, *(tensor for tensor in inside if not is_entry(tensor))])
         )

@@ -171,6 +171,17 @@ def test_an_entry_that_nothing_depends_on_keeps_no_bytes(cache: Callable[[], Any
     assert budget.used_bytes == 0
 
 
+@pytest.mark.parametrize("way", ["a block", "a part"])
+def test_entries_are_kept_for_compiled_blocks(way: str) -> None:
+    model, x = Model(Layered), batch(32)
+    for block in model.blocks:
+        (block if way == "a block" else block.up).compile(backend="eager")
+    fitted = fit(model, x, "56KiB")
+    assert not fitted.latest.measured.unread
+    fitted(x).backward()
+    assert fitted.measured_peak_bytes == fitted.promised_peak_bytes
+
+
 def test_an_entry_that_is_read_later_on_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Model(Layered), batch(32)
     fitted = fit(model, x, smallest(model, x))
