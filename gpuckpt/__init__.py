@@ -22,7 +22,7 @@ _CORE = {
     "gpuckpt.budget": ("CheckpointBudget",),
     "gpuckpt.errors": ("BudgetExceeded", "CheckpointError"),
     "gpuckpt.kernels.tuning": ("tune",),
-    "gpuckpt.planning": ("Certificate", "Chain", "Keep", "Plan", "Recompute", "Stage", "plan_chain", "simulate"),
+    "gpuckpt.planning": ("Chain", "Keep", "Plan", "Recompute", "plan_chain", "simulate"),
     "gpuckpt.pytorch.checkpoint": ("checkpoint",),
     "gpuckpt.pytorch.engine.kept.choices": ("once",),
     "gpuckpt.pytorch.engine.kept.current": ("is_recomputing",),
@@ -34,7 +34,7 @@ _CORE = {
 }
 _NAMES = {name: home for home, names in _CORE.items() for name in names}
 _ROOMS = ("errors", "functional", "kernels", "memory", "nn", "planning", "segments")
-_OPEN_ROOMS = ("errors", "memory", "segments", "units")
+_OPEN_ROOMS = ("errors", "memory", "segments", "units", "planning")
 """What these show can be imported from here too. Here it is not shown."""
 
 __all__ = ["__version__", *_ROOMS, *sorted(_NAMES)]
@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from gpuckpt.errors import *
     from gpuckpt.kernels.tuning import tune
     from gpuckpt.memory import *
-    from gpuckpt.planning import Certificate, Chain, Keep, Plan, Recompute, Stage, plan_chain, simulate
+    from gpuckpt.planning import *
     from gpuckpt.pytorch.checkpoint import checkpoint
     from gpuckpt.pytorch.engine.kept.choices import once
     from gpuckpt.pytorch.engine.kept.current import is_recomputing
