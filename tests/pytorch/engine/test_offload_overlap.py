@@ -244,10 +244,9 @@ def test_ctrl_c_in_every_wait(tree_of_last: Callable, quick, monkeypatch) -> Non
 
 
 def test_a_full_host_is_refused_in_forward_and_nothing_stays(quick, monkeypatch) -> None:
-    link = CopyThread()
-    fitted = fitted_over(link, monkeypatch)
+    expected = step(fitted_over(CopyThread(), monkeypatch))
+    fitted = fitted_over(CopyThread(), monkeypatch)
     put_plan(fitted, all_spilled(len(fitted.chain) - 1))
-    expected = step(fitted)
     hog = fitted.host_budget.charge(fitted.host_budget.max_bytes - 3 * INPUT_BYTES)
     with pytest.raises(MemoryError, match="the host budget has no room for what a spilled stage saves"):
         step(fitted)
