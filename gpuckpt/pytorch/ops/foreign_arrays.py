@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gpuckpt.checks import shown
+from gpuckpt.errors import CheckpointError
 from gpuckpt.memory.adapters.inspect import device_of, library_of
 from gpuckpt.memory.dlpack import exchange
 
@@ -27,18 +31,47 @@ P = ParamSpec("P")
 
 
 def accepts_arrays(operation: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """`operation`, for arrays as well as for tensors: what the first argument is decides."""
+    """`operation`, for arrays as well as for tensors: what the first argument is decides. A `TypeError` names an argument of
+    another kind than the annotations say."""
 
     @functools.wraps(operation)
     def on_either(*args: P.args, **options: P.kwargs) -> Any:
         if not args or isinstance(args[0], Tensor):
-            return operation(*args, **options)
+            try:
+                return operation(*args, **options)
+            except CheckpointError:
+                raise
+            except Exception:  # looked at afterwards: a call that is right pays nothing for it
+                _check_kinds(operation, args, options)
+                raise
+        if not _is_array(args[0]):
+            _check_kinds(operation, args, options)
         library = _one_library(*args, *options.values())
         with torch.no_grad(), _stream_of(library, args[0]):
             tensors, named = [_tensor(a) for a in args], {name: _tensor(a) for name, a in options.items()}
             return _array(operation(*tensors, **named), library)
 
     return on_either
+
+
+def _check_kinds(operation: Callable[..., Any], args: tuple, options: dict[str, Any]) -> None:
+    """Raise `TypeError` for the first argument that is not of its annotated kind, `ValueError` for a number beyond 64 bits."""
+    signature = inspect.signature(operation, eval_str=True)
+    for name, value in signature.bind(*args, **options).arguments.items():
+        annotation = signature.parameters[name].annotation
+        kinds = get_args(annotation) or (annotation,)
+        meant = [each for kind in kinds for each in _NUMBERS.get(kind, (kind,))]
+        if not isinstance(value, tuple(meant)) or isinstance(value, bool):
+            expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise TypeError(f"{name} is {shown(value)} ({type(value).__name__}); expected {expected}") from None
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} is {shown(value)}; expected a number of 64 bits") from None
+
+
+_NUMBERS: dict[Any, tuple[type, ...]] = {
+    int: (int, np.integer),
+    float: (int, float, np.integer, np.floating),
+}
 
 
 def vjp(operation: Callable[..., Tensor], *arrays: Any, **options: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:

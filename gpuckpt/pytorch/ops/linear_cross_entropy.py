@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch._torch_internals import keep_graph, top_saved_tensors_hooks
 from gpuckpt.pytorch.engine.hooks import room_for_saves
@@ -214,7 +215,7 @@ def linear_cross_entropy(
     if weight.shape[0] == 0:
         raise ValueError(f"weight of shape {tuple(weight.shape)} has no classes")
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r}: expected one of {', '.join(REDUCTIONS)}")
+        raise ValueError(f"reduction={shown(reduction)}: expected one of {', '.join(REDUCTIONS)}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing={label_smoothing}: expected 0 to 1")
     if softcap is not None and not softcap > 0.0:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuckpt.backend import load_kernels, use_triton
+from gpuckpt.checks import shown
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch.ops._operands import cast, is_plain_call, no_double_backward
 
@@ -66,7 +67,7 @@ class Norm(NamedTuple):
     def check(self, x: Tensor) -> None:
         """Raise `ValueError` or `DimMismatch` for what does not fit x (..., K)."""
         if self.kind not in KINDS:
-            raise ValueError(f"norm of kind {self.kind!r}: expected one of {', '.join(KINDS)}")
+            raise ValueError(f"norm of kind {shown(self.kind)}: expected one of {', '.join(KINDS)}")
         if not self.eps > 0:
             raise ValueError(f"norm with eps={self.eps}: expected a positive number")
         for name, t in (("weight", self.weight), ("bias", self.bias)):
