@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gpuckpt.backend import use_triton
+from gpuckpt.checks import shown
 from gpuckpt.errors import DimMismatch
 from gpuckpt.pytorch._torch_internals import all_ordinary, innermost_transform, unwatched
 
@@ -118,7 +119,9 @@ def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "we
 def check_second_weight(weight: Tensor, bias: Tensor | None, hidden: int, name: str) -> None:
     """Raise unless weight (N, hidden) and bias (N,) fit together."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{name}: expected a tensor (N, {hidden}), got {weight!r}; weights come first, then biases")
+        raise TypeError(
+            f"{name}: expected a tensor (N, {hidden}), got {shown(weight)}; weights come first, then biases"
+        )
     if weight.dim() != 2:
         raise DimMismatch(2, weight.dim(), f"number of dimensions of {name}; weights come first, then biases")
     if weight.shape[1] != hidden:

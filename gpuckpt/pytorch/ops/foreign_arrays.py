@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, get_args
@@ -41,8 +42,8 @@ def accepts_arrays(operation: Callable[P, Tensor]) -> Callable[P, Tensor]:
                 return operation(*args, **options)
             except CheckpointError:
                 raise
-            except Exception:  # looked at afterwards: a call that is right pays nothing for it
-                _check_kinds(operation, args, options)
+            except Exception as error:  # looked at afterwards: a call that is right pays nothing for it
+                _check_kinds(operation, args, options, str(error) if isinstance(error, TypeError | ValueError) else "")
                 raise
         if not _is_array(args[0]):
             _check_kinds(operation, args, options)
@@ -54,20 +55,24 @@ def accepts_arrays(operation: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return on_either
 
 
-def _check_kinds(operation: Callable[..., Any], args: tuple, options: dict[str, Any]) -> None:
-    """Raise `TypeError` for the first argument that is not of its annotated kind, `ValueError` for a number beyond 64 bits."""
+def _check_kinds(operation: Callable[..., Any], args: tuple, options: dict[str, Any], said: str = "") -> None:
+    """Raise `TypeError` for the first argument that is not of its annotated kind, `ValueError` for a number beyond 64 bits. One
+    that was named already in what was `said` is left at that."""
     signature = inspect.signature(operation, eval_str=True)
     for name, value in signature.bind(*args, **options).arguments.items():
+        if re.search(rf"\b{name}\b", said):
+            continue
         annotation = signature.parameters[name].annotation
         kinds = get_args(annotation) or (annotation,)
         meant = [each for kind in kinds for each in _NUMBERS.get(kind, (kind,))]
         if not isinstance(value, tuple(meant)) or isinstance(value, bool):
-            expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            expected = " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds)
             raise TypeError(f"{name} is {shown(value)} ({type(value).__name__}); expected {expected}") from None
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{name} is {shown(value)}; expected a number of 64 bits") from None
 
 
+_WORDS = {type(None): "None", Tensor: "Tensor or array"}
 _NUMBERS: dict[Any, tuple[type, ...]] = {
     int: (int, np.integer),
     float: (int, float, np.integer, np.floating),

@@ -100,7 +100,7 @@ def test_keyword_arrays_and_errors():
     assert np.array_equal(y, np.full((2, 4), 4.0))
     with pytest.raises(TypeError, match="arrays of one library, got numpy and torch"):
         functional.linear(x, torch.ones(4, 3))
-    with pytest.raises(TypeError, match="arrays of one library, got none"):
+    with pytest.raises(TypeError, match=r"x is .*; expected Tensor or array"):
         functional.linear([[1.0]], None)
     with pytest.raises(DimMismatch):
         functional.linear(x, w[:, :2])
