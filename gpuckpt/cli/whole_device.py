@@ -11,6 +11,7 @@ from rich.console import Console
 
 from gpuckpt.planning.tables import in_milliseconds, text_table
 from gpuckpt.pytorch.whole_device.plan_device import DevicePlan, plan_device
+from gpuckpt.report.files import write_whole
 from gpuckpt.units import format_bytes
 
 __all__ = ["device_facts", "device_page", "plan_whole_device"]
@@ -47,11 +48,11 @@ def plan_whole_device(
     )
     facts = device_facts(planned, find)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "device.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_whole(out / "device.json", json.dumps(facts, indent=1) + "\n")
     written = ["device.json"]
     if planned.found is not None:
-        (out / "chain.json").write_text(planned.memory.chain_with_gradients.to_json() + "\n")
-        (out / "plan.json").write_text(planned.found.plan.to_json() + "\n")
+        write_whole(out / "chain.json", planned.memory.chain_with_gradients.to_json() + "\n")
+        write_whole(out / "plan.json", planned.found.plan.to_json() + "\n")
         written += ["chain.json", "plan.json"]
     sys.stdout.write((json.dumps(facts, indent=1) if as_json else device_page(facts)) + "\n")
     Console(stderr=as_json).print(f"in {out}: {', '.join(written)}", highlight=False)
