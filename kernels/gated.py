@@ -19,6 +19,8 @@ Not here: the other GEMMs, allocation, autograd.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -252,33 +254,8 @@ def gated_plain_bwd(
     launch(_prepare_plain_bwd, tensors, (activation, float(gate_multiplier), tile, tma))
 
 
-def _prepare_plain_bwd(
-    x: Tensor,
-    wg: Tensor,
-    wu: Tensor,
-    bg: Tensor | None,
-    bu: Tensor | None,
-    h: Tensor | None,
-    dz_g: Tensor,
-    dz_u: Tensor,
-    dbg_partials: Tensor | None,
-    dbu_partials: Tensor | None,
-    activation: str,
-    multiplier: float,
-    tile: TileConfig | None,
-    tma: bool | None,
-) -> PreparedLaunch | None:
-    gemm = GemmProblem.checked("gated_plain", activation, tile, x, {"wg": wg, "wu": wu})
-    outputs = {"h": h, "dz_g": dz_g, "dz_u": dz_u}
-    sums = {"dbg_partials": dbg_partials, "dbu_partials": dbu_partials}
-    gemm.check(biases={"bg": bg, "bu": bu}, outputs=outputs, sums=sums)
-    if not gemm.tiles:
-        return None
-    blocks = gemm.blocks(tma)
-    operands = x.stride(), wg.stride(), wu.stride(), *strides(bg, 1), *strides(bu, 1)
-    results = strides(h, 2), dz_g.stride(), dz_u.stride(), strides(dbg_partials, 2), strides(dbu_partials, 2)
-    sizes = *gemm.sizes, *operands, *results, multiplier
-    return PreparedLaunch(gated_plain_bwd_kernel, (gemm.tiles,), sizes, {"TMA": bool(blocks)} | gemm.options(), blocks)
+def _prepare_plain_bwd(x: Tensor, wg: Tensor, wu: Tensor, *rest: Any) -> PreparedLaunch | None:
+    return _prepared_bwd(gated_plain_bwd_kernel, "gated_plain", x, wg, wu, {}, *rest)
 
 
 def gated_triple_bwd(
@@ -305,12 +282,17 @@ def gated_triple_bwd(
     launch(_prepare_triple_bwd, tensors, (activation, float(gate_multiplier), tile, tma))
 
 
-def _prepare_triple_bwd(
+def _prepare_triple_bwd(x: Tensor, wg: Tensor, wu: Tensor, dy: Tensor, wd: Tensor, *rest: Any) -> PreparedLaunch | None:
+    return _prepared_bwd(gated_triple_bwd_kernel, "gated_bwd", x, wg, wu, {"dy": dy, "wd": wd}, *rest)
+
+
+def _prepared_bwd(
+    kernel: Any,
+    kind: str,
     x: Tensor,
     wg: Tensor,
     wu: Tensor,
-    dy: Tensor,
-    wd: Tensor,
+    second: dict[str, Tensor],
     bg: Tensor | None,
     bu: Tensor | None,
     h: Tensor | None,
@@ -323,14 +305,17 @@ def _prepare_triple_bwd(
     tile: TileConfig | None,
     tma: bool | None,
 ) -> PreparedLaunch | None:
-    gemm = GemmProblem.checked("gated_bwd", activation, tile, x, {"wg": wg, "wu": wu}, {"dy": dy, "wd": wd})
+    """second: dy and wd, where the kernel multiplies these as well."""
+    gemm = GemmProblem.checked(kind, activation, tile, x, {"wg": wg, "wu": wu}, second)
     outputs = {"h": h, "dz_g": dz_g, "dz_u": dz_u}
     sums = {"dbg_partials": dbg_partials, "dbu_partials": dbu_partials}
     gemm.check(biases={"bg": bg, "bu": bu}, outputs=outputs, sums=sums)
     if not gemm.tiles:
         return None
     blocks = gemm.blocks(tma)
-    operands = x.stride(), wg.stride(), wu.stride(), *strides(bg, 1), *strides(bu, 1), dy.stride(), wd.stride()
+    depths = (*gemm.sizes, gemm.D) if second else gemm.sizes
+    vectors = *strides(bg, 1), *strides(bu, 1)
+    operands = x.stride(), wg.stride(), wu.stride(), *vectors, *[tensor.stride() for tensor in second.values()]
     results = strides(h, 2), dz_g.stride(), dz_u.stride(), strides(dbg_partials, 2), strides(dbu_partials, 2)
-    sizes = *gemm.sizes, gemm.D, *operands, *results, multiplier
-    return PreparedLaunch(gated_triple_bwd_kernel, (gemm.tiles,), sizes, {"TMA": bool(blocks)} | gemm.options(), blocks)
+    sizes = *depths, *operands, *results, multiplier
+    return PreparedLaunch(kernel, (gemm.tiles,), sizes, {"TMA": bool(blocks)} | gemm.options(), blocks)
