@@ -79,9 +79,7 @@ class ModuleState:
             part.known(seen) or self._look_at(number, seen, held, reached)
             for number, (part, seen, held) in enumerate(zip(watched.parts, self._seen, held_by, strict=True))
         ]
-        self._hooks = [
-            hooks_of(held) if held["_forward_hooks"] or held["_forward_pre_hooks"] else None for held in held_by
-        ]
+        self._hooks = [hooks_of(held) for held in held_by]
         dicts = self._dicts()
         tensors = [dicts[part][is_buffer].get(name) for part, is_buffer, name in watched.places]
         self._versions, self._storages = _stamps(tensors)
@@ -191,19 +189,15 @@ class ModuleState:
             if not plain or len(held) != part.count or not all(map(is_, map(held.get, part.names), seen))
         ]
         held_containers = [pair for number in unlike for pair in containers(held_by[number])]
-        hooked = [
-            (number, hooks_of(held), was)
-            for number, (held, was) in enumerate(zip(held_by, self._hooks, strict=True))
-            if was is not None or held["_forward_hooks"] or held["_forward_pre_hooks"]
-        ]
+        hooks = [hooks_of(held) for held in held_by]
         dicts = self._dicts()
         stood = [(dicts[part][is_buffer], name) for part, is_buffer, name in watched.places]
         before = [held.get(name, ABSENT) for held, name in stood]
         rebuilt = self._rebuild()
         for number in unlike:
             restore(held_by[number], watched.parts[number].names, self._seen[number])
-        for number, _, was in hooked:
-            restore_hooks(held_by[number], was)
+        for held, seen_hooks in zip(held_by, self._hooks, strict=True):
+            restore_hooks(held, seen_hooks)
         for number in watched.wrappers:
             held_by[number]["forward"] = forward_inside(self._modules[number])
         if self._others or not all(map(is_, before, self._tensors)):
@@ -242,10 +236,8 @@ class ModuleState:
                     held.update(was)
             for container, content in held_containers:
                 refill(container, content)
-            known = {number: hooks for number, hooks, _ in hooked}
-            for number, held in enumerate(held_by):
-                if held["_forward_hooks"] or held["_forward_pre_hooks"] or number in known:
-                    restore_hooks(held, known.get(number))
+            for held, before_hooks in zip(held_by, hooks, strict=True):
+                restore_hooks(held, before_hooks)
 
         return leave
 
