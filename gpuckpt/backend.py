@@ -1,6 +1,8 @@
 """Which back end runs an operation: Triton's kernels or plain array code.
 
-By default the device decides: Triton on CUDA, plain code elsewhere and for float64, which no kernel takes.
+By default the device decides: Triton on CUDA, plain code elsewhere and for float64, which no kernel takes. Matrix products of
+float32 are cuBLAS's on CUDA as well: a kernel of ours would have to do without tensor cores to keep torch's precision, and is two
+to three times slower there; what follows the product is done in place. `torch.set_float32_matmul_precision` holds as elsewhere.
 `GPUCKPT_BACKEND=triton|torch` overrides it for the whole process; `triton` on CPU tensors runs the real kernels in Triton's
 interpreter, which is slow and exact and meant for tests. The variable is read at every call, so a test may set it, but Triton
 itself decides at its import whether it interprets, and torch imports it when the first operation runs: where `triton` is
@@ -17,7 +19,7 @@ from gpuckpt.errors import BackendUnavailable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BACKENDS", "backend_named", "load_kernels", "use_triton"]
+__all__ = ["BACKENDS", "backend_named", "load_kernels", "multiply_by_triton", "use_triton"]
 
 BACKENDS = ("triton", "torch")
 
@@ -36,6 +38,11 @@ def use_triton(tensor: torch.Tensor) -> bool:
     """Whether operations on `tensor` run on the Triton kernels. Raises `ValueError` for an unknown `GPUCKPT_BACKEND`."""
     choice = backend_named()
     return tensor.is_cuda and tensor.element_size() <= 4 if choice is None else choice == "triton"
+
+
+def multiply_by_triton(tensor: torch.Tensor) -> bool:
+    """Whether matrix products of `tensor`, and what is fused into them, run on the Triton kernels."""
+    return use_triton(tensor) and (tensor.element_size() < 4 or backend_named() is not None)
 
 
 def load_kernels(tensor: torch.Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from gpu_parts.cases import OPERATIONS, compare, make
@@ -48,6 +50,7 @@ def values(context: Context) -> None:
             context.item(name, work)
         for op in OPERATIONS:
             context.item(f"{op} in chunks", lambda op=op: in_chunks(context, op))
+            context.item(f"{op} in float32 by the kernels", lambda op=op: by_kernels(context, op))
     for number, (name, (op, shape, dtype, act)) in enumerate(items):
         if number % context.shards == context.shard:
             case = (op, *shape, getattr(torch, dtype), act)
@@ -58,6 +61,18 @@ def in_chunks(context: Context, op: str) -> Facts:
     """A backward of a third of the rows at a time."""
     m, k, h = (16, 32, 48) if context.dry else (1000, 1024, 4096)
     return compare(*make(context, op, m, k, h, torch.bfloat16, "gelu", chunk_rows=m // 3))
+
+
+def by_kernels(context: Context, op: str) -> Facts:
+    """float32, whose products go to cuBLAS where nothing else is asked for."""
+    before = os.environ.get("GPUCKPT_BACKEND")
+    os.environ["GPUCKPT_BACKEND"] = "triton"
+    try:
+        return compare(*make(context, op, *((33, 24, 40) if context.dry else (257, 776, 1000)), torch.float32, "gelu"))
+    finally:
+        del os.environ["GPUCKPT_BACKEND"]
+        if before is not None:
+            os.environ["GPUCKPT_BACKEND"] = before
 
 
 def _mlp(context: Context) -> tuple[torch.Tensor, ...]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import gpuckpt
 from gpuckpt import CheckpointBudget, backend, functional
-from gpuckpt.backend import use_triton
+from gpuckpt.backend import multiply_by_triton, use_triton
 from gpuckpt.memory.adapters.torch import TorchForm
 from gpuckpt.memory.devices import choose_device
 from gpuckpt.memory.uncapped import uncapped
@@ -188,6 +190,40 @@ def test_tensors_of_the_device_run_on_the_kernels(cuda_tensors, monkeypatch):
     assert use_triton(torch.ones(1))
     assert not use_triton(torch.ones(1, dtype=torch.float64))
     assert runs_fused(torch.ones(1))
+
+
+@pytest.mark.parametrize(("dtype", "by_triton"), [("bfloat16", True), ("float16", True), ("float32", False)])
+def test_products_of_float32_are_left_to_cublas(dtype, by_triton, cuda_tensors, monkeypatch):
+    monkeypatch.delenv("GPUCKPT_BACKEND")
+    assert multiply_by_triton(torch.ones(1, dtype=getattr(torch, dtype))) is by_triton
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "gated_mlp"])
+def test_float32_is_multiplied_and_differentiated_without_a_kernel(name, cuda_tensors, monkeypatch):
+    monkeypatch.delenv("GPUCKPT_BACKEND")
+    for module in ("linear", "mlp", "gated"):
+        monkeypatch.setitem(sys.modules, f"gpuckpt.kernels.{module}", None)
+    x, a, b, c = (torch.randn(n, 8, requires_grad=True) for n in (5, 16, 16, 16))
+    down = torch.randn(8, 16, requires_grad=True)
+    if name == "linear":
+        used, y, expected = (x, a), functional.linear(x, a, activation="silu"), F.silu(x @ a.t())
+    elif name == "mlp":
+        y, expected = functional.mlp(x, a, down, activation="silu"), F.silu(x @ a.t()) @ down.t()
+        used = (x, a, down)
+    else:
+        y, expected = functional.gated_mlp(x, b, c, down), (F.silu(x @ b.t()) * (x @ c.t())) @ down.t()
+        used = (x, b, c, down)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for got, wanted in zip(torch.autograd.grad(y, used, dy), torch.autograd.grad(expected, used, dy), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_mask_of_float32_is_made_by_the_kernel(cuda_tensors, monkeypatch):
+    monkeypatch.delenv("GPUCKPT_BACKEND")
+    monkeypatch.setitem(sys.modules, "gpuckpt.kernels.linear", None)
+    with pytest.raises(ImportError, match=r"gpuckpt\.kernels"):
+        functional.linear(torch.ones(2, 3), torch.ones(4, 3), dropout=0.5)
 
 
 def test_copies_on_a_stream_of_their_own_are_ordered_with_the_step(cuda_tensors, monkeypatch):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpuckpt.backend import load_kernels, use_triton
+from gpuckpt.backend import load_kernels, multiply_by_triton
 from gpuckpt.pytorch.ops._activations import activate_, differentiate, finish, keep_
 from gpuckpt.pytorch.ops._operands import as_if_cast
 from gpuckpt.pytorch.ops._rows import affine_into
@@ -40,17 +40,17 @@ class Pair(NamedTuple):
 
 def forward_buffers(x: Tensor) -> int:
     """Buffers (C, H) that `hidden_of` works in."""
-    return 1 if use_triton(x) else 2
+    return 1 if multiply_by_triton(x) else 2
 
 
 def backward_buffers(x: Tensor, needs_h: bool) -> int:
     """Buffers (C, H) that `gradients_of` works in."""
-    return 2 + needs_h if use_triton(x) else 3
+    return 2 + needs_h if multiply_by_triton(x) else 3
 
 
 def partials_bytes(x: Tensor, wg: Tensor, wu: Tensor, wd: Tensor, chunk: int) -> int:
     """What the backward kernel needs for one sum over rows; nothing where torch adds them up."""
-    if not use_triton(x):
+    if not multiply_by_triton(x):
         return 0
     load_kernels(x)
     from gpuckpt.kernels import gated as kernel
@@ -61,7 +61,7 @@ def partials_bytes(x: Tensor, wg: Tensor, wu: Tensor, wd: Tensor, chunk: int) ->
 def hidden_of(buffers: Sequence[Tensor], x: Tensor, pair: Pair, form: GatedForm) -> Tensor:
     """h = act(mg (x wg^T + bg)) * (x wu^T + bu), in the first buffer."""
     h = buffers[0]
-    if use_triton(x):
+    if multiply_by_triton(x):
         load_kernels(x)
         from gpuckpt.kernels import gated as kernel
 
@@ -83,7 +83,7 @@ def gradients_of(
 ) -> tuple[Tensor, Tensor]:
     """dz_g and dz_u for dy, the gradient of h wd^T; h is computed on the way, and what this chunk adds to dWd and to
     the two biases' gradients is added where those are given."""
-    if use_triton(x):
+    if multiply_by_triton(x):
         return _gradients_by_kernel(buffers, dy, x, pair, wd, form, dwd, db_g, db_u)
     gate, up, spare = buffers
     kept = keep_(form.activation, _gate_into(gate, x, pair, form))

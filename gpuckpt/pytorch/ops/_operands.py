@@ -88,8 +88,9 @@ def like_rows_of(y: Tensor, x: Tensor) -> Tensor:
 
 
 def wants_copy(dy: Tensor) -> bool:
-    """Whether a kernel should be given a copy of the gradient dy (M, N) to multiply: one whose rows are not whole, such as the
-    expanded one with strides (0, 0) that `y.sum()` sends. As it is, no operand of that launch would come through descriptors."""
+    """Whether a GPU should be given a copy of the gradient dy (M, N) to multiply: one whose rows are not whole, such as the
+    expanded one with strides (0, 0) that `y.sum()` sends. As it is, no operand of a kernel would come through descriptors, and
+    cuBLAS would be given a copy in each product."""
     if not use_triton(dy) or dy.is_contiguous():
         return False
     width, itemsize = dy.shape[1], dy.element_size()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpuckpt.backend import load_kernels, use_triton
+from gpuckpt.backend import load_kernels, multiply_by_triton, use_triton
 from gpuckpt.pytorch.ops._activations import activate_, differentiate, keep_
 from gpuckpt.pytorch.ops._dropout import Mask
 from gpuckpt.pytorch.ops._operands import as_if_cast
@@ -31,7 +31,7 @@ def forward_into(
     first_row: int = 0,
 ) -> Tensor:
     """dropout(act(x W^T + b)) + residual into out (C, N), all of one dtype. Row 0 is row `first_row` of the mask."""
-    if use_triton(x):
+    if _by_triton(x, mask):
         load_kernels(x)
         from gpuckpt.kernels import linear as kernel
 
@@ -55,7 +55,7 @@ def dz_into(
     first_row: int = 0,
 ) -> Tensor | None:
     """dz = dropout(dy) * act'(x W^T + b) into out (C, N); returns its sum over rows, (N,), where that is wanted."""
-    if use_triton(x):
+    if _by_triton(x, mask):
         load_kernels(x)
         from gpuckpt.kernels import linear as kernel
 
@@ -82,13 +82,18 @@ def affine_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
+def _by_triton(x: Tensor, mask: Mask | None) -> bool:
+    # The mask by plain code is made on the CPU, which a GPU would wait for.
+    return multiply_by_triton(x) if mask is None else use_triton(x)
+
+
 def _drop(mask: Mask | None, first_row: int) -> dict[str, Any]:
     return {} if mask is None else {"dropout": mask.kernel(first_row)}
 
 
 def partials_bytes(x: Tensor, weight: Tensor, chunk: int, mask: Mask | None) -> int:
     """What the kernel of `dz_into` needs for the sum over rows; nothing where torch adds them up."""
-    if not use_triton(x):
+    if not _by_triton(x, mask):
         return 0
     load_kernels(x)
     from gpuckpt.kernels import linear as kernel

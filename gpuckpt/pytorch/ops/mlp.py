@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpuckpt.backend import load_kernels, use_triton
+from gpuckpt.backend import load_kernels, multiply_by_triton
 from gpuckpt.pytorch.ops._activations import check_activation, differentiate, finish, keep_
 from gpuckpt.pytorch.ops._chunking import choose_chunk_rows, chunks, first_rows, limits, take
 from gpuckpt.pytorch.ops._operands import (
@@ -88,13 +88,13 @@ def mlp_scratch_bytes(
 
 def _hidden_buffers(x: Tensor, needs: Sequence[bool]) -> int:
     """Of h and dz, how many a backward needs memory for. By torch z is recomputed in the place of h."""
-    if use_triton(x):
+    if multiply_by_triton(x):
         return any(needs[:3]) + needs[3]
     return 2 if any(needs[:3]) else int(needs[3])
 
 
 def _partials_bytes(x: Tensor, w1: Tensor, w2: Tensor, chunk: int) -> int:
-    if not use_triton(x):
+    if not multiply_by_triton(x):
         return 0
     load_kernels(x)
     from gpuckpt.kernels import mlp as kernel
@@ -141,7 +141,7 @@ def hidden_into(
     On Triton one kernel recomputes z and multiplies it by dh = dy W2, which it either computes too ("dual") or finds in dz
     ("plain"): `gpuckpt.kernels.mlp` chooses. By torch h is where z is recomputed, and must be given.
     """
-    if use_triton(x):
+    if multiply_by_triton(x):
         load_kernels(x)
         from gpuckpt.kernels import mlp as kernel
 
