@@ -14,9 +14,12 @@ Every constructor reads: widths, bias, activation, then options by name. `FusedL
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from gpuckpt.checks import check_choice, check_flag, check_int, check_number, shown
 from gpuckpt.pytorch.ops._activations import FUNCTIONS, check_activation, gate_activation
 from gpuckpt.pytorch.ops._dropout import check_dropout
 from gpuckpt.pytorch.ops._projections import is_plain, normed
@@ -27,14 +30,36 @@ from gpuckpt.pytorch.ops.norm import KINDS
 
 __all__ = ["FusedLinear", "FusedMLP", "GatedMLP"]
 
+_WIDEST = 2**31 - 1
+
 Device = torch.device | str | None
+
+
+def _check(
+    widths: dict[str, int],
+    bias: bool,
+    norm: str | None,
+    norm_eps: float,
+    chunk_rows: int | None,
+    dtype: torch.dtype | None,
+    **factors: float,
+) -> None:
+    for name, width in widths.items():
+        check_int(width, name, 0, _WIDEST)
+    check_flag(bias, "bias")
+    check_choice(norm, "norm", (*KINDS, None))
+    check_number(norm_eps, "norm_eps")
+    if chunk_rows is not None:
+        check_int(chunk_rows, "chunk_rows", 1)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {shown(dtype)}; expected a floating-point dtype of torch, or None")
+    for name, factor in factors.items():
+        check_number(factor, name, -math.inf)
 
 
 def _norm(kind: str | None, width: int, eps: float, device: Device, dtype: torch.dtype | None) -> nn.Module | None:
     if kind is None:
         return None
-    if kind not in KINDS:
-        raise ValueError(f"norm={kind!r}: expected one of {', '.join(KINDS)}, or None")
     return (nn.RMSNorm if kind == "rms" else nn.LayerNorm)(width, eps, device=device, dtype=dtype)
 
 
@@ -51,7 +76,8 @@ class FusedLinear(nn.Linear):
 
     Shapes: (..., in_features) -> (..., out_features), and a residual of that shape, added last.
 
-    Raises `ValueError` for an unknown activation or norm and a dropout outside 0 to 1.
+    Raises `TypeError` or `ValueError`, which name the argument, for what is of the wrong kind, an unknown activation or norm, and
+    a dropout outside 0 to 1.
 
     >>> layer = FusedLinear(8, 16, activation="gelu", dropout=0.1, norm="rms")
     >>> layer(torch.ones(2, 8)).shape
@@ -72,6 +98,7 @@ class FusedLinear(nn.Linear):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check({"in_features": in_features, "out_features": out_features}, bias, norm, norm_eps, chunk_rows, dtype)
         check_activation(activation)
         check_dropout(dropout)
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -111,7 +138,7 @@ class FusedMLP(nn.Module):
 
     Shapes: (..., in_features) -> (..., out_features).
 
-    Raises `ValueError` for an unknown activation or norm.
+    Raises `TypeError` or `ValueError`, which name the argument, for what is of the wrong kind and an unknown activation or norm.
 
     >>> FusedMLP(8, 32, activation="gelu_tanh")(torch.ones(2, 8)).shape
     torch.Size([2, 8])
@@ -132,8 +159,10 @@ class FusedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_activation(activation)
         out_features = in_features if out_features is None else out_features
+        widths = {"in_features": in_features, "hidden_features": hidden_features, "out_features": out_features}
+        _check(widths, bias, norm, norm_eps, chunk_rows, dtype)
+        check_activation(activation)
         self.activation = activation
         self.chunk_rows = chunk_rows
         self.norm = _norm(norm, in_features, norm_eps, device, dtype)
@@ -176,7 +205,7 @@ class GatedMLP(nn.Module):
 
     Shapes: (..., in_features) -> (..., out_features).
 
-    Raises `ValueError` for an unknown activation or norm.
+    Raises `TypeError` or `ValueError`, which name the argument, for what is of the wrong kind and an unknown activation or norm.
 
     >>> GatedMLP(8, 24, activation="swiglu", norm="rms")(torch.ones(2, 8)).shape
     torch.Size([2, 8])
@@ -200,6 +229,9 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features
+        widths = {"in_features": in_features, "hidden_features": hidden_features, "out_features": out_features}
+        factors = {"gate_multiplier": gate_multiplier, "down_multiplier": down_multiplier}
+        _check(widths, bias, norm, norm_eps, chunk_rows, dtype, **factors)
         self.activation = gate_activation(activation)
         self.gate_multiplier = gate_multiplier
         self.down_multiplier = down_multiplier

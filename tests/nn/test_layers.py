@@ -150,7 +150,7 @@ def test_wrong_activations_are_refused_when_built(make):
     if make is not GatedMLP:  # the names of gated forms are understood where there is a gate
         with pytest.raises(ValueError, match="activation='swiglu': expected one of"):
             make(4, 4, activation="swiglu")
-    with pytest.raises(ValueError, match="norm='batch': expected one of rms, layer, or None"):
+    with pytest.raises(ValueError, match="norm is 'batch'; expected one of 'rms', 'layer', None"):
         make(4, 4, norm="batch")
 
 
@@ -215,7 +215,7 @@ def test_a_norm_costs_no_saved_tensor():
 
 
 def test_wrong_dropout_is_refused_when_built():
-    with pytest.raises(ValueError, match=r"dropout=-0\.1"):
+    with pytest.raises(ValueError, match=r"dropout is -0\.1; expected a number from 0 to 1"):
         FusedLinear(4, 4, dropout=-0.1)
 
 

@@ -95,14 +95,14 @@ GATED = {
 def gate_activation(name: str) -> str:
     """The activation of the gate of a gated form, which may be told by its own name ("silu") or the form's ("swiglu"). Raises
     `ValueError` for a name that is neither."""
-    if name not in _TABLE and name not in GATED:
+    if not isinstance(name, str) or (name not in _TABLE and name not in GATED):
         raise ValueError(f"activation={shown(name)}: expected one of {', '.join((*ACTIVATIONS, *GATED))}")
     return GATED.get(name, name)
 
 
 def check_activation(name: str) -> None:
     """Raise `ValueError` for a name that is no activation."""
-    if name not in _TABLE:
+    if not isinstance(name, str) or name not in _TABLE:
         raise ValueError(f"activation={shown(name)}: expected one of {', '.join(ACTIVATIONS)}")
 
 

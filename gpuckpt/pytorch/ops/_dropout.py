@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpuckpt.checks import check_number
 from gpuckpt.pytorch.engine.fence.randomness import capturing
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ def _fill(dropped: Any, seed: Any, first_row: Any, threshold: Any) -> None:
 
 
 def check_dropout(p: float) -> None:
-    """Raise `ValueError` for a p that is no probability."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout={p}: expected a probability from 0 to 1")
+    """Raise `TypeError` or `ValueError` for a p that is no probability."""
+    if type(p) is not float or not 0.0 <= p <= 1.0:
+        check_number(p, "dropout", 0.0, 1.0)
 
 
 def draw_seed(p: float) -> Tensor | None:

@@ -196,7 +196,7 @@ def test_wrong_arguments_are_refused():
     x, w, b = OPS["linear"].draw()
     with pytest.raises(DimMismatch, match=r"residual of shape \(4, 5\)"):
         functional.linear(x, w, b, residual=torch.zeros(4, 5))
-    with pytest.raises(ValueError, match=r"dropout=1.5: expected a probability"):
+    with pytest.raises(ValueError, match=r"dropout is 1.5; expected a number from 0 to 1"):
         functional.linear(x, w, b, dropout=1.5)
 
 
