@@ -60,7 +60,15 @@ def run(checkout: Path, script: str, arguments: list[str]) -> dict[str, float]:
         )
         if done.returncode:
             raise RuntimeError(f"{file} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-        record = latest(results) if results.exists() else json.loads(done.stdout)
+        if results.exists():
+            record = latest(results)
+        else:
+            try:
+                record = json.loads(done.stdout)
+            except json.JSONDecodeError:
+                raise RuntimeError(
+                    f"{file} neither added a record to its results nor printed one as JSON; is that revision older than records?"
+                ) from None
     return dict(seconds_in(record))
 
 

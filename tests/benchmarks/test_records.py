@@ -125,3 +125,11 @@ def test_a_benchmark_that_fails_is_told_with_its_output(compare, tmp_path) -> No
         compare.run(tmp_path, "toy", [])
     with pytest.raises(RuntimeError, match="no benchmark called 'other'"):
         compare.run(tmp_path, "other", [])
+
+
+def test_a_benchmark_without_figures_is_told(compare, tmp_path) -> None:
+    script = tmp_path / "benchmarks" / "talk.py"
+    script.parent.mkdir()
+    script.write_text("print('100 stages in 0.01 s')\n")
+    with pytest.raises(RuntimeError, match="talk.py neither added a record"):
+        compare.run(tmp_path, "talk", [])
