@@ -131,5 +131,5 @@ def test_a_benchmark_without_figures_is_told(compare, tmp_path) -> None:
     script = tmp_path / "benchmarks" / "talk.py"
     script.parent.mkdir()
     script.write_text("print('100 stages in 0.01 s')\n")
-    with pytest.raises(RuntimeError, match="talk.py neither added a record"):
+    with pytest.raises(RuntimeError, match=r"talk\.py neither added a record"):
         compare.run(tmp_path, "talk", [])
