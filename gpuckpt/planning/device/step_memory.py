@@ -4,9 +4,8 @@ Weights and optimizer state are there all the time (from the second step on). A 
 stage that its parameter belongs to (how many of them are there at the worst moment of that backward has been measured:
 `Stage.gradients_bytes`), and stays until the optimizer has stepped and set it to None. So a step has two high
 points: somewhere in backward, where activations are still held and some gradients are there, and the optimizer's step, with every
-gradient and no activation. The first is planned: gradients that are there when a stage goes backward are added to that stage's
-workspace, and `plan_chain(objective="total")` does the rest. In the first forward they are not there yet; that costs nothing, for
-a stage's forward never holds more than its own backward.
+gradient and no activation. The first is planned: see `gpuckpt.planning.device.gradients`. Where the optimizer steps in backward
+there is only that one.
 
 Of FSDP2 the full weights of a block and of the one fetched ahead count as workspace, and its full gradients twice (as backward
 leaves them, and as reduce_scatter reads them). What belongs to no block stays gathered, and its gradients whole, all through the
@@ -20,17 +19,21 @@ from functools import cached_property
 
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning.chain import Chain
+from gpuckpt.planning.device.gradients import Gradient, plan_total, stages_of, stages_within, with_gradients
 from gpuckpt.planning.device.layout import ParallelLayout
 from gpuckpt.planning.device.optimizers import OptimizerCosts
-from gpuckpt.planning.device.parameters import ParameterShape, rounded_bytes
+from gpuckpt.planning.device.parameters import CUDA_BLOCK_BYTES, ParameterShape, rounded_bytes
 from gpuckpt.planning.plan import Plan
 from gpuckpt.planning.planner import plan_chain
 
-__all__ = ["SET_ASIDE_BYTES", "SET_ASIDE_NCCL_BYTES", "StepMemory", "StepPlan"]
+__all__ = ["LOSS_BYTES", "SET_ASIDE_BYTES", "SET_ASIDE_NCCL_BYTES", "StepMemory", "StepPlan"]
 
 SET_ASIDE_BYTES = 3 << 29
 """1.5 GiB: a card of "80 GB" offers programs some 79.1 GiB of its 80 (as torch's out-of-memory messages quote it), a CUDA context
 with torch's kernels takes about half a GiB, cuBLAS a few dozen MiB. A margin, not a measurement: no GPU has run this yet."""
+
+LOSS_BYTES = 2 * CUDA_BLOCK_BYTES
+"""The loss and its gradient, there until backward has ended."""
 
 SET_ASIDE_NCCL_BYTES = 1 << 30
 """1 GiB more where ranks talk to each other: NCCL's channels and buffers."""
@@ -44,6 +47,8 @@ class StepMemory:
         chain: of forward and backward, without gradients of parameters.
         parameters: all of them, as a rank of tensor parallelism has them.
         buffers_bytes: bytes of buffers and inputs.
+        given: ids of the inputs that autograd saves, which are counted in `buffers_bytes`.
+        in_backward: whether each parameter's gradient goes into the optimizer as soon as it has come, and is let go.
     """
 
     chain: Chain
@@ -51,6 +56,8 @@ class StepMemory:
     optimizer: OptimizerCosts
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     buffers_bytes: int = 0
+    given: frozenset[int] = frozenset()
+    in_backward: bool = False
 
     @cached_property
     def weights(self) -> list[int]:
@@ -61,12 +68,13 @@ class StepMemory:
     def state(self) -> list[int]:
         """Bytes of each tensor of the optimizer's state."""
         ranks, costs = self.layout.fsdp, self.optimizer
-        return [size for p in self.parameters for size in costs.state(p.shard_numel(ranks), p.item_bytes)]
+        return [size for p in self._trained for size in costs.state(p.shard_numel(ranks), p.item_bytes)]
 
     @property
     def gradient_bytes(self) -> int:
-        """Of all gradients when backward has ended: as large as the weights."""
-        return sum(self.weights)
+        """Of all gradients, as large as the weights that are trained; when backward has ended they are there together, unless
+        the optimizer steps in it."""
+        return sum(p.shard_numel(self.layout.fsdp) * p.item_bytes for p in self._trained)
 
     @cached_property
     def gathered_bytes(self) -> int:
@@ -93,41 +101,43 @@ class StepMemory:
 
     @property
     def optimizer_peak_bytes(self) -> int:
-        """Beyond `resident_bytes`, while the optimizer steps: every gradient, and its temporaries."""
-        ranks, costs = self.layout.fsdp, self.optimizer
-        temporary = [costs.step_bytes(p.shard_numel(ranks), p.item_bytes) for p in self.parameters]
-        return rounded_bytes(self.weights) + rounded_bytes(temporary)
+        """Beyond `resident_bytes`, while the optimizer steps: every gradient, and its temporaries. 0 if it steps in backward."""
+        if self.in_backward:
+            return 0
+        gradients = [p.shard_numel(self.layout.fsdp) * p.item_bytes for p in self._trained]
+        return rounded_bytes(gradients) + rounded_bytes(map(self._step_bytes, self._trained))
 
     @property
     def optimizer_moved_bytes(self) -> int:
         """Bytes that the optimizer's step reads and writes."""
         ranks, costs = self.layout.fsdp, self.optimizer
-        return sum(costs.moved_bytes(p.shard_numel(ranks), p.item_bytes) for p in self.parameters)
+        return sum(costs.moved_bytes(p.shard_numel(ranks), p.item_bytes) for p in self._trained)
 
     @cached_property
     def chain_with_gradients(self) -> Chain:
-        """The chain, each stage's workspace with the gradients that are there in its backward, and what FSDP gathers for it."""
-        count, sharded = len(self.chain), self.layout.fsdp > 1
-        came = [0] * count  # bytes of gradients that stay, by the stage whose backward makes them
-        whole = [0] * count  # bytes of a block's full weights
+        """The chain, each stage's workspace with the gradients that are there in its backward, and what FSDP gathers for it.
+        Inputs that autograd saves are counted with the other inputs."""
+        stages, sharded, last = list(self.chain.stages), self.layout.fsdp > 1, len(self.chain) - 1
+        gradients: list[Gradient] = []
+        whole = [0] * len(stages)  # whole: bytes of a block's full weights
         for parameter, stage, shard in zip(self.parameters, self._stages, self.weights, strict=True):
             full = parameter.numel * parameter.item_bytes
-            if stage is None:
-                came[0 if parameter.first else -1] += rounded_bytes([full if sharded else shard])
-            else:
-                came[stage] += rounded_bytes([shard])
+            nbytes = rounded_bytes([full if sharded and stage is None else shard])
+            if stage is not None:
                 whole[stage] += full
-        stages, there = [], 0
-        for number in reversed(range(count)):
-            plain = self.chain.stages[number]
-            extra = there + plain.gradients_bytes  # at the worst moment of its backward
-            if sharded and whole[number]:
-                ahead = max((whole[n] for n in (number - 1, number + 1) if 0 <= n < count), default=0)
-                extra = there + 3 * whole[number] + ahead
-            there += came[number]
-            # When its backward has ended, and no workspace is left.
-            stages.append(replace(plain, workspace_bytes=max(plain.workspace_bytes + extra, there)))
-        return replace(self.chain, stages=tuple(reversed(stages)))
+            if parameter.trained:
+                at = (0 if parameter.first else last) if stage is None else stage
+                gradients.append(Gradient((at,), nbytes, not self.in_backward, self._step_bytes(parameter)))
+        if sharded:
+            for number, full in enumerate(whole):
+                if (
+                    full
+                ):  # which is gathered, and its gradient before and after it is reduced; the next block's comes already
+                    ahead = max((whole[n] for n in (number - 1, number + 1) if 0 <= n <= last), default=0)
+                    stages[number] = replace(stages[number], gradients_bytes=3 * full + ahead)
+        storages = tuple([0 if i in self.given else size for i, size in enumerate(self.chain.storages)])
+        counted = replace(self.chain, stages=tuple(stages), storages=storages)
+        return with_gradients(counted, gradients, always_bytes=LOSS_BYTES)
 
     def plan(self, budget_bytes: int, strategy: str = "optimal") -> StepPlan:
         """The fastest plan whose whole step stays within `budget_bytes` of the device.
@@ -138,7 +148,7 @@ class StepMemory:
         least = fixed + self.optimizer_peak_bytes
         left = max(0, budget_bytes - fixed)
         try:
-            plan = plan_chain(self.chain_with_gradients, left, strategy, objective="total")
+            plan = plan_total(self.chain, self.chain_with_gradients, left, strategy)
         except BudgetExceeded as error:
             raise BudgetExceeded(max(least, fixed + error.need), budget_bytes, "of a whole step") from None
         if least > budget_bytes:
@@ -153,14 +163,18 @@ class StepMemory:
         except BudgetExceeded as error:
             return int(error.need)
 
+    @property
+    def _trained(self) -> list[ParameterShape]:
+        return [parameter for parameter in self.parameters if parameter.trained]
+
+    def _step_bytes(self, parameter: ParameterShape) -> int:
+        return self.optimizer.step_bytes(parameter.shard_numel(self.layout.fsdp), parameter.item_bytes)
+
     @cached_property
     def _stages(self) -> list[int | None]:
         """The stage of each parameter; None for what belongs to no block."""
-        known: dict[str, int] = {}
-        for number, stage in enumerate(self.chain.stages):
-            for name in stage.name.split("+"):
-                known.setdefault(name, number)
-        return [_stage_of(parameter.name, known) for parameter in self.parameters]
+        known = stages_of(self.chain)
+        return [next(iter(stages_within(parameter.name, known)), None) for parameter in self.parameters]
 
 
 @dataclass(frozen=True)
@@ -190,11 +204,3 @@ class StepPlan:
     def step_s(self, bytes_per_s: float) -> float:
         """Seconds of forward, backward and the optimizer's step, which is as long as its bytes take at `bytes_per_s`."""
         return self.plan.certificate.step_s + self.memory.optimizer_moved_bytes / bytes_per_s
-
-
-def _stage_of(name: str, known: dict[str, int]) -> int | None:
-    while name:
-        if name in known:
-            return known[name]
-        name = name.rpartition(".")[0]
-    return None

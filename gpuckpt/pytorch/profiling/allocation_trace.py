@@ -17,14 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
-__all__ = ["LiveBytes"]
+__all__ = ["Gradients", "LiveBytes", "gradients_of"]
+
+Gradients = tuple[list[torch.Tensor], list[torch.Tensor]]
+"""Those that are handed on, and those of parameters."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within the context every storage that is born is noted, and when it dies."""
+    """Within the context every storage that is born is noted, and when it dies. `unit_bytes`: sizes are rounded up to that."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit_bytes: int = 1) -> None:
         super().__init__()
+        self._unit_bytes = unit_bytes
         self._births: dict[int, int] = {}  # address of a storage -> its latest number
         self._sizes: list[int] = []
         self._events: list[tuple[int, bool]] = []  # (number, born), in order
@@ -51,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
     def _born(self, storage: torch.UntypedStorage, operator: str) -> None:
         """An operator has made a storage; from now on it has a number."""
         number, address = len(self._sizes), storage._cdata
-        self._sizes.append(storage.nbytes())
+        self._sizes.append(-(-storage.nbytes() // self._unit_bytes) * self._unit_bytes)
         self._events.append((number, True))
         self._births[address] = number
 
@@ -83,6 +87,31 @@ class LiveBytes(TorchDispatchMode):
                 live += self._sizes[number] if born else -self._sizes[number]
                 peak = max(peak, live)
         return peak
+
+    def beside_gradients(self, passing: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> tuple[int, int]:
+        """The most bytes alive without gradients of parameters, `own`; and what these add at the worst moment. Those that are
+        handed on, `passing`, count in neither."""
+        others = self.numbers(passing)
+        workspace_bytes = self.peak_bytes(0, self.mark(), others | self.numbers(own))
+        return workspace_bytes, self.peak_bytes(0, self.mark(), others) - workspace_bytes
+
+
+def gradients_of(
+    roots: Sequence[torch.Tensor],
+    before: Sequence[torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+    *,
+    retain_graph: bool,
+) -> Gradients:
+    """Go backward from `roots`, whose gradients are ones, to what comes before and to parameters: the gradients of either."""
+    ends = [tensor for tensor in before if tensor.requires_grad]
+    leaves = [*ends, *(parameter for parameter in parameters if parameter.requires_grad)]
+    if not roots or not leaves:
+        return [], []
+    grads = [torch.ones_like(root) for root in roots]
+    found = torch.autograd.grad(roots, leaves, grads, allow_unused=True, retain_graph=retain_graph)
+    passing, own = [[g for g in end if g is not None] for end in (found[: len(ends)], found[len(ends) :])]
+    return passing, own
 
 
 def _parts(leaves: Sequence[Any]) -> list[torch.Tensor]:

@@ -6,19 +6,29 @@ Code that makes none is not run for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from gpuckpt.errors import InvalidChain
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.hooks import enter
 from gpuckpt.pytorch.engine.storage_index import index_of
 
-__all__ = ["InnerCheckpoints"]
+__all__ = ["InnerCheckpoints", "refuse_checkpoints"]
 
 _ENDLESS = 1 << 62
+
+
+def refuse_checkpoints(model: nn.Module, _: Any) -> NoReturn:
+    """What is called where `model` calls torch's checkpoint: raises `InvalidChain`."""
+    raise InvalidChain(
+        f"{type(model).__name__} calls torch.utils.checkpoint in its forward; what that recomputes lies where no budget sees "
+        "it. Turn it off (Hugging Face: model.gradient_checkpointing_disable()): fit chooses what to recompute"
+    )
 
 
 class InnerCheckpoints:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ from gpuckpt.pytorch.engine.kept.options import ProductTrace
 from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
 from gpuckpt.pytorch.engine.unread import Unread, is_entry
-from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
+from gpuckpt.pytorch.profiling.allocation_trace import Gradients, LiveBytes, gradients_of
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module, runs_compiled
 from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, idle_siblings, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
-from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
+from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints, refuse_checkpoints
 from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, residents_of, unpack
 from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Measured, Sample, StageKind, kind_key, offered
@@ -204,24 +205,28 @@ class _Measurement:
         """Turn what was saved outside stages since the last one, on the way to `ends`, into a stage of its own that is always
         kept."""
         seconds, again_bytes = self.clock.now() - self.outside_began_s, 0
-        if self.inner.any() and not self.whole:
-            self.outside_again = True
-            roots = [tensor for tensor in ends if tensor.grad_fn is not None]
-            again_bytes = self.inner.again_bytes(lambda: self.backward(roots, retain_graph=True))
+        workspace_bytes = gradients_bytes = 0
+        if not self.whole and (roots := [tensor for tensor in ends if tensor.grad_fn is not None]):
+            if self.inner.any():
+                self.outside_again = True
+                again_bytes = self.inner.again_bytes(lambda: self.backward(roots, retain_graph=True))
+            workspace_bytes, gradients_bytes = self.backward_bytes(roots, retain_graph=True)
         saves, self.outside = self.outside.storages(self.storages, self.held), SaveRecorder(self.storages.stamp)
         self.held.update(saves)
         if saves or again_bytes or name in ("prefix", "suffix"):
-            self.stages.append(Stage(name, seconds, 2 * seconds, saves, recomputable=False, again_bytes=again_bytes))
+            stage = Stage(name, seconds, 2 * seconds, saves, recomputable=False, again_bytes=again_bytes)
+            self.stages.append(replace(stage, workspace_bytes=workspace_bytes, gradients_bytes=gradients_bytes))
 
-    def backward(self, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> tuple[list[torch.Tensor], ...]:
-        """Go backward from `roots` to the end of the stage before, or to the model's parameters. The gradients of either."""
-        before = [tensor for tensor in self.previous.tensors if tensor.requires_grad]
-        leaves = [*before, *(parameter for parameter in self.parameters if parameter.requires_grad)]
-        if not roots or not leaves:
-            return [], []
-        grads = [torch.ones_like(root) for root in roots]
-        found = torch.autograd.grad(roots, leaves, grads, allow_unused=True, retain_graph=retain_graph)
-        return tuple([[g for g in end if g is not None] for end in (found[: len(before)], found[len(before) :])])
+    def backward(self, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> Gradients:
+        """Go backward from `roots` to the end of the stage before, or to the model's parameters."""
+        return gradients_of(roots, self.previous.tensors, self.parameters, retain_graph=retain_graph)
+
+    def backward_bytes(self, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> tuple[int, int]:
+        """Go backward from `roots`: bytes of what operators make on the way, and what gradients of parameters add to that."""
+        live = LiveBytes(self.inner.budget.unit_bytes)
+        with live:
+            found = self.backward(roots, retain_graph=retain_graph)
+        return live.beside_gradients(*found)
 
     def close(self, out: Any) -> None:
         """What lies after the last stage, with its backward: usually a head and a loss, and with them much workspace."""
@@ -231,25 +236,21 @@ class _Measurement:
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
         # A model that returns its loss often returns logits and states as well, which have no backward.
         roots = [tensor for tensor in outputs if tensor.numel() == 1] or outputs
-        live, found = LiveBytes(), list[Any]()
         began_s = self.clock.now()
         self.backward(roots, retain_graph=True)
         backward_s = self.clock.now() - began_s
+        workspace_bytes = gradients_bytes = 0
 
         def backward() -> None:
-            with live:
-                found.extend(self.backward(roots, retain_graph=False))
+            nonlocal workspace_bytes, gradients_bytes
+            workspace_bytes, gradients_bytes = self.backward_bytes(roots, retain_graph=False)
 
         again_bytes = self.inner.again_bytes(backward)
-        passing, own = map(live.numbers, found or ([], []))
-        workspace_bytes, with_own_bytes = [
-            live.peak_bytes(0, live.mark(), without) for without in (passing | own, passing)
-        ]
         self.stages[-1] = replace(
             self.stages[-1],
             backward_s=backward_s,
             workspace_bytes=workspace_bytes,
-            gradients_bytes=with_own_bytes - workspace_bytes,
+            gradients_bytes=gradients_bytes,
             again_bytes=again_bytes if counts else 0,  # what lies before may be reached by a skip
         )
 
@@ -304,13 +305,7 @@ def run_chain(
         residents = residents_of(model, args, kwargs)
     fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
 
-    def refuse(_: Any) -> None:
-        raise InvalidChain(
-            f"{type(model).__name__} calls torch.utils.checkpoint in its forward; what that recomputes lies where no budget sees "
-            "it. Turn it off (Hugging Face: model.gradient_checkpointing_disable()): fit chooses what to recompute"
-        )
-
-    with intercept_checkpoints(refuse):
+    with intercept_checkpoints(partial(refuse_checkpoints, model)):
         try:
             with fence.restored(fence.kept):
                 found = find_chain(model, args, kwargs, stages=stages)
@@ -342,6 +337,7 @@ def run_chain(
     staying = frozenset(run.storages.staying)
     idle = () if stages else idle_siblings(model, found.modules)
     unread = run.unread.classes
+    known = run.storages.known(tensors)
     return Measured(
-        chain, tuple(found.modules), tuple(run.owned), tuple(run.random), staying, found.groups, idle, unread
+        chain, tuple(found.modules), tuple(run.owned), tuple(run.random), staying, found.groups, idle, unread, known
     )

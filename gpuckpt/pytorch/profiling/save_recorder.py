@@ -90,6 +90,11 @@ class Storages:
                 ids[number] = None
         return tuple(ids)
 
+    def known(self, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
+        """Ids of those storages of `tensors` that have one."""
+        found = (self._first.get(part.untyped_storage()._cdata) for tensor in tensors for part in parts_of(tensor))
+        return frozenset([number for number in found if number is not None])
+
     def of_gone(self, storages: Iterable[tuple[StorageWeakRef, int]]) -> tuple[int, ...]:
         """The same of storages that may be gone, given with their bytes, as they were when they were made."""
         ids: dict[int, None] = {}

@@ -44,8 +44,8 @@ MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
 class Measured:
     """A chain, the modules whose calls make up its stages (in calling order), the number of each call's stage, the names of calls
     that draw random numbers, the ids of storages that cannot go to the host, the process groups of the collectives that the
-    forward calls, modules like those that did not run (see `chain_finder.idle_siblings`), and classes whose calls read no tensor
-    inside of the objects that they are given (see engine/unread.py)."""
+    forward calls, modules like those that did not run (see `chain_finder.idle_siblings`), classes whose calls read no tensor
+    inside of the objects that they are given (see engine/unread.py), and ids of storages that are the model's own arguments."""
 
     chain: Chain
     modules: tuple[nn.Module, ...]
@@ -55,6 +55,7 @@ class Measured:
     groups: tuple[Any, ...] = ()
     idle: tuple[nn.Module, ...] = ()
     unread: frozenset[type] = frozenset()
+    given: frozenset[int] = frozenset()
 
 
 class Sample(NamedTuple):
@@ -97,7 +98,7 @@ class StageKind:
         """Run the samples, calls in `model`, again: the first for its workspace, all for their time."""
         first = self.samples[0]
         with gathered_around(model, first.module, tensors_in(first.inputs)):
-            self.workspace_bytes, self.gradients_bytes = run_again(first)
+            self.workspace_bytes, self.gradients_bytes = run_again(first, inner.budget.unit_bytes)
             if first.checkpoints:
                 self.again_bytes = _again_bytes(first, inner)
         while self.samples:
@@ -210,12 +211,12 @@ def _stopped_s(module: nn.Module, inputs: Any, clock: Clock, saved: int) -> floa
         return clock.now() - began_s
 
 
-def run_again(sample: Sample) -> tuple[int, int]:
+def run_again(sample: Sample, unit_bytes: int) -> tuple[int, int]:
     """Run a stage a second time; it must save the same again. Returns the bytes of its workspace, and those that gradients of its
     parameters add to it at the worst moment."""
     module, shapes = sample.module, sample.shapes
     args, kwargs = fresh(sample.inputs)
-    saved, live = SaveRecorder(), LiveBytes()
+    saved, live = SaveRecorder(), LiveBytes(unit_bytes)
     torch.clear_autocast_cache()
     with sample.as_it_was(), live, saved.hooks():
         out = run_module(module, args, kwargs)

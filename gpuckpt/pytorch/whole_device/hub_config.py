@@ -1,16 +1,17 @@
 """A Hugging Face model of a configuration file, on the meta device: no weights, no memory, no download.
 
 Attention dropout is left out: the attention of a GPU (flash, memory-efficient) keeps no scores for it, that of the CPU would.
-Grouped keys and values are counted as wide as the queries: torch has them so where nothing is computed, and narrow in earnest.
-Caches of keys and values are off, as training has them off.
+Caches of keys and values are off, as training has them off. A sample is one sequence, not several packed into one.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "build",
     "example_inputs",
     "longest_context",
+    "one_sequence_a_sample",
     "read_config",
     "reads_tokens",
     "split_config",
@@ -167,6 +169,26 @@ def example_inputs(model: Any, batch: int, context: int | None) -> dict[str, Any
     elif getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
     return inputs
+
+
+@contextmanager
+def one_sequence_a_sample() -> Iterator[None]:
+    """Within the context transformers takes each sample for one sequence, without looking at its positions.
+
+    It looks whether several are packed into a sample, and where tensors have no contents it cannot tell: then it makes a mask of
+    context x context for each sample, and with a mask attention repeats grouped keys and values for every head.
+    """
+    masking = importlib.import_module(f"{_transformers().__name__}.masking_utils")
+    name = "find_packed_sequence_indices"
+    before = getattr(masking, name, None)
+    if before is None:  # a transformers that does not look
+        yield
+        return
+    setattr(masking, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking, name, before)
 
 
 def reads_tokens(model: Any) -> bool:

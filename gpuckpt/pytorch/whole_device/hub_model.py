@@ -18,17 +18,19 @@ import torch
 from torch import nn
 
 from gpuckpt.errors import CheckpointError, InvalidChain
+from gpuckpt.kernels.audit.roofline import device as device_called
 from gpuckpt.planning import Chain
 from gpuckpt.planning.device.layout import ParallelLayout
 from gpuckpt.planning.device.parameters import ParameterShape, rounded_bytes
 from gpuckpt.planning.device.repeated_blocks import extend_chain, fewest_blocks, find_period
-from gpuckpt.pytorch.profiling.measure import measure
+from gpuckpt.pytorch.profiling.fake_run import run_fake
 from gpuckpt.pytorch.whole_device.fused_loss import FusedLossModel
 from gpuckpt.pytorch.whole_device.hub_config import (
     DEPTHS,
     build,
     example_inputs,
     longest_context,
+    one_sequence_a_sample,
     read_config,
     reads_tokens,
     split_config,
@@ -82,6 +84,7 @@ class HubModel:
         self._local = split_config(self.config, self.layout.tp)
         self.whole = build(self.config, self.dtype)
         self._rank = self.whole if self.layout.tp == 1 else build(self._local, self.dtype)
+        self.given: frozenset[int] = frozenset()  # of the latest chain, ids of inputs that its first stage saves
         self._cut: Any = None
         self._depths: dict[int, tuple[int, int]] = {}  # number of blocks -> how they repeat
         for blocks in _block_lists(self._rank, self._local):
@@ -127,7 +130,7 @@ class HubModel:
                     *shape[1:],
                 )  # an embedding or a head, whose logits are gathered
             first = before and id(parameter) not in late
-            found.append(ParameterShape(prefix + name, shape, parameter.element_size(), first))
+            found.append(ParameterShape(prefix + name, shape, parameter.element_size(), first, parameter.requires_grad))
         return tuple(found)
 
     def chain(self, batch: int, context: int | None, device: str = "H100 SXM") -> Chain:
@@ -139,7 +142,8 @@ class HubModel:
         prefix = "model." if self.fused_loss else ""
         while True:
             try:
-                chain = self._measured(batch, context, device)
+                with one_sequence_a_sample():
+                    chain = self._measured(batch, context, device)
             except (CheckpointError, ValueError):
                 raise
             except Exception as error:  # a forward that fails, for whatever reason it has
@@ -192,10 +196,12 @@ class HubModel:
             same = all(count == few for count, few in fewer.items())
             self._cut = self._rank if same else build(with_depths(self._local, fewer), self.dtype)
         inputs = example_inputs(self._cut, batch, context)
+        model = FusedLossModel(self._cut) if self.fused_loss else self._cut
+        measured = run_fake(model, (), inputs, _CUDA_UNIT_BYTES, device_called(device))
+        chain = measured.chain
+        self.given = measured.given.intersection(chain.stages[0].saves)
         if not self.fused_loss:
-            return measure(self._cut, inputs, fake=True, device=device, unit_bytes=_CUDA_UNIT_BYTES)
-        model = FusedLossModel(self._cut)
-        chain = measure(model, inputs, fake=True, device=device, unit_bytes=_CUDA_UNIT_BYTES)
+            return chain
         last = chain.stages[-1]
         last = replace(last, workspace_bytes=last.workspace_bytes + model.scratch_bytes(batch * (context or 1)))
         return replace(chain, stages=(*chain.stages[:-1], last))

@@ -210,7 +210,7 @@ def plan_device(
         limit, _ = model.context_limit
         context = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
     chain = model.chain(batch, context, on.name)
-    memory = StepMemory(chain, model.parameters, costs, layout, model.buffers_bytes(batch, context))
+    memory = StepMemory(chain, model.parameters, costs, layout, model.buffers_bytes(batch, context), model.given)
     try:
         found = memory.plan(budget_bytes)
         need_bytes = found.smallest_bytes

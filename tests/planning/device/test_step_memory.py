@@ -11,7 +11,7 @@ from gpuckpt.planning import Chain, Stage
 from gpuckpt.planning.device.layout import ParallelLayout
 from gpuckpt.planning.device.optimizers import OPTIMIZERS, optimizer_called
 from gpuckpt.planning.device.parameters import ParameterShape
-from gpuckpt.planning.device.step_memory import SET_ASIDE_BYTES, SET_ASIDE_NCCL_BYTES, StepMemory
+from gpuckpt.planning.device.step_memory import LOSS_BYTES, SET_ASIDE_BYTES, SET_ASIDE_NCCL_BYTES, StepMemory
 
 MB = 1 << 20
 BLOCKS = 4
@@ -51,7 +51,7 @@ def test_the_peak_is_that_of_a_step_walked_by_hand() -> None:
     plain = memory.plan(1 << 40)
     # Weights, the 32 MiB that blocks save, the head's gradient, and what the last block's backward makes: its weight's gradient,
     # and the gradients of its output and of its input.
-    assert plain.peak_bytes == SET_ASIDE_BYTES + (18 + 32 + 6 + 2 + 2) * MB
+    assert plain.peak_bytes == SET_ASIDE_BYTES + LOSS_BYTES + (18 + 32 + 6 + 2 + 2) * MB
     assert plain.plan.certificate.recompute_s == 0
     tight = memory.plan(plain.peak_bytes - MB)
     assert tight.plan.certificate.recompute_s > 0
@@ -95,7 +95,7 @@ def test_shards_are_padded_and_tensors_rounded() -> None:
     assert memory.set_aside_bytes == SET_ASIDE_BYTES + SET_ASIDE_NCCL_BYTES
     last = memory.chain_with_gradients.stages[BLOCKS]
     whole = 1000 * 2048
-    assert last.workspace_bytes == 6 * MB + 3 * whole + whole
+    assert last.workspace_bytes == LOSS_BYTES + 6 * MB + 3 * whole + whole
     scalars = StepMemory(memory.chain, (ParameterShape("scale", (), 4),), optimizer_called("adamw"), ParallelLayout())
     assert scalars.resident_bytes == 4 * 512
     assert scalars.rounding_bytes == 4 * (512 - 4)
@@ -121,9 +121,9 @@ def test_own_gradients_count_as_they_are_there_at_the_worst_moment() -> None:
         memory, chain=replace(memory.chain, stages=(*memory.chain.stages[:2], block, *memory.chain.stages[3:]))
     )
     later = 6 + 2 * 2
-    assert memory.chain_with_gradients.stages[2].workspace_bytes == (5 + 1 + later) * MB
+    assert memory.chain_with_gradients.stages[2].workspace_bytes == LOSS_BYTES + (5 + 1 + later) * MB
     block = replace(block, workspace_bytes=MB // 2, gradients_bytes=0)  # at the end of its backward it is more
     memory = replace(
         memory, chain=replace(memory.chain, stages=(*memory.chain.stages[:2], block, *memory.chain.stages[3:]))
     )
-    assert memory.chain_with_gradients.stages[2].workspace_bytes == (2 + later) * MB
+    assert memory.chain_with_gradients.stages[2].workspace_bytes == LOSS_BYTES + (2 + later) * MB

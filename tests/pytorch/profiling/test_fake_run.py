@@ -191,5 +191,5 @@ def test_seconds_of_a_fused_loss_are_those_of_its_operands() -> None:
     target = torch.empty(rows, dtype=torch.long, device="meta")
     last = measure(Loss(), x, target, fake=True).stages[-1]
     gemm_s = 2 * rows * width * vocab / 989e12
-    assert gemm_s <= last.forward_s < 1.5 * gemm_s
+    assert gemm_s <= last.forward_s * (1 + 1e-9) < 1.5 * gemm_s  # the last digits of two times of a clock
     assert 3 * gemm_s <= last.backward_s < 4 * gemm_s

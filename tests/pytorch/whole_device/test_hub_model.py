@@ -10,11 +10,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from gpuckpt import Chain
 from gpuckpt.planning.device.layout import ParallelLayout
+from gpuckpt.pytorch.profiling.fake_run import run_fake
 from gpuckpt.pytorch.profiling.measure import measure
+from gpuckpt.pytorch.profiling.runner import Measured
 from gpuckpt.pytorch.whole_device import hub_model
-from gpuckpt.pytorch.whole_device.hub_config import example_inputs
+from gpuckpt.pytorch.whole_device.hub_config import example_inputs, one_sequence_a_sample
 from gpuckpt.pytorch.whole_device.hub_model import HubModel
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
@@ -91,15 +92,16 @@ def test_blocks_measured_once_are_those_of_the_whole_model(
     model = HubModel(small(name, blocks))
     depths: list[int] = []
 
-    def counted(measured: Any, *args: Any, **kwargs: Any) -> Chain:
-        chain = measure(measured, *args, **kwargs)
-        depths.append(len(chain))
-        return chain
+    def counted(*args: Any) -> Measured:
+        measured = run_fake(*args)
+        depths.append(len(measured.chain))
+        return measured
 
-    monkeypatch.setattr(hub_model, "measure", counted)
+    monkeypatch.setattr(hub_model, "run_fake", counted)
     context = 64 if model.reads_tokens else None
     found = model.chain(2, context)
-    whole = measure(model.whole, example_inputs(model.whole, 2, context), fake=True, unit_bytes=512)
+    with one_sequence_a_sample():
+        whole = measure(model.whole, example_inputs(model.whole, 2, context), fake=True, unit_bytes=512)
     assert depths[-1] < len(whole) == len(found)
     assert found.fingerprint() == whole.fingerprint()
     assert [stage.workspace_bytes for stage in found.stages] == [stage.workspace_bytes for stage in whole.stages]
@@ -147,10 +149,9 @@ def test_a_rank_of_tensor_parallelism_has_its_part() -> None:
         for i, j in zip(one.saves, other.saves, strict=True)
     ]
     assert {big / small for big, small in sizes} == {1.0, 2.0}
-    # What the norms read and put out stays whole (and tables of positions); heads and MLPs are split. Without
-    # contents torch repeats keys and values for all heads.
-    assert {big // 256 for big, small in sizes if big == small} == {4, 2 * 128, 4 * 128, 2 * 4096, 4 * 4096}
-    assert {big // 256 for big, small in sizes if big > small} == {4 * 32, 2 * 4096, 2 * 14336}
+    # What the norms read and put out stays whole (and tables of positions); heads and MLPs are split.
+    assert {big // 256 for big, small in sizes if big == small} == {4, 2 * 128, 2 * 4096, 4 * 4096}
+    assert {big // 256 for big, small in sizes if big > small} == {4 * 32, 2 * 1024, 2 * 4096, 2 * 14336}
 
 
 def test_the_fused_loss_keeps_no_logits() -> None:

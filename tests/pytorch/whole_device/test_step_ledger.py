@@ -99,7 +99,7 @@ ZOO = ("bert-large", "gpt2-xl", "vit-huge", "llama-3-8b")
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd-momentum"])
 @pytest.mark.parametrize("name", [ZOO[0], *(pytest.param(each, marks=pytest.mark.slow) for each in ZOO[1:])])
 def test_a_predicted_step_is_the_measured_one(name: str, optimizer: str) -> None:
-    """Never less than was alive, and at most 2% more."""
+    """Never less than was alive, and at most 1% more."""
     transformers = pytest.importorskip("transformers")
     from gpuckpt.pytorch.whole_device.hub_config import example_inputs
     from gpuckpt.pytorch.whole_device.hub_model import HubModel
@@ -128,9 +128,10 @@ def test_a_predicted_step_is_the_measured_one(name: str, optimizer: str) -> None
         hub.parameters,
         optimizer_called(optimizer),
         buffers_bytes=hub.buffers_bytes(2, context),
+        given=hub.given,
     )
     predicted = memory.plan(1 << 40, "none").peak_bytes - memory.set_aside_bytes
     alive = ledger.peak_total_bytes(512)
-    assert alive <= predicted <= 1.02 * alive
+    assert alive <= predicted <= 1.01 * alive
     there = ledger.at_peak(512)
     assert there["parameter"] + there["optimizer state"] + there["input"] <= memory.resident_bytes
