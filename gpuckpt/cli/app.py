@@ -84,9 +84,9 @@ def train(
         print(dumps(asdict(report), indent=1, default=str))
     else:
         console.print(command.table(report))
-        console.print(
-            f"report: {out / 'report.json'}, picture: {out / 'ledger.png'}, page: {out / 'page.html'}", highlight=False
-        )
+        for what, name in (("report", "report.json"), ("picture", "ledger.png"), ("page", "page.html")):
+            if (out / name).exists():
+                console.print(f"{what + ':':<9}{out / name}", highlight=False, soft_wrap=True)
     if report.interrupted:
         raise typer.Exit(130)
 

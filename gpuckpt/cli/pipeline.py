@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from gpuckpt.planning import Chain, PipelinePlan, plan_pipeline
-from gpuckpt.planning.tables import in_milliseconds, text_table
+from gpuckpt.planning.tables import format_seconds, text_table
 from gpuckpt.report.files import write_whole
 from gpuckpt.units import format_bytes
 
@@ -50,12 +50,12 @@ def pipeline_text(planned: PipelinePlan) -> str:
                 ", ".join(f"{first}..{last}" for first, last in rank.chunks),
                 str(rank.in_flight),
                 format_bytes(rank.peak_bytes),
-                in_milliseconds(rank.forward_s),
-                in_milliseconds(rank.backward_s),
-                in_milliseconds(sum(plan.certificate.recompute_s for plan in rank.plans)),
+                format_seconds(rank.forward_s),
+                format_seconds(rank.backward_s),
+                format_seconds(sum(plan.certificate.recompute_s for plan in rank.plans)),
             )
         )
-    step = f"{planned.schedule}, {planned.micro_batches} micro-batches: a step takes {in_milliseconds(planned.step_s)}"
+    step = f"{planned.schedule}, {planned.micro_batches} micro-batches: a step takes {format_seconds(planned.step_s)}"
     return "\n".join([*text_table(rows, (True, False, True, True, True, True, True)), step])
 
 

@@ -25,7 +25,16 @@ _DTYPES = ("bf16", "fp16", "fp32")
 
 
 def chain_of_sizes(
-    layers: int, width: int, heads: int, context: int, batch: int, activation: str, dtype: str, device: str
+    layers: int,
+    width: int,
+    heads: int,
+    context: int,
+    batch: int,
+    activation: str,
+    dtype: str,
+    device: str,
+    *,
+    unit_bytes: int = _CUDA_UNIT_BYTES,
 ) -> Chain:
     """The chain of our transformer of these sizes on a named device, measured without memory.
 
@@ -44,7 +53,7 @@ def chain_of_sizes(
     with torch.device("meta"):
         model = Transformer(Config(layers, width, heads, context, activation)).to(dtypes[dtype])
         tokens, targets = torch.empty(2, batch, context, dtype=torch.long).unbind()
-    return measure(model, tokens, targets, fake=True, device=device, unit_bytes=_CUDA_UNIT_BYTES)
+    return measure(model, tokens, targets, fake=True, device=device, unit_bytes=unit_bytes)
 
 
 def frontier_table(frontier: Frontier) -> Table:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gpuckpt.budget import CheckpointBudget
+from gpuckpt.cli.plan import chain_of_sizes
 from gpuckpt.cli.text import Batches, read_text
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.memory.uncapped import uncapped
@@ -147,9 +148,9 @@ def train(options: Options, console: Console) -> tuple[TrainReport, Fitted]:
     fitted = fit(model, batches[0], budget, host_budget=options.host_budget)
     chain, certificate = fitted.chain, fitted.plan.certificate
     console.print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} bytes of text, {len(chain)} stages; "
-        f"the plain run holds {format_bytes(_plain_peak_bytes(chain))}, the cap is {format_bytes(cap_bytes)}"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} bytes of text, {len(chain)} stages"
     )
+    console.print(f"the plain run holds {format_bytes(_plain_peak_bytes(chain))}, the cap is {format_bytes(cap_bytes)}")
     report = TrainReport(
         cap_bytes,
         certificate.peak_bytes,
@@ -259,6 +260,17 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _longer_contexts(options: dict[str, Any], unit_bytes: int) -> dict[str, Chain]:
+    """The chains of the same model with 2, 4 and 8 times the context, measured without memory."""
+    found = {}
+    for times in (2, 4, 8):
+        context = times * options["context"]
+        layers, width, heads, batch = (options[name] for name in ("layers", "width", "heads", "batch"))
+        kind = options["activation"], "fp32", "H100 SXM"  # its roofline: no seconds of these chains are shown
+        found[f"context {context}"] = chain_of_sizes(layers, width, heads, context, batch, *kind, unit_bytes=unit_bytes)
+    return found
+
+
 def write_report(report: TrainReport, fitted: Fitted, out: Path) -> None:
     """report.json, of the ledger's last step the picture and a trace, and the page, into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -266,7 +278,8 @@ def write_report(report: TrainReport, fitted: Fitted, out: Path) -> None:
     events = one_step(fitted.budget.events())
     write_whole(out / "trace.json", json.dumps(chrome_trace(events)) + "\n")
     if report.losses:
-        data = page_data(fitted, plain_peak_bytes=report.plain_peak_bytes)
+        longer = _longer_contexts(report.options, fitted.budget.unit_bytes)
+        data = page_data(fitted, plain_peak_bytes=report.plain_peak_bytes, longer=longer)
         write_whole(out / "page.json", json.dumps(data) + "\n")
         write_whole(out / "page.html", to_page(data))
     if len(events) > 1 and report.losses:

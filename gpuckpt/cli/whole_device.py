@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gpuckpt.planning.tables import in_milliseconds, text_table
+from gpuckpt.planning.tables import format_seconds, text_table
 from gpuckpt.pytorch.whole_device.plan_device import DevicePlan, plan_device
 from gpuckpt.report.files import write_whole
 from gpuckpt.units import format_bytes
@@ -141,7 +141,7 @@ def device_page(facts: dict[str, Any]) -> str:
         )
         in_tokens = "tokens_per_s" in facts
         rate = f"{facts['tokens_per_s']:,.0f} tokens/s" if in_tokens else f"{facts['samples_per_s']:,.0f} samples/s"
-        step, again = [in_milliseconds(facts[key] / 1e3) for key in ("step_ms", "recompute_ms")]
+        step, again = [format_seconds(facts[key] / 1e3) for key in ("step_ms", "recompute_ms")]
         lines.append(f"step: {step}, of which recompute {again}, {rate}")
         lines += [f"      ({ROOFLINE})", "", *facts["plan"]]
     else:
@@ -194,7 +194,7 @@ def _lever_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
                 lever["name"],
                 format_bytes(lever["smallest_bytes"]),
                 format_bytes(lever["peak_bytes"]) if fits else "does not fit",
-                "" if step_ms is None else in_milliseconds(step_ms / 1e3),
+                "" if step_ms is None else format_seconds(step_ms / 1e3),
             )
         )
     return rows

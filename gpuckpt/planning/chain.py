@@ -21,7 +21,7 @@ from gpuckpt.checks import check_int, shown
 from gpuckpt.errors import InvalidChain
 from gpuckpt.planning._checks import KEEP, MOST_BYTES, check_bytes, check_stage, is_int, plain_number
 from gpuckpt.planning._json import read_record
-from gpuckpt.planning.tables import WIDTH, cut_text, in_milliseconds, text_table
+from gpuckpt.planning.tables import WIDTH, cut_text, format_seconds, text_table
 from gpuckpt.units import format_bytes
 
 __all__ = ["KEEP", "Chain", "Stage", "Variant", "check_chain"]
@@ -183,14 +183,16 @@ class Chain:
                     cut_text(stage.name, 22),
                     format_bytes(self.charge(stage.saves)),
                     format_bytes(self.charge(stage.inputs)),
-                    in_milliseconds(stage.forward_s),
-                    in_milliseconds(stage.backward_s),
+                    format_seconds(stage.forward_s),
+                    format_seconds(stage.backward_s),
                     also if stage.recomputable else "kept always",
                 )
             )
         step_s = sum(stage.forward_s + stage.backward_s for stage in self.stages)
         lines = text_table(rows, (True, False, True, True, True, True, False), most_rows=_MOST_ROWS)
-        summary = f"{self.name}: {len(self)} stages that save {format_bytes(self.saved_bytes)}, step {in_milliseconds(step_s)}"
+        summary = (
+            f"{self.name}: {len(self)} stages that save {format_bytes(self.saved_bytes)}, step {format_seconds(step_s)}"
+        )
         return "\n".join(cut_text(line, WIDTH) for line in (summary, *lines))
 
     @cached_property

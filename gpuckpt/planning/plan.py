@@ -11,7 +11,7 @@ from gpuckpt.errors import InvalidPlan
 from gpuckpt.planning._checks import MOST_SECONDS, plain_number
 from gpuckpt.planning._json import read_record
 from gpuckpt.planning.chain import Chain, check_chain
-from gpuckpt.planning.tables import WIDTH, cut_text, in_milliseconds, text_table
+from gpuckpt.planning.tables import WIDTH, cut_text, format_seconds, text_table
 from gpuckpt.planning.tree import Node, check_tree, flatten, parse_tree, steps_text, tree_text
 from gpuckpt.units import format_bytes
 
@@ -102,7 +102,7 @@ class Plan:
             ("peak", f"{format_bytes(c.peak_bytes)} held ({c.peak_bytes} B), at: {c.peak_step}"),
             ("budget", f"{format_bytes(self.budget_bytes)} of {self.objective} bytes ({self.budget_bytes} B)"),
             ("smallest budget", f"{format_bytes(c.smallest_budget_bytes)} ({c.smallest_budget_bytes} B)"),
-            ("step", f"{in_milliseconds(c.step_s)}, of which recompute {in_milliseconds(c.recompute_s)}; {gap}"),
+            ("step", f"{format_seconds(c.step_s)}, of which recompute {format_seconds(c.recompute_s)}; {gap}"),
         ]
         if c.host_peak_bytes:
             figures.insert(1, ("peak on the host", f"{format_bytes(c.host_peak_bytes)} ({c.host_peak_bytes} B)"))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from gpuckpt.planning.chain import KEEP, Chain, Stage, Variant
 from gpuckpt.planning.plan import Plan
 from gpuckpt.planning.simulate import simulate
-from gpuckpt.planning.tables import text_table
+from gpuckpt.planning.tables import format_seconds, text_table
 from gpuckpt.planning.tree import check_tree
 from gpuckpt.units import format_bytes
 
@@ -204,23 +204,24 @@ def _why(chain: Chain, stage: Stage, option: Variant, fate: str, recompute_s: fl
     if not stage.recomputable:
         return "cannot run twice: it lies outside the blocks, or changes its input or a buffer"
     if fate == "recomputed":
-        return f"{saves} not held till its backward, for {_ms(1e3 * recompute_s)} more"
+        return f"{saves} not held till its backward, for {format_seconds(recompute_s)} more"
     if fate != "kept":
         extra_s = option.forward_s + option.backward_s - stage.forward_s - stage.backward_s
         if option.spilled:
             moved = format_bytes(sum(chain.storages[number] for number in option.spilled))
-            other = f"running it again would take {_ms(1e3 * stage.forward_s)}"
-            return f"{moved} to the host and back, {_ms(1e3 * extra_s)} on the link; {other}"
+            other = f"running it again would take {format_seconds(stage.forward_s)}"
+            return f"{moved} to the host and back, {format_seconds(extra_s)} on the link; {other}"
         if option.remade:
             held, remade = (format_bytes(chain.charge(ids)) for ids in (option.saves, option.remade))
-            return f"{held} held till its backward, which makes {remade} again for {_ms(1e3 * extra_s)} more"
-        return f"{saves} held as {fate!r}, {format_bytes(chain.charge(option.saves))} of it here, for {_ms(1e3 * extra_s)} more"
+            return f"{held} held till its backward, which makes {remade} again for {format_seconds(extra_s)} more"
+        here = format_bytes(chain.charge(option.saves))
+        return f"{saves} held as {fate!r}, {here} of it here, for {format_seconds(extra_s)} more"
     if fits:
         return "everything fits in the budget"
     if not stage.saves:
         return "it saves nothing"
-    return f"there is room for its {saves}; running it again would take {_ms(1e3 * stage.forward_s)}"
+    return f"there is room for its {saves}; running it again would take {format_seconds(stage.forward_s)}"
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3g} ms"
+    return format_seconds(value / 1e3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["WIDTH", "cut_text", "in_milliseconds", "text_table"]
+__all__ = ["WIDTH", "cut_text", "format_seconds", "text_table"]
 
 WIDTH = 80
 
@@ -36,6 +36,12 @@ def cut_text(text: str, width: int = WIDTH) -> str:
     return text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
 
 
-def in_milliseconds(seconds: float) -> str:
-    """Seconds as "12.3 ms"."""
-    return f"{1e3 * seconds:.3g} ms"
+def format_seconds(seconds: float) -> str:
+    """Seconds for reading: "12.3 ms", "1.35 s", "1,234 s".
+
+    >>> format_seconds(0.0123), format_seconds(1.3456), format_seconds(1234.5)
+    ('12.3 ms', '1.35 s', '1,234 s')
+    """
+    if abs(seconds) < 0.9995:
+        return f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if abs(seconds) < 999.5 else f"{seconds:,.0f} s"

@@ -1,56 +1,105 @@
-"""One HTML page about a fitted model: what a step holds, what becomes of each stage, and what other budgets would cost.
+"""One HTML page about a fitted model: what a step holds, what becomes of each stage, what other budgets and longer inputs need.
 
-The page stands alone: no script, no network, pictures as SVG. It is made from plain data (`page_data`), which is kept as JSON
-beside it, so that `gpuckpt report FOLDER` makes it again. Every name is escaped. Light and dark follow the reader's setting.
+The page stands alone: one file, no network (its own policy forbids it), pictures as SVG, light and dark by the reader's setting.
+It is whole without its script, which adds what is held at a moment and the plans of other budgets. It is made from plain data
+(`page_data`), which is kept as JSON beside it, so that `gpuckpt report FOLDER` makes it again. Every name is escaped.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from html import escape
+from importlib import resources
 from typing import Any
 
-from gpuckpt.planning import plan_frontier
+from gpuckpt.planning import Chain, Plan, plan_chain, plan_frontier
+from gpuckpt.planning.report import explain
+from gpuckpt.planning.tables import format_seconds
 from gpuckpt.pytorch.fit import Fitted
 from gpuckpt.report.ledger import one_step
+from gpuckpt.report.page_plots import frontier_places, frontier_plot, ledger_plot
 from gpuckpt.units import format_bytes
 
 __all__ = ["page_data", "to_page"]
 
-_FORMAT = 1
-_MOST_EVENTS = 600  # drawn
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 900, 300, 70, 14, 28
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8886; --soft: #8882; --held: #2563eb; --cap: #dc2626; --promised: #16a34a; }
-@media (prefers-color-scheme: dark) { :root { --held: #60a5fa; --cap: #f87171; --promised: #4ade80; } }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 70rem; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: 0; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.figures { display: flex; flex-wrap: wrap; gap: .5rem 2rem; padding: 0; } .figures li { list-style: none; }
-.figures b { display: block; font-size: 1.2rem; } .bad { color: var(--cap); }
-svg { width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; vertical-align: top; }
-th:nth-child(2), td:nth-child(2), th:nth-child(3), td:nth-child(3), td:last-child, th:last-child { text-align: left; }
-td:last-child { min-width: 16rem; } tr.again td { background: var(--soft); }
-@media (max-width: 40rem) { body { margin: .5rem auto; font-size: 15px; } }
-@media print { body { max-width: none; } .scroll { overflow: visible; } tr, svg { break-inside: avoid; } }
-"""
+_FORMAT = 2
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def page_data(fitted: Fitted, *, plain_peak_bytes: int | None = None, budgets: int = 12) -> dict[str, Any]:
-    """What a page shows of a fitted model after a step, as JSON would hold it: the report, the ledger's log of the latest step,
-    and the frontier at so many `budgets`. plain_peak_bytes: what a plain step was measured to hold."""
+def page_data(
+    fitted: Fitted,
+    *,
+    plain_peak_bytes: int | None = None,
+    budgets: int = 12,
+    longer: Mapping[str, Chain] | None = None,
+) -> dict[str, Any]:
+    """What a page shows of a fitted model after a step, as JSON would hold it.
+
+    Args:
+        plain_peak_bytes: what a plain step was measured to hold.
+        budgets: how many other budgets are planned, from the smallest that works to the one that keeps all.
+        longer: chains of the same model with other inputs, by what to call these ("context 8192"): what they need is listed.
+            `gpuckpt.measure(..., fake=True)` makes them without memory, before the model is fitted.
+
+    Returns the report, the ledger's log of the latest step (milliseconds, bytes held, bytes, kind, what, step of each event), the
+    plans by rising peak with the stages of each, and what longer inputs need.
+
+    >>> import gpuckpt, torch
+    >>> model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()) for _ in range(4)))
+    >>> longer = {"64 rows": gpuckpt.measure(model, torch.ones(64, 8), fake=True)}
+    >>> fitted = gpuckpt.fit(model, torch.ones(4, 8), "80%")
+    >>> fitted(torch.ones(4, 8)).sum().backward()
+    >>> data = page_data(fitted, longer=longer)
+    >>> data["longer"][0]["what"], data["longer"][0]["fits"]
+    ('64 rows', False)
+    """
     events = one_step(fitted.budget.events())
     host_bytes = None if fitted.host_budget is None else fitted.host_budget.max_bytes
     began_s = events[0].time_s if events else 0.0
+    plans, ran = _plans(fitted, budgets, host_bytes)
     return {
         "format": _FORMAT,
         "report": json.loads(fitted.report().to_json()),
         "plain_peak_bytes": plain_peak_bytes,
-        "events": [[1e3 * (e.time_s - began_s), e.used_bytes, e.kind, str(e.what), str(e.step)] for e in events],
-        "frontier": [list(point) for point in plan_frontier(fitted.chain, budgets, host_bytes=host_bytes).points],
+        "events": [
+            [1e3 * (e.time_s - began_s), e.used_bytes, e.nbytes, e.kind, str(e.what), str(e.step)] for e in events
+        ],
+        "plans": [_plan_data(fitted.chain, plan) for plan in plans],
+        "ran": ran,
+        "longer": [_needs(what, chain, fitted.budget.max_bytes) for what, chain in (longer or {}).items()],
+    }
+
+
+def _plans(fitted: Fitted, budgets: int, host_bytes: int | None) -> tuple[list[Plan], int]:
+    """Plans of rising peaks, the fitted one among them, and its place."""
+    by_peak = {
+        plan.certificate.peak_bytes: plan for plan in plan_frontier(fitted.chain, budgets, host_bytes=host_bytes).plans
+    }
+    by_peak[fitted.plan.certificate.peak_bytes] = fitted.plan
+    peaks = sorted(by_peak)
+    return [by_peak[peak] for peak in peaks], peaks.index(fitted.plan.certificate.peak_bytes)
+
+
+def _plan_data(chain: Chain, plan: Plan) -> dict[str, Any]:
+    certificate = plan.certificate
+    return {
+        "peak_bytes": certificate.peak_bytes,
+        "host_peak_bytes": certificate.host_peak_bytes,
+        "step_s": certificate.step_s,
+        "recompute_s": certificate.recompute_s,
+        "stages": [asdict(stage) for stage in explain(chain, plan).stages],
+    }
+
+
+def _needs(what: str, chain: Chain, budget_bytes: int) -> dict[str, Any]:
+    least_bytes = plan_chain(chain, chain.saved_bytes).certificate.smallest_budget_bytes
+    return {
+        "what": what,
+        "keep_all_bytes": chain.saved_bytes,
+        "smallest_budget_bytes": least_bytes,
+        "fits": least_bytes <= budget_bytes,
     }
 
 
@@ -60,151 +109,149 @@ def to_page(data: dict[str, Any]) -> str:
         raise ValueError(f"expected the data of a page, format {_FORMAT}, as `gpuckpt train` writes them to page.json")
     try:
         return _page(data)
-    except (KeyError, TypeError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"the data of the page are damaged: {type(error).__name__} {error}") from error
 
 
 def _page(data: dict[str, Any]) -> str:
-    report = data["report"]
+    report, plans, ran = data["report"], data["plans"], data["ran"]
     budget_bytes, promised_bytes = report["budget_bytes"], report["promised_peak_bytes"]
-    measured_bytes, plain_bytes = report["measured_peak_bytes"], data["plain_peak_bytes"]
+    measured_bytes = report["measured_peak_bytes"]
     broken = measured_bytes is not None and measured_bytes > promised_bytes
-    figures = [
-        ("allowed", format_bytes(budget_bytes)),
-        ("promised peak", format_bytes(promised_bytes)),
-        ("measured peak", "no step yet" if measured_bytes is None else format_bytes(measured_bytes)),
-        ("keeping all would hold", format_bytes(report["keep_all_bytes"])),
-        ("the smallest budget", format_bytes(report["smallest_budget_bytes"])),
-        ("a step, estimated", f"{report['step_ms']:.4g} ms"),
-        ("of it recompute", f"{report['recompute_ms']:.4g} ms"),
-    ]
-    if plain_bytes is not None:
-        figures.insert(3, ("a plain step, measured", format_bytes(plain_bytes)))
     title = f"{report['model']} under {format_bytes(budget_bytes)}"
-    verdict = "The latest step held more than promised." if broken else ""
+    picture, moments = ledger_plot(data["events"], budget_bytes, promised_bytes, measured_bytes)
+    told = [_told(plan, number == ran) for number, plan in enumerate(plans)]
+    points = [(plan["peak_bytes"], plan["step_s"]) for plan in plans]
+    rows, numbers = _rows([plan["stages"] for plan in plans])
+    for_script = {
+        "moments": moments,
+        "plans": [
+            {"at": at, "told": text, "rows": its}
+            for at, text, its in zip(frontier_places(points), told, numbers, strict=True)
+        ],
+        "ran": ran,
+        "rows": rows,
+    }
+    hint = "Point at the curve, or use the arrow keys on it, for what is held at a moment."
     return "\n".join(
         [
             "<!doctype html><html lang=en><meta charset=utf-8>",
+            f'<meta http-equiv=Content-Security-Policy content="{_POLICY}">',
             "<meta name=viewport content='width=device-width, initial-scale=1'>",
-            f"<title>{escape(title)}</title><style>{_STYLE}</style>",
+            f"<title>{escape(title)}</title><style>{_asset('page.css')}</style>",
             f"<h1>{escape(title)}</h1>",
-            f"<p class=bad>{verdict}</p>" if verdict else "",
+            "<p class=bad>The latest step held more than promised.</p>" if broken else "",
             "<ul class=figures>",
-            *(f"<li>{escape(name)}<b>{escape(value)}</b></li>" for name, value in figures),
+            *(f"<li>{escape(name)}<b>{escape(value)}</b></li>" for name, value in _figures(data)),
             "</ul>",
             "<h2>What the budget holds over a step</h2>",
-            _ledger(data["events"], budget_bytes, promised_bytes),
-            f"<p>Peak reached at: {escape(str(report['peak_step']))}. Point at the curve for what happens there.</p>",
-            "<h2>What becomes of each stage</h2>",
-            _stages(report["stages"]),
+            picture,
+            f"<p>Peak reached at: {escape(str(report['peak_step']))}. <output id=moment class=told>"
+            f"<span class=screen hidden>{hint if moments else ''}</span></output></p>",
             "<h2>Budget against step time</h2>",
-            _frontier(data["frontier"], promised_bytes, report["step_ms"]),
-            "</html>",
+            frontier_plot(points, ran, told),
+            f"<p><output id=plan class=told>{escape(told[ran])}</output>"
+            "<span class=screen hidden>Drag the ring, or use the arrow keys on it, for the plan of another budget.</span> "
+            "<button id=back class=screen hidden>back to the plan that ran</button></p>",
+            "<h2>What becomes of each stage</h2>",
+            _stages(report["stages"], [rows[number] for number in numbers[ran]]),
+            _longer(data["longer"], budget_bytes),
+            f"<script type=application/json id=data>{json.dumps(for_script).replace('<', chr(92) + 'u003c')}</script>",
+            f"<script>{_asset('page.js')}</script></html>",
             "",
         ]
     )
 
 
-def _stages(stages: Sequence[dict[str, Any]]) -> str:
-    rows = []
-    for stage in stages:
-        cells = [
-            str(stage["number"]),
-            stage["name"],
-            stage["fate"],
-            str(stage["runs"]),
-            format_bytes(stage["saves_bytes"]),
-            f"{stage['forward_ms']:.3g}",
-            f"{stage['backward_ms']:.3g}",
-            f"{stage['recompute_ms'] + stage['spill_ms']:.3g}",
-            stage["why"],
-        ]
-        mark = "" if stage["fate"] == "kept" else " class=again"
-        rows.append(f"<tr{mark}>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
-    names = ("", "stage", "what", "runs", "saves", "forward ms", "backward ms", "again ms", "why")
-    head = "".join(f"<th scope=col>{name}</th>" for name in names)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+def _asset(name: str) -> str:
+    return resources.files("gpuckpt.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _thinned(events: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    """So few events that they can be drawn, the highest of each group among them."""
-    size = -(-len(events) // _MOST_EVENTS) or 1
-    return [max(events[i : i + size], key=lambda event: event[1]) for i in range(0, len(events), size)]
-
-
-def _ledger(events: Sequence[Sequence[Any]], budget_bytes: int, promised_bytes: int) -> str:
-    if len(events) < 2:
-        return "<p>No step was run yet.</p>"
-    drawn = _thinned(events)
-    end_ms = max(event[0] for event in events) or 1.0
-    top_bytes = max(budget_bytes, promised_bytes, *(event[1] for event in drawn)) or 1
-
-    def at(ms: float, held_bytes: int) -> tuple[float, float]:
-        x = _LEFT + (_WIDTH - _LEFT) * ms / end_ms
-        return round(x, 1), round(_TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - held_bytes / top_bytes), 1)
-
-    path, bars = [f"M{_LEFT} {_HEIGHT - _BOTTOM}"], []
-    for number, (ms, held_bytes, kind, what, step) in enumerate(drawn):
-        x, y = at(ms, held_bytes)
-        right = at(drawn[number + 1][0], 0)[0] if number + 1 < len(drawn) else _WIDTH
-        path.append(f"H{x}V{y}")
-        told = f"{ms:.3g} ms: {format_bytes(held_bytes)} held; {kind} {what}; {step}"
-        bars.append(
-            f"<rect x={x} y={_TOP} width={max(right - x, 0.5):.1f} height={_HEIGHT - _TOP - _BOTTOM} fill=transparent>"
-            f"<title>{escape(told)}</title></rect>"
-        )
-    lines = [
-        _line(at(0, nbytes)[1], colour, f"{name} {format_bytes(nbytes)}", shift, dash)
-        for nbytes, colour, name, shift, dash in (
-            (budget_bytes, "cap", "allowed", 12, ""),
-            (promised_bytes, "promised", "promised", 26, " stroke-dasharray='6 4'"),
-        )
+def _figures(data: dict[str, Any]) -> list[tuple[str, str]]:
+    report, plain_bytes = data["report"], data["plain_peak_bytes"]
+    measured_bytes = report["measured_peak_bytes"]
+    plain = [] if plain_bytes is None else [("a plain step, measured", format_bytes(plain_bytes))]
+    return [
+        ("allowed", format_bytes(report["budget_bytes"])),
+        ("promised peak", format_bytes(report["promised_peak_bytes"])),
+        ("measured peak", "no step yet" if measured_bytes is None else format_bytes(measured_bytes)),
+        *plain,
+        ("keeping all would hold", format_bytes(report["keep_all_bytes"])),
+        ("the smallest budget", format_bytes(report["smallest_budget_bytes"])),
+        ("a step, estimated", format_seconds(report["step_ms"] / 1e3)),
+        ("of it recompute", format_seconds(report["recompute_ms"] / 1e3)),
     ]
-    turn_ms = next((event[0] for event in events if event[2] == "step" and event[3] == "backward"), end_ms)
-    x, _ = at(turn_ms, 0)
-    below = _HEIGHT - _BOTTOM
+
+
+def _told(plan: dict[str, Any], ran: bool) -> str:
+    stages = plan["stages"]
+    again = sum(stage["fate"] != "kept" for stage in stages)
+    host = f", {format_bytes(plan['host_peak_bytes'])} on the host" if plan["host_peak_bytes"] else ""
+    took, recompute = format_seconds(plan["step_s"]), format_seconds(plan["recompute_s"])
+    who = "The plan that ran" if ran else "Another plan"
     return (
-        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role=img aria-label='bytes held over a step'>"
-        f"<path d='{''.join(path)}H{_WIDTH}V{below}Z' fill='var(--held)' fill-opacity=.25 stroke='var(--held)'/>"
-        + "".join(lines)
-        + f"<path d='M{x} {_TOP}V{below}' stroke='var(--line)'/><text x={_LEFT} y={_HEIGHT - 8}>forward</text>"
-        f"<text x={x + 4} y={_HEIGHT - 8}>backward</text>"
-        f"<text x={_WIDTH} y={_HEIGHT - 8} text-anchor=end>{end_ms:.4g} ms</text><text x=0 y={_TOP + 8}>"
-        f"{escape(format_bytes(top_bytes))}</text><text x=0 y={below}>0</text>{''.join(bars)}</svg>"
+        f"{who}: {format_bytes(plan['peak_bytes'])} held at most{host}, a step of {took}, of it recompute {recompute}; "
+        f"{again} of {len(stages)} stages are not kept whole."
     )
 
 
-def _line(y: float, colour: str, name: str, shift: int, dash: str) -> str:
+def _rows(plans: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[tuple[Any, ...]], list[list[int]]]:
+    """Of each plan the numbers of its stages' rows, and each row once: whether it is marked, then its cells."""
+    known: dict[tuple[Any, ...], int] = {}
+    numbers = [[known.setdefault(_row(stage), len(known)) for stage in stages] for stages in plans]
+    return list(known), numbers
+
+
+def _row(stage: dict[str, Any]) -> tuple[Any, ...]:
+    again_ms = stage["recompute_ms"] + stage["spill_ms"]
     return (
-        f"<path d='M{_LEFT} {y}H{_WIDTH}' stroke='var(--{colour})' stroke-width='1.6'{dash}/>"
-        f"<text x={_WIDTH - 4} y={y + shift} text-anchor=end style='fill: var(--{colour})'>{escape(name)}</text>"
+        stage["fate"] != "kept",
+        stage["fate"],
+        str(stage["runs"]),
+        format_bytes(stage["saves_bytes"]),
+        format_seconds(stage["forward_ms"] / 1e3),
+        format_seconds(stage["backward_ms"] / 1e3),
+        format_seconds(again_ms / 1e3) if again_ms else "-",
+        stage["why"],
     )
 
 
-def _frontier(points: Sequence[Sequence[Any]], peak_bytes: int, step_ms: float) -> str:
-    shown = [(int(held_bytes), 1e3 * step_s) for held_bytes, step_s in points]
-    lowest, highest = min(p[0] for p in (*shown, (peak_bytes, 0))), max(p[0] for p in (*shown, (peak_bytes, 0)))
-    fast, slow = min(p[1] for p in (*shown, (0, step_ms))), max(p[1] for p in (*shown, (0, step_ms)))
+_NAMES = ("what", "runs", "saves", "forward", "backward", "again", "why")
 
-    def at(held_bytes: int, ms: float) -> tuple[float, float]:
-        x = _LEFT + 10 + (_WIDTH - _LEFT - 30) * (held_bytes - lowest) / ((highest - lowest) or 1)
-        return round(x, 1), round(
-            _TOP + 10 + (_HEIGHT - _TOP - _BOTTOM - 20) * (1 - (ms - fast) / ((slow - fast) or 1)), 1
+
+def _stages(stages: Sequence[dict[str, Any]], rows: Sequence[tuple[Any, ...]]) -> str:
+    lines = []
+    for stage, (again, *cells) in zip(stages, rows, strict=True):
+        first = f"<td>{stage['number']}</td><td>{escape(stage['name'])}</td>"
+        rest = "".join(
+            f"<td class='cell{' text' if name in ('what', 'why') else ''}{' why' if name == 'why' else ''}'"
+            f"{'' if name in ('what', 'why') else f' data-name={name}'}>{escape(cell)}</td>"
+            for name, cell in zip(_NAMES, cells, strict=True)
         )
-
-    marks = "".join(
-        f"<circle cx={at(*p)[0]} cy={at(*p)[1]} r=4 fill='var(--held)'><title>"
-        f"{escape(format_bytes(p[0]))}, {p[1]:.4g} ms</title></circle>"
-        for p in shown
+        lines.append(f"<tr{' class=again' if again else ''}>{first}{rest}</tr>")
+    head = "".join(
+        f"<th scope=col{' class=text' if name in ('what', 'why') else ''}>{name}</th>"
+        for name in ("", "stage", *_NAMES)
     )
-    x, y = at(peak_bytes, step_ms)
-    path = "L".join(f"{at(*p)[0]} {at(*p)[1]}" for p in shown)
+    return f"<div class=scroll><table class=stages><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+
+
+def _longer(needs: Sequence[dict[str, Any]], budget_bytes: int) -> str:
+    if not needs:
+        return ""
+    lines = []
+    for need in needs:
+        least_bytes = need["smallest_budget_bytes"]
+        verdict = "fits" if need["fits"] else f"{format_bytes(least_bytes - budget_bytes)} too small"
+        cells = (format_bytes(need["keep_all_bytes"]), format_bytes(least_bytes), verdict)
+        lines.append(
+            f"<tr><td class=text>{escape(need['what'])}</td>"
+            + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+            + "</tr>"
+        )
+    names = ("inputs", "keeping all holds", "the smallest budget", "this budget")
+    head = "".join(f"<th scope=col{'' if number else ' class=text'}>{name}</th>" for number, name in enumerate(names))
     return (
-        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role=img aria-label='budget against step time'>"
-        f"<path d='M{path}' fill=none stroke='var(--held)'/>{marks}"
-        f"<circle class=chosen cx={x} cy={y} r=8 fill=none stroke='var(--cap)' stroke-width=2><title>this plan</title></circle>"
-        f"<text x=0 y={_TOP + 14}>{slow:.4g} ms</text><text x=0 y={_HEIGHT - _BOTTOM - 6}>{fast:.4g} ms</text>"
-        f"<text x={_LEFT} y={_HEIGHT - 8}>{escape(format_bytes(lowest))}</text>"
-        f"<text x={_WIDTH - 4} y={_HEIGHT - 8} text-anchor=end>{escape(format_bytes(highest))}</text></svg>"
-        "<p>Each dot is a plan: its peak, and a step's time by the measured stages. The ring is this one.</p>"
+        "<h2>What longer inputs need</h2><div class=scroll><table class=wider>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )

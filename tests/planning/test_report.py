@@ -44,7 +44,7 @@ def test_recomputed_stages_name_bytes_and_milliseconds() -> None:
     assert recomputed
     assert sum(stage.recompute_ms for stage in report.stages) == pytest.approx(report.recompute_ms)
     assert all(stage.saves_bytes == 110 for stage in report.stages)
-    assert any(stage.why == "110 B not held till its backward, for 1e+03 ms more" for stage in recomputed)
+    assert any(stage.why == "110 B not held till its backward, for 1 s more" for stage in recomputed)
     kept = [stage for stage in report.stages if stage.fate == "kept"]
     assert all("there is room for its 110 B" in stage.why for stage in kept)
 
