@@ -14,7 +14,7 @@ from gpuckpt.pytorch._torch_internals import version_number
 from gpuckpt.pytorch.engine.kept.current import paused
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
-__all__ = ["Verify", "check_verify", "checksum", "compare", "seen", "unread", "version_of"]
+__all__ = ["Verify", "check_verify", "checksum", "compare", "seen", "sum_of", "unread", "version_of"]
 
 Verify = Literal["metadata", "bitwise"]
 
@@ -94,3 +94,22 @@ def checksum(tensor: torch.Tensor) -> int:
         # Odd weights, so that no bit is multiplied away.
         weights = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)
         return int((words * weights).sum())
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sum_of(tensor: torch.Tensor | None) -> int | None:
+    """What the bits of a plain tensor add up to as integers, which changes with nearly anything that writes to it; None for what
+    has none that could be read now."""
+    if (
+        tensor is None
+        or tensor.layout is not torch.strided
+        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or tensor.element_size() not in _INTEGERS
+        or tensor.is_meta
+        or tensor.is_complex()
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return None
+    return int(tensor.detach().view(_INTEGERS[tensor.element_size()]).sum())

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gpuckpt.pytorch._torch_internals import set_versions, version_number
 from gpuckpt.pytorch.engine.arguments import Objects
@@ -19,6 +20,7 @@ from gpuckpt.pytorch.profiling.sharding import sharding_unchanged
 
 __all__ = [
     "ModelState",
+    "ParameterWrites",
     "connected",
     "cut",
     "cut_call",
@@ -159,6 +161,54 @@ def _holders(model: nn.Module) -> dict[int, tuple[Any, dict[Any, Any]]]:
 
 
 _STATE_DEPTH = 3  # of objects within objects
+
+
+class ParameterWrites(TorchDispatchMode):
+    """Notices which parameters work changes in place (the average that a momentum encoder is, vectors of a power iteration,
+    weights that are clamped), `.data` included, and copies these before; they have their bytes back when `undone()` is left."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        plain = [tensor for tensor in model.parameters() if type(tensor.data) is torch.Tensor and not is_lazy(tensor)]
+        self._were = [(tensor, tensor.data) for tensor in plain if tensor.layout is torch.strided]
+        self._bytes = {data.untyped_storage()._cdata: data for _, data in self._were}
+        self._copies: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            for number, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    given = args[number] if number < len(args) else (kwargs or {}).get(argument.name)
+                    for leaf in pytree.tree_leaves(given):
+                        self._copy(leaf)
+        return func(*args, **(kwargs or {}))
+
+    def _copy(self, value: Any) -> None:
+        if type(value) is torch.Tensor and value.layout is torch.strided:
+            key = value.untyped_storage()._cdata
+            if key in self._bytes and key not in self._copies:
+                self._copies[key] = _whole(self._bytes[key]).clone()
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._undo()
+
+    def _undo(self) -> None:
+        with torch.no_grad(), _disable_current_modes():
+            for key, copy in self._copies.items():
+                _whole(self._bytes[key]).copy_(copy)
+            for tensor, data in self._were:
+                if tensor.data_ptr() != data.data_ptr():
+                    tensor.data = data
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All bytes of a tensor's storage."""
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 def random_states() -> list[torch.Tensor]:

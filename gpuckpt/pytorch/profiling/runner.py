@@ -33,7 +33,7 @@ from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module, runs_com
 from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, idle_siblings, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints, refuse_checkpoints
-from gpuckpt.pytorch.profiling.isolation import cut, cut_call, fresh, have_drawn, random_states
+from gpuckpt.pytorch.profiling.isolation import ParameterWrites, cut, cut_call, fresh, have_drawn, random_states
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, residents_of, unpack
 from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Measured, Sample, StageKind, kind_key, offered
 
@@ -305,21 +305,22 @@ def run_chain(
         residents = residents_of(model, args, kwargs)
     fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
 
-    with intercept_checkpoints(partial(refuse_checkpoints, model)):
+    writes = ParameterWrites(model)
+    with intercept_checkpoints(partial(refuse_checkpoints, model)), writes.undone():
         try:
-            with fence.restored(fence.kept):
+            with fence.restored(fence.kept), writes:
                 found = find_chain(model, args, kwargs, stages=stages)
         except InvalidChain:
             raise
         except Exception:  # a forward that needs autograd; any other reason is raised again
-            with fence.restored(fence.kept):
+            with fence.restored(fence.kept), writes:
                 found = find_chain(model, args, kwargs, grad=True, stages=stages)
         # What autocast remembers of a run without autograd is none of the chain's.
         torch.clear_autocast_cache()
         given = set(map(id, tensors))
         run = _Measurement(model, given, found, Storages(residents, copies, unit_bytes), clock, repeats, unit_bytes)
         hooks = enter(run.inner.budget, run.note_outside, unpack)  # entered, for checkpoints that are made there
-        with torch.enable_grad(), intercept(dict.fromkeys(found.modules), run.stage), hooks:
+        with torch.enable_grad(), intercept(dict.fromkeys(found.modules), run.stage), hooks, writes:
             out = run_module(model, args, kwargs)
             run.keep_what_was_loaded()
             run.close(out)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
+from gpuckpt.errors import StateModified
 from gpuckpt.pytorch._torch_internals import weights_are_cached
 from gpuckpt.pytorch.engine.fence.module_state import ModuleState
 from gpuckpt.pytorch.engine.fence.randomness import Generators, other_states, same_states
@@ -141,4 +142,9 @@ class Restored:
 
     def __exit__(self, *error: object) -> None:
         while self._leave:
-            self._leave.pop()()
+            leave = self._leave.pop()
+            try:
+                leave()
+            except StateModified:  # all is as it was, and nothing else may stay undone
+                self.__exit__()
+                raise

@@ -5,10 +5,11 @@ such, and which tensors are its parameters and buffers (functional_call, adapter
 while). A recompute gets all of these as they were, and what it changes itself is undone. Bytes that were changed in place cannot
 be brought back: that is a `StateModified`, a `RecomputeMismatch` which names the tensor.
 
-Buffers that a forward writes itself (counters, moving averages, the vectors of a power iteration) are copied before, and the
-recompute writes into copies of the copies: each is updated once. Which these are is learned in the first two forwards; from then
-on the copies are kept, and charged, with a frame's inputs. Running statistics of torch's BatchNorm need no copy: a momentum of
-zero leaves them bit for bit, and the same kernel runs.
+Buffers and small frozen parameters that a forward writes itself (counters, moving averages, the vectors of a power iteration)
+are copied before, and the recompute writes into copies of the copies: each is updated once. Which these are is learned in the
+first two forwards; from then on the copies are kept, and charged, with a frame's inputs. Running statistics of torch's BatchNorm
+need no copy: a momentum of zero leaves them bit for bit, and the same kernel runs. Other parameters that a forward changes behind
+autograd's back may only be changed to the same bytes again (weights that are clamped).
 
 What DistributedDataParallel wraps runs again without it. Parameters that FSDP2 gathers and frees are left to it;
 what an optimizer changes is their sharded form, which is looked at.
@@ -42,7 +43,7 @@ from gpuckpt.pytorch.engine.fence.holders import PLAIN, Variable
 from gpuckpt.pytorch.engine.fence.norms import freeze
 from gpuckpt.pytorch.engine.fence.reached import Reached, TensorUse
 from gpuckpt.pytorch.engine.fence.watched import Watched
-from gpuckpt.pytorch.engine.verify import unread
+from gpuckpt.pytorch.engine.verify import sum_of, unread
 
 __all__ = ["ModuleState"]
 
@@ -51,6 +52,7 @@ class ModuleState:
     """What a forward that begins now sees. `kept`: tensors that belong to no model, which a frame has to keep with its inputs."""
 
     __slots__ = (
+        "_adjusted",
         "_again",
         "_copies",
         "_hooks",
@@ -60,6 +62,7 @@ class ModuleState:
         "_seen",
         "_sharded",
         "_storages",
+        "_sums",
         "_tensors",
         "_trained",
         "_versions",
@@ -81,7 +84,7 @@ class ModuleState:
         ]
         self._hooks = [hooks_of(held) for held in held_by]
         dicts = self._dicts()
-        tensors = [dicts[part][is_buffer].get(name) for part, is_buffer, name in watched.places]
+        tensors = [dicts[part][is_buffer].get(name) for part, is_buffer, name, _ in watched.places]
         self._versions, self._storages = _stamps(tensors)
         self._trained = [tensor is not None and tensor.requires_grad for tensor in tensors]
         self._sharded = [_version_of(ref) for ref, _, _ in watched.sharded]
@@ -90,8 +93,15 @@ class ModuleState:
             with torch.no_grad():
                 for number in range(len(tensors)) if watched.trials else sorted(watched.written):
                     tensor = tensors[number]
-                    if watched.places[number].is_buffer and tensor is not None:
+                    if tensor is not None and watched.places[number].is_state and not tensor.requires_grad:
                         self._copies[number] = tensor.detach().clone()
+        # Of other parameters, what their bytes add up to, and which of them a forward changed unseen (through `.data`).
+        self._sums = (
+            [None if number in self._copies else sum_of(tensor) for number, tensor in enumerate(tensors)]
+            if watched.trials
+            else []
+        )
+        self._adjusted = watched.adjusted
         # A leaf belongs to a model or to the caller. Anything else was computed, and lives by being kept.
         computed = [number for number, tensor in enumerate(tensors) if tensor is not None and not tensor.is_leaf]
         self.kept: list[torch.Tensor] = [tensor for tensor in tensors if tensor is not None and not tensor.is_leaf]
@@ -154,12 +164,19 @@ class ModuleState:
             return
         dicts = self._dicts()
         watched.rewritten = None
-        for number, (_, is_buffer, name) in enumerate(watched.places):
+        adjusted = []
+        for number, place in enumerate(watched.places):
             tensor = self._tensors[number]
-            if not is_buffer and isinstance(tensor, torch.Tensor) and version_number(tensor) != self._versions[number]:
-                watched.rewritten = name
+            if place.is_buffer or number in self._copies or not isinstance(tensor, torch.Tensor):
+                continue
+            if version_number(tensor) != self._versions[number]:
+                watched.rewritten = place.name
+            elif sum_of(tensor) != self._sums[number]:
+                adjusted.append(number)
+        self._adjusted = watched.adjusted = adjusted
+        self._sums = []
         for number in list(self._copies):
-            part, is_buffer, name = watched.places[number]
+            part, is_buffer, name, _ = watched.places[number]
             tensor = dicts[part][is_buffer].get(name)
             if (
                 tensor is not self._tensors[number]
@@ -191,7 +208,7 @@ class ModuleState:
         held_containers = [pair for number in unlike for pair in containers(held_by[number])]
         hooks = [hooks_of(held) for held in held_by]
         dicts = self._dicts()
-        stood = [(dicts[part][is_buffer], name) for part, is_buffer, name in watched.places]
+        stood = [(dicts[part][is_buffer], name) for part, is_buffer, name, _ in watched.places]
         before = [held.get(name, ABSENT) for held, name in stood]
         rebuilt = self._rebuild()
         for number in unlike:
@@ -209,6 +226,8 @@ class ModuleState:
         ]
         for tensor in refrozen:  # frozen or unfrozen since: what is saved depends on it
             tensor.requires_grad_(not tensor.requires_grad)
+        adjusted = [number for number in self._adjusted if isinstance(self._tensors[number], torch.Tensor)]
+        contents = [self._tensors[number].detach().clone() for number in adjusted]
         stopped = [keep_sharding_state(self._modules[number]) for number in watched.with_shards]
         frozen = freeze(self._modules[number] for number in watched.norms)
         compared = unread(buffer for norm, _, _ in frozen for buffer in norm._buffers.values() if buffer is not None)
@@ -217,8 +236,8 @@ class ModuleState:
             compared()
             for keep in stopped:
                 keep()
-            for children, were in rebuilt:
-                refill(children, were)
+            for children, before_children in rebuilt:
+                refill(children, before_children)
             for tensor in refrozen:
                 tensor.requires_grad_(not tensor.requires_grad)
             for norm, momentum, count in frozen:
@@ -238,6 +257,12 @@ class ModuleState:
                 refill(container, content)
             for held, before_hooks in zip(held_by, hooks, strict=True):
                 restore_hooks(held, before_hooks)
+            pairs = zip(adjusted, contents, strict=True)
+            again = [(number, were) for number, were in pairs if _differ(self._tensors[number], were)]
+            for number, were in again:
+                self._tensors[number].data.copy_(were)
+            if again:
+                raise self._changed_again(again[0][0])
 
         return leave
 
@@ -245,14 +270,21 @@ class ModuleState:
         """Let parameters and buffers be those of forward; for buffers that forward writes, copies of what they were."""
         for number, (held, name) in enumerate(stood):
             tensor = self._tensors[number]
-            if number in self._copies:
-                held[name] = self._copies[number].clone()
-            elif number in self._again:
-                held[name] = kept[self._again[number]].clone()
+            if number in self._copies or number in self._again:
+                copy = self._copies[number] if number in self._copies else kept[self._again[number]]
+                of_buffer = self._watched.places[number].is_buffer
+                held[name] = copy.clone() if of_buffer else torch.nn.Parameter(copy.clone(), requires_grad=False)
             elif isinstance(tensor, int):
                 held[name] = kept[tensor]
             elif tensor is not None:
                 held[name] = tensor
+
+    def _changed_again(self, number: int) -> StateModified:
+        part, _, name, _ = self._watched.places[number]
+        return StateModified(
+            f"parameter {name!r} of {self._watched.parts[part].owner} is changed by the checkpointed work itself, through "
+            "`.data`, and running it again changes it again; do that outside of what is checkpointed"
+        )
 
     def _rebuild(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Put submodules back where they stood; which dicts that concerns, and what is in them now."""
@@ -281,7 +313,7 @@ class ModuleState:
             for number, tensor in enumerate(looked_at):
                 was, now = (self._versions[number], self._storages[number]), (versions[number], storages[number])
                 if tensor is not None and was != now:
-                    part, is_buffer, name = watched.places[number]
+                    part, is_buffer, name, _ = watched.places[number]
                     raise _modified("buffer" if is_buffer else "parameter", name, watched.parts[part].owner, tensor)
         for (ref, owner, name), version in zip(watched.sharded, self._sharded, strict=True):
             if _version_of(ref) != version:

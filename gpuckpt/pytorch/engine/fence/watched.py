@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -70,23 +71,39 @@ class _Part:
 
 
 class _Place(NamedTuple):
-    """Where a parameter or buffer stands: module number `part`, and the name there."""
+    """Where a parameter or buffer stands: module number `part`, and the name there. `is_state`: it may be there for forwards to
+    write, as buffers and small frozen parameters are (averages, the vectors of a power iteration)."""
 
     part: int
     is_buffer: bool
     name: str
+    is_state: bool
+
+
+_LARGEST_STATE_BYTES = 1 << 20
+
+
+def _is_state(parameter: torch.Tensor) -> bool:
+    return (
+        not parameter.requires_grad
+        and type(parameter) in (torch.Tensor, nn.Parameter)
+        and parameter.layout is torch.strided
+        and parameter.numel() * parameter.element_size() <= _LARGEST_STATE_BYTES
+    )
 
 
 class Watched:
     """The modules below some roots, looked up once.
 
-    Attributes: `written`, places of buffers that a forward was seen to write; `trials`, forwards that are still watched for that;
+    Attributes: `written`, places of state that a forward was seen to write; `trials`, forwards that are still watched for that;
     `norms`, `with_shards`, `wrappers`: the numbers of modules of these kinds, the last of those that another module is inside of;
+    `adjusted`, places of parameters that the last of those changed through `.data`;
     `rewritten`, the name of a parameter that a forward was seen to change in place itself;
     `sharded`, the sharded forms of parameters that are gathered for each use, with their owner and name.
     """
 
     __slots__ = (
+        "adjusted",
         "norms",
         "parts",
         "places",
@@ -109,7 +126,7 @@ class Watched:
         sharded = [found for module in modules for found in sharded_parameters(module)]
         gathered = {(id(module), name) for found in sharded for module, name in found.places}
         self.places = [
-            _Place(part, held is module._buffers, name)
+            _Place(part, held is module._buffers, name, held is module._buffers or _is_state(tensor))
             for part, module in enumerate(modules)
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
@@ -124,6 +141,7 @@ class Watched:
             for module, name in found.places[:1]
         ]
         self.written: set[int] = set()
+        self.adjusted: list[int] = []
         self.rewritten: str | None = None
         self.uses: dict[tuple[int, str], TensorUse] = {}  # of tensors that attributes lead to, by part and name
         self.trials = 2
@@ -136,8 +154,10 @@ class Watched:
         known = set(other.places)
         written = {other.places[number] for number in other.written}
         self.written = {number for number, place in enumerate(self.places) if place in written}
-        if all(place in known for place in self.places if place.is_buffer):
+        if all(place in known for place in self.places):
             self.trials = other.trials
+            adjusted = {other.places[number] for number in other.adjusted}
+            self.adjusted = [number for number, place in enumerate(self.places) if place in adjusted]
 
     def current(self) -> bool:
         """Whether the modules are still made up as they were."""
