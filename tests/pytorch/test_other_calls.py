@@ -275,3 +275,54 @@ def test_frames_that_are_left_empty_go() -> None:
         _, left = without(chain, tree, skipped)
         assert tree_text(left) == text
         flatten(left)
+
+
+class Group(nn.Module):
+    """Blocks of a level, as networks of several resolutions have them; more than one are planned one by one."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = blocks(count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Levels(nn.Module):
+    def __init__(self, container: Callable[[list[nn.Module]], nn.Module], *counts: int) -> None:
+        super().__init__()
+        self.levels = container([Group(count) for count in counts])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for level in self.levels.values() if isinstance(self.levels, nn.ModuleDict) else self.levels:
+            x = level(x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (3, 1, 1), (1, 4, 2)])
+@pytest.mark.parametrize(
+    "container",
+    [
+        nn.ModuleList,
+        lambda levels: nn.Sequential(*levels),
+        lambda levels: nn.ModuleDict({f"level{n}": level for n, level in enumerate(levels)}),
+    ],
+    ids=["ModuleList", "Sequential", "ModuleDict"],
+)
+def test_a_block_that_is_planned_call_by_call_is_not_one_that_did_not_run(container, counts):
+    """It was taken for one that another step called besides, was recomputed as a whole, and its own calls were not seen."""
+    torch.manual_seed(0)
+    model, x = Levels(container, *counts), batch(ROWS)
+    plain = copy.deepcopy(model)
+    expected = gradients(plain, lambda: plain(x))
+    whole = fit(copy.deepcopy(model), x, 1 << 30, repeats=1)
+    smallest = whole.plan.certificate.smallest_budget_bytes
+    assert not whole.latest.measured.idle
+    for budget in (smallest, 2 * smallest):
+        fitted = fit(copy.deepcopy(model), x, budget, repeats=1)
+        assert fitted.plan.certificate.recompute_s > 0
+        assert gradients(fitted.model, lambda: fitted(x)) == expected
+        assert fitted.deviations == []
+        assert fitted.measured_peak_bytes == fitted.plan.certificate.peak_bytes

@@ -66,17 +66,17 @@ def candidates(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
-def idle_siblings(model: nn.Module, modules: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
-    """Modules that did not run, of the class of one of `modules` that is called from the same container: another step may call
-    them (LayerDrop, early exits)."""
-    running = set(modules)
-    found: dict[nn.Module, None] = {}
+def idle_siblings(model: nn.Module, found: Found) -> tuple[nn.Module, ...]:
+    """Modules that did not run, of the class of a stage that is called from the same container: another step may call them
+    (LayerDrop, early exits). One that ran without being a stage, such as a block that is planned call by call, is none."""
+    stages = set(found.modules)
+    idle: dict[nn.Module, None] = {}
     for container in model.modules():
         if isinstance(container, _CONTAINERS):
             children = list(container.children())
-            classes = {type(child) for child in children if child in running}
-            found.update((child, None) for child in children if type(child) in classes and child not in running)
-    return tuple(found)
+            classes = {type(child) for child in children if child in stages}
+            idle.update((child, None) for child in children if type(child) in classes and child not in found.ran)
+    return tuple(idle)
 
 
 def attributes(model: nn.Module, depth: int = 2) -> dict[nn.Module, str]:
@@ -179,11 +179,13 @@ class _CountBytes(TorchDispatchMode):
 
 class Found(NamedTuple):
     """The modules whose calls are a model's stages, in calling order (one module may occur several times), whether the forward
-    goes backward itself (forces, gradient penalties), and the process groups of the collectives that it calls."""
+    goes backward itself (forces, gradient penalties), the process groups of the collectives that it calls, and all modules that
+    were seen to run, as stages or not."""
 
     modules: list[nn.Module]
     differentiates: bool
-    groups: tuple[Any, ...] = ()
+    groups: tuple[Any, ...]
+    ran: frozenset[nn.Module]
 
 
 def find_chain(
@@ -197,6 +199,7 @@ def find_chain(
     """
     unpacked: list[bool] = []
     groups: dict[str, Any] = {}
+    ran: set[nn.Module] = set()
 
     def unpack(tensor: torch.Tensor) -> torch.Tensor:
         unpacked.append(True)
@@ -204,21 +207,23 @@ def find_chain(
 
     with torch.set_grad_enabled(grad), saved_tensors_hooks(lambda tensor: tensor.detach(), unpack):
         if stages:
-            calls, _, inside = _watch(model, named(model, stages), args, kwargs, groups)
+            calls, _, inside = _watch(model, named(model, stages), args, kwargs, groups, ran)
             modules = _modules_of(model, outermost(calls), inside)
         else:
-            modules = _find(model, args, kwargs, groups)
-    return Found(modules, bool(unpacked), tuple(groups.values()))
+            modules = _find(model, args, kwargs, groups, ran)
+    return Found(modules, bool(unpacked), tuple(groups.values()), frozenset(ran))
 
 
-def _find(model: nn.Module, args: tuple, kwargs: dict[str, Any], groups: dict[str, Any]) -> list[nn.Module]:
-    calls, work, inside = _watch(model, candidates(model), args, kwargs, groups)
+def _find(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], groups: dict[str, Any], ran: set[nn.Module]
+) -> list[nn.Module]:
+    calls, work, inside = _watch(model, candidates(model), args, kwargs, groups, ran)
     chain, cut = heaviest_path(calls), disjoint_calls(calls)
     finer = len(cut) >= 2 * len(chain) and covered(cut) >= _SHARE * covered(chain)
     if finer or covered(cut) * _SHARE > covered(chain):
         chain = cut
     if len(chain) < 2 or covered(chain) < (1 - _SHARE) * work:
-        calls, _, inside = _watch(model, {**attributes(model), **candidates(model)}, args, kwargs, groups)
+        calls, _, inside = _watch(model, {**attributes(model), **candidates(model)}, args, kwargs, groups, ran)
         cut = disjoint_calls(calls)
         if len(cut) >= 2 and covered(cut) > covered(chain):
             chain = cut
@@ -240,16 +245,22 @@ def _modules_of(model: nn.Module, chain: Sequence[Call], inside: Sequence[nn.Mod
 
 
 def _watch(
-    model: nn.Module, modules: dict[nn.Module, str], args: tuple, kwargs: dict[str, Any], groups: dict[str, Any]
+    model: nn.Module,
+    modules: dict[nn.Module, str],
+    args: tuple,
+    kwargs: dict[str, Any],
+    groups: dict[str, Any],
+    ran: set[nn.Module],
 ) -> tuple[list[Call], int, list[nn.Module]]:
     """The calls of `modules` in one forward, how much work that was, and those among them that checkpoints made by hand cover.
-    `groups` takes up those of collectives, by name."""
+    `groups` takes up those of collectives, by name, and `ran` all modules that were called."""
     calls: list[Call] = []
     numbers = _TensorNumbers()
     counter = _CountBytes(groups)
     inside: list[nn.Module] = []
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        ran.add(module)
         if in_checkpoint():
             inside.append(module)
             return run_module(module, args, kwargs)

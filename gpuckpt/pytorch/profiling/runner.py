@@ -336,7 +336,7 @@ def run_chain(
         )
     chain = Chain(run.finished(), tuple(run.storages.sizes), unit_bytes, type(model).__name__)
     staying = frozenset(run.storages.staying)
-    idle = () if stages else idle_siblings(model, found.modules)
+    idle = () if stages else idle_siblings(model, found)
     unread = run.unread.classes
     known = run.storages.known(tensors)
     return Measured(
