@@ -13,6 +13,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _get_current_dispatch_mode as innermost_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "function_modes",
     "graph_task_id",
     "group_of",
+    "has_accumulate_hook",
+    "innermost_mode",
     "innermost_transform",
     "intercept_checkpoints",
     "is_profiling",
@@ -84,6 +87,11 @@ storage_use_count = torch._C._storage_Use_Count
 
 set_versions = torch._C._autograd._unsafe_set_version_counter
 """Give tensors the versions that are named."""
+
+
+def has_accumulate_hook(parameter: torch.Tensor) -> bool:
+    """Whether something is called as soon as a parameter has its gradient (`register_post_accumulate_grad_hook`)."""
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def weights_are_cached() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -35,6 +35,8 @@ def fit(
     group: Any = None,
     plan: Plan | None = None,
     stages: Sequence[str] = (),
+    scope: Literal["saved", "device"] = "saved",
+    optimizer: Any = None,
 ) -> Fitted:
     """Make `model` run under a plan that keeps what autograd saves within `budget`. A fitted model is fitted anew.
 
@@ -65,14 +67,24 @@ def fit(
         stages: which modules are the stages, by patterns of their names (["encoder.layers.*", "head"]): the outermost calls of
             those that match. By default they are found.
         plan: run this plan (`Plan.from_json`) for the example, and for whatever saves the same, instead of planning.
+        scope: "saved": the budget is for what autograd saves. "device": for all bytes of a step, from forward to the optimizer's
+            step: weights, buffers, inputs, gradients, the optimizer's state (also before it has any), temporaries, and what the
+            model returns its loss by. Planned for, and checked against what the step took where that is counted: on CUDA, and on
+            the CPU within `StepLedger(model, optimizer)`. What a step took beyond its promise (scratch within operators, a loss
+            that is computed outside of the model, other tensors on the device) is a deviation, and later steps are planned with
+            it. The CUDA context and what the allocator caches are not in it.
+        optimizer: with scope="device" the optimizer that steps this model, or all of them; with one for each parameter, stepped
+            by `register_post_accumulate_grad_hook`, gradients count as freed as they come.
 
     Raises:
-        BudgetExceeded: no plan fits; the error names the smallest budget that would do. The model is untouched.
+        BudgetExceeded: no plan fits; the error names the smallest budget that would do, and with scope="device" what takes how
+            much. The model is untouched.
         InvalidChain: the model has no chain of stages, or calls torch.utils.checkpoint itself.
         InvalidPlan: `plan` was made for other stages, or stages that save other bytes.
         TypeError: a `plan` that is none, a `group` that is none or has no part for this rank.
         ValueError: a name in `stages` that no module has; a host budget that is not on the host, or is `budget` itself; an
-            unknown `verify`.
+            unknown `verify` or `scope`; with scope="device" an optimizer of another model, or one whose step's bytes cannot be
+            told beforehand, and a model over several devices or ranks.
 
     >>> import torch
     >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)) for _ in range(4)))
@@ -83,6 +95,11 @@ def fit(
     (True, 0)
     >>> fit(model, x, budget="60%").budget.max_bytes
     20889
+    >>> adamw = torch.optim.AdamW(model.parameters())
+    >>> fitted = fit(model, x, "96KiB", scope="device", optimizer=adamw)
+    >>> weights = sum(parameter.nbytes for parameter in model.parameters())
+    >>> 96 * 1024 - fitted.budget.max_bytes == 3 * weights + 4 * 16  # with two moments, and 16 counts of steps
+    True
     """
     check_model(model)
     terms = Terms(
@@ -98,6 +115,8 @@ def fit(
         group=group,
         plan=plan,
         stages=stages,
+        scope=scope,
+        optimizer=optimizer,
     )
     before = fitted(model)
     resume = None if before is None else before.suspend()

@@ -132,6 +132,16 @@ class Fitted:
         return self._peaks.offloaded.promised_bytes
 
     @property
+    def promised_device_bytes(self) -> int:
+        """What the latest step was promised to take of its device; 0 without scope="device"."""
+        return 0 if self._peaks.device is None else self._peaks.device.promised_bytes
+
+    @property
+    def measured_device_bytes(self) -> int:
+        """What it took, where that was counted and no step before it took as much; else what the last such step took, or 0."""
+        return 0 if self._peaks.device is None else self._peaks.device.measured_bytes
+
+    @property
     def deviations(self) -> list[Deviation]:
         """Steps that held more than their plan had promised, oldest first; the last 1024 of them."""
         return list(self._peaks.deviations)
@@ -175,6 +185,7 @@ class Fitted:
         elif not self._intercepted:  # changed, and under the plan that all ranks share
             self._wrap(self._watched(planned))
             self._fingerprint.refresh()
+        planned = self._maker.for_device(planned)
         if planned is not self._latest:
             self._trace.tell(planned.chain, planned.plan)
         self._latest = planned

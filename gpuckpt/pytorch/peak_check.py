@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from gpuckpt.errors import PromiseBroken
 from gpuckpt.memory import Budget
-from gpuckpt.pytorch._torch_internals import keep_graph, queue_callback, untraced
+from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, queue_callback, untraced
+from gpuckpt.pytorch.whole_device.device_scope import DeviceScope
+from gpuckpt.pytorch.whole_device.step_ledger import ledger_of
 
-__all__ = ["Deviation", "Promise", "StepPeaks"]
+__all__ = ["Deviation", "DevicePeak", "Promise", "StepPeaks"]
 
 _MOST_DEVIATIONS = 1024
 
 
 class Deviation(NamedTuple):
     """A step that held more than its plan promised, or for which room had to be made, under a cap that held. `on_host`: of the
-    host budget."""
+    host budget; `of_device`: all bytes of a step on its device (`fit(scope="device")`), which nothing caps."""
 
     promised_bytes: int
     measured_bytes: int
     on_host: bool
+    of_device: bool = False
 
 
 class Promise:
@@ -81,6 +86,68 @@ class Promise:
         return PromiseBroken(self.promised_bytes, self.measured_bytes, hint)
 
 
+class DevicePeak:
+    """The promise about all bytes of a step, where anybody counts them: on CUDA torch's allocator, on the CPU a `StepLedger` of
+    the model that is entered around the step.
+
+    Attributes: `promised_bytes` of the latest step, `next_bytes` of the one to come; `measured_bytes`, 0 where nobody counted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scope: DeviceScope,
+        optimizers: Sequence[torch.optim.Optimizer],
+        check: Callable[[], None],
+    ) -> None:
+        self.scope = scope
+        self.promised_bytes = self.next_bytes = self.measured_bytes = 0
+        self._model = weakref.ref(model)
+        self._device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self._counter: Any = None
+        self._seen_bytes = 0
+        self._began = False
+        check_weakly = weakref.WeakMethod(check)
+
+        def stepped(*_: Any) -> None:
+            now = check_weakly()
+            if now is not None and self._began and graph_task_id() == -1:  # in backward it is not over yet
+                now()
+
+        for optimizer in optimizers:
+            optimizer.register_step_post_hook(stepped)
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.promised_bytes, self._began = self.next_bytes, True
+        self._look()
+
+    def broken(self) -> bool:
+        """Measure: has the step taken more than promised? If so, the next ones are planned with what came on top."""
+        self.scope.after_backward()
+        before, now = self._seen_bytes, self._look()
+        if not self._began or now <= before:  # an earlier step took as much
+            return False
+        self.measured_bytes = now
+        if now <= self.promised_bytes:
+            return False
+        self.scope.unforeseen_bytes += now - self.promised_bytes
+        return True
+
+    def _look(self) -> int:
+        """The most bytes since someone began to count."""
+        if self._device.type == "cuda":
+            self._seen_bytes = max(self._seen_bytes, torch.cuda.max_memory_allocated(self._device))
+            return self._seen_bytes
+        model = self._model()
+        ledger = None if model is None else ledger_of(model)
+        if ledger is not self._counter:
+            self._counter, self._seen_bytes = ledger, 0
+        if ledger is not None:
+            self._seen_bytes = ledger.peak_total_bytes(self.scope.unit_bytes)
+        return self._seen_bytes
+
+
 class StepPeaks:
     """The promises of a fitted model's steps, on the device and on the host.
 
@@ -93,6 +160,7 @@ class StepPeaks:
         self.offloaded = Promise(budget if host is None else host, "the host budget")
         self.deviations: deque[Deviation] = deque(maxlen=_MOST_DEVIATIONS)
         self.deviated = False
+        self.device: DevicePeak | None = None
         self.began = False  # whether there has been a step
         self.retained = False  # a graph was kept for a second backward, and its bytes with it
         self._strict = strict
@@ -116,6 +184,8 @@ class StepPeaks:
         self.began = True
         self.held.add(peak_bytes)
         self.offloaded.add(host_peak_bytes)
+        if self.device is not None:
+            self.device.begin()
 
     def amend(self, peak_bytes: int, host_peak_bytes: int) -> None:
         """The forward of the latest step has shown what the step holds."""
@@ -137,6 +207,12 @@ class StepPeaks:
                 if not self.deviations or self.deviations[-1] != noted:
                     self.deviations.append(noted)
                 self.deviated = True
+        if self.device is not None and self.device.broken():
+            promised_bytes, measured_bytes = self.device.promised_bytes, self.device.measured_bytes
+            if self._strict:
+                hint = "workspaces within operators, or other tensors on the device; the next step is planned with them"
+                raise PromiseBroken(promised_bytes, measured_bytes, hint)
+            self.deviations.append(Deviation(promised_bytes, measured_bytes, False, True))
 
     def watch(self, outputs: Sequence[torch.Tensor]) -> None:
         """See to it that the promise is checked when the backward from `outputs` ends."""

@@ -11,7 +11,7 @@ modes run under it, and are promised no more than the cap.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,7 @@ from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_given, mark_resident
 from gpuckpt.pytorch.other_calls import ExtraCall, skipped_calls, with_calls
 from gpuckpt.pytorch.parallel.agree import Ranks, ranks_of
-from gpuckpt.pytorch.peak_check import StepPeaks
+from gpuckpt.pytorch.peak_check import DevicePeak, StepPeaks
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
@@ -39,6 +39,8 @@ from gpuckpt.pytorch.profiling.other_sizes import Observed, predict, without_siz
 from gpuckpt.pytorch.profiling.runner import Measured
 from gpuckpt.pytorch.profiling.signature import describe_call, describe_model
 from gpuckpt.pytorch.terms import Terms
+from gpuckpt.pytorch.whole_device.device_scope import Situation
+from gpuckpt.pytorch.whole_device.optimizer_step import optimizers_of
 
 __all__ = ["PlanMaker", "Planned"]
 
@@ -52,11 +54,12 @@ _MOST_NEW_NUMBERS = 16  # more new ints than ones that come again: a counter, an
 @dataclass(frozen=True)
 class Planned:
     """A plan for inputs of one shape, and the measured model that it was made for. `predicted`: the bytes were not measured with
-    inputs of this shape but follow from those of others."""
+    inputs of this shape but follow from those of others. `situation`: for which a plan for the whole device was made."""
 
     measured: Measured
     plan: Plan
     predicted: bool = False
+    situation: Situation | None = None
 
     @property
     def chain(self) -> Chain:
@@ -74,10 +77,14 @@ class PlanMaker:
         self.plans: OrderedDict[Any, Planned] = OrderedDict()
         self._model = model
         self._terms = terms
-        self.budget = terms.budget_for(model)
+        self.device = terms.device_scope(model)
+        self.budget = terms.budget_for(model, device=self.device)
         self.host_budget = terms.host_budget_for(self.budget)
         self.copies: Copies | None = None  # who copies to the host and back, once a device is known
         self.peaks = StepPeaks(self.budget, self.host_budget, terms.strict)
+        if self.device is not None:
+            self.peaks.device = DevicePeak(model, self.device, optimizers_of(terms.optimizer), self.peaks.check)
+        self._in_situation: dict[tuple[int, Situation], Planned] = {}  # made of those in `plans`, by their ids
         self._shared: Planned | None = None  # the one plan of ranks that meet inside of the model
         self._observed: dict[Any, OrderedDict[tuple[int, ...], Measured]] = {}  # by kind without sizes, and by sizes
         self._unpredictable: set[Any] = set()  # kinds
@@ -112,7 +119,9 @@ class PlanMaker:
         return self._shared is not None
 
     def kind_of(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What of a call its plan depends on."""
+        """What of a call its plan depends on, besides the situation of the device, which is looked at."""
+        if self.device is not None:
+            self.device.look_at(args, kwargs)
         kind = self._describe(args, kwargs, numbers=False)
         if kind not in self._numbers_matter:
             return kind
@@ -156,11 +165,16 @@ class PlanMaker:
         # What functional_call computed to stand for a weight is saved and charged like any activation.
         mark_resident([tensor for tensor in (*self._parameters, *self._model.buffers()) if tensor.is_leaf])
         ranks = ranks_of(self._model, group=self._terms.group)
+        if self.device is not None and ranks.groups:
+            raise ValueError(
+                f'scope="device" plans one device, and {type(self._model).__name__} is spread over ranks, whose buffers nobody '
+                'counts; expected a model of one rank. Use scope="saved"'
+            )
         try:
             measured = self._measure(args, kwargs)
         except Exception as error:
             if not self._planned_before and not ranks.inside:  # the others have measured, and wait
-                ranks.plan(error, 0, self._plan)
+                ranks.plan(error, 0, partial(plan_chain))
             raise
         if not self._planned_before and self._terms.share is not None:
             plain_bytes = simulate(measured.chain, keep_all(measured.chain)).peak_bytes
@@ -199,20 +213,23 @@ class PlanMaker:
                 f"stage {measured.random[0]!r} of {type(self._model).__name__} draws random numbers and would draw others when "
                 "it is recomputed; fit with preserve_rng_state=True"
             )
-        make, saved = self._plan, self._terms.plan
+        make: Callable[[Chain, int], Plan] = partial(self._plan, measured)
+        saved = self._terms.plan
         if saved is not None and not predicted:
             error = _misfit(saved, measured.chain)
             if error is None:
-                make = partial(_as_saved, saved)
+                make = partial(self._as_saved, saved, measured)
             elif not self._planned_before:
                 chain_or_error = error
         plan = ranks.plan(chain_or_error, self._bytes_of_one, make)
         with suppress(BudgetExceeded):  # others hold some of the budget just now: then the step takes piece by piece
             self.budget.prefetch(plan.certificate.layout_bytes)
-        return self._keep(kind, Planned(measured, plan, predicted))
+        situation = None if self.device is None else self.device.situation
+        return self._keep(kind, Planned(measured, plan, predicted, situation))
 
     def _keep(self, kind: Any, planned: Planned) -> Planned:
         self.plans[kind] = planned
+        self._in_situation.clear()
         self._latest = kind
         if len(self.plans) > _MOST_PLANS:
             self.plans.popitem(last=False)
@@ -223,7 +240,21 @@ class PlanMaker:
         if self.shared:
             hint = "all ranks whose collectives meet inside of the model run one plan, and none can plan for less alone"
             raise BudgetExceeded(planned.plan.certificate.peak_bytes, max_bytes, hint)
-        return replace(planned, plan=self._plan(planned.chain, max_bytes))
+        return replace(planned, plan=self._plan(planned.measured, planned.chain, max_bytes))
+
+    def for_device(self, planned: Planned) -> Planned:
+        """`planned` as the situation of the device wants it, where the budget is for all of that. Raises `BudgetExceeded`."""
+        if self.device is None or self.peaks.device is None:
+            return planned
+        situation = self.device.situation
+        if planned.situation != situation:
+            made = self._in_situation.get((id(planned), situation))
+            if made is None:
+                plan = self._plan(planned.measured, planned.chain, self._bytes_of_one)
+                made = self._in_situation[id(planned), situation] = replace(planned, plan=plan, situation=situation)
+            planned = made
+        self.peaks.device.next_bytes = self.device.promised_bytes(planned.plan)
+        return planned
 
     def called_more(self, planned: Planned, extra: Sequence[ExtraCall], *, failed: bool) -> None:
         """The latest step called stages more often than they were measured, or others like them: plan for these as well, where it
@@ -232,14 +263,12 @@ class PlanMaker:
         longer = with_calls(planned.measured, extra, self._names())
         if longer is not None and self._latest in self.plans:
             with suppress(BudgetExceeded):
-                plan = self._plan(longer.chain, self._bytes_of_one)
+                plan = self._plan(longer, longer.chain, self._bytes_of_one)
                 found = self._longer[self._latest] = Planned(longer, plan, predicted=True)
                 if len(self._longer) > _MOST_PLANS:
                     del self._longer[next(iter(self._longer))]
                 if not failed:
                     self._keep(self._latest, found)
-                if len(self._longer) > _MOST_PLANS:
-                    self._longer.pop(next(iter(self._longer)))
 
     def deviated(self, planned: Planned) -> None:
         """The latest step, under `planned`, held other bytes than expected: other contents, or another int. Measure again, though
@@ -282,8 +311,16 @@ class PlanMaker:
     def _host_bytes_of_one(self) -> int | None:
         return None if self.host_budget is None else self.host_budget.max_bytes // self._terms.live
 
-    def _plan(self, chain: Chain, max_bytes: int) -> Plan:
-        return plan_chain(chain, max_bytes, strategy=self._terms.strategy, host_bytes=self._host_bytes_of_one)
+    def _plan(self, measured: Measured, chain: Chain, max_bytes: int) -> Plan:
+        strategy, host_bytes = self._terms.strategy, self._host_bytes_of_one
+        if self.device is not None:
+            return self.device.plan(measured, max_bytes, strategy, host_bytes)
+        return plan_chain(chain, max_bytes, strategy=strategy, host_bytes=host_bytes)
+
+    def _as_saved(self, plan: Plan, measured: Measured, chain: Chain, max_bytes: int) -> Plan:
+        found = certify(chain, plan.tree, max_bytes, plan.strategy)
+        found = replace(found, certificate=replace(found.certificate, gap=plan.certificate.gap))
+        return found if self.device is None else self.device.check(measured, found, max_bytes)
 
     def _describe(self, args: tuple, kwargs: dict[str, Any], *, numbers: bool) -> Any:
         return describe_call(args, kwargs, numbers=numbers), describe_model(self._parts, self._parameters)
@@ -311,8 +348,3 @@ def _misfit(plan: Plan, chain: Chain) -> InvalidPlan | None:
         f"the plan given to fit was made for another chain than {chain.name!r} has with these inputs: {reason}. Give it the "
         "model, inputs and dtypes that it was made with, or leave plan= out and let fit plan anew"
     )
-
-
-def _as_saved(plan: Plan, chain: Chain, max_bytes: int) -> Plan:
-    found = certify(chain, plan.tree, max_bytes, plan.strategy)
-    return replace(found, certificate=replace(found.certificate, gap=plan.certificate.gap))

@@ -16,6 +16,8 @@ from gpuckpt.memory import Budget
 from gpuckpt.planning import STRATEGIES, Plan
 from gpuckpt.pytorch.engine.verify import Verify, check_verify
 from gpuckpt.pytorch.profiling.measure import MOST_REPEATS
+from gpuckpt.pytorch.whole_device.device_scope import DeviceScope
+from gpuckpt.pytorch.whole_device.optimizer_step import optimizers_of
 from gpuckpt.units import parse_bytes
 
 __all__ = ["Terms"]
@@ -40,10 +42,13 @@ class Terms:
     group: Any
     plan: Plan | None
     stages: Sequence[str]
+    scope: str = "saved"
+    optimizer: Any = None
 
     def __post_init__(self) -> None:
         check_choice(self.strategy, "strategy", ("optimal", *STRATEGIES))
         check_choice(self.hold, "hold", ("account", "pool"))
+        check_choice(self.scope, "scope", ("saved", "device"))
         check_flag(self.preserve_rng_state, "preserve_rng_state")
         check_flag(self.strict, "strict")
         check_int(self.repeats, "repeats", 1, MOST_REPEATS)
@@ -65,6 +70,7 @@ class Terms:
             raise TypeError(
                 f"stages={shown(self.stages)}: expected patterns of modules' names, such as ['encoder.layers.*']"
             )
+        self._check_scope()
         if self.share is None and not isinstance(self.budget, Budget):
             parse_bytes(self.budget, "budget")
         if isinstance(self.host_budget, Budget):
@@ -85,17 +91,25 @@ class Terms:
             )
         return share
 
-    def budget_for(self, model: nn.Module, plain_bytes: int | None = None) -> Budget:
-        """The budget, on the model's device. A share is without end until `plain_bytes` is known, which a plain step holds."""
+    def device_scope(self, model: nn.Module) -> DeviceScope | None:
+        """What the whole step of `model` has to fit in; None where the budget is for what autograd saves alone."""
+        if self.scope == "saved":
+            return None
+        assert isinstance(self.budget, int | str), "checked by _check_scope"
+        return DeviceScope(model, optimizers_of(self.optimizer), parse_bytes(self.budget, "budget"))
+
+    def budget_for(self, model: nn.Module, plain_bytes: int | None = None, device: DeviceScope | None = None) -> Budget:
+        """The budget, on the model's device: with a scope for the `device` what that leaves. A share is without end until
+        `plain_bytes` is known, which a plain step holds."""
         if isinstance(self.budget, Budget):
             return self.budget
-        max_bytes: int | str = self.budget
+        max_bytes: int | str = self.budget if device is None else device.left_bytes
         if (share := self.share) is not None:
             max_bytes = _ENDLESS if plain_bytes is None else int(share * plain_bytes * self.live)
-        device = next((parameter.device for parameter in model.parameters()), None)
+        place = next((parameter.device for parameter in model.parameters()), None)
         # Where a step holds more than its plan promised, frames drop what they can compute again.
         over_cap = "raise" if self.strict else "recompute"
-        return CheckpointBudget(max_bytes, device=device, hold=self.hold, over_cap=over_cap)
+        return CheckpointBudget(max_bytes, device=place, hold=self.hold, over_cap=over_cap)
 
     def host_budget_for(self, budget: Budget) -> Budget | None:
         """The budget on the host to spill to, pinned where it feeds a CUDA device; None without one."""
@@ -107,6 +121,22 @@ class Terms:
 
             allocator = pinned_buffer
         return CheckpointBudget(self.host_budget, device="cpu", hold="pool", allocator=allocator)
+
+    def _check_scope(self) -> None:
+        """Raises `TypeError` or `ValueError` for what does not go with the scope."""
+        if self.scope == "saved":
+            if self.optimizer is not None:
+                raise ValueError('optimizer= is for scope="device"; a budget for what autograd saves has no use for it')
+            return
+        optimizers_of(self.optimizer)
+        if isinstance(self.budget, Budget) or self.share is not None:
+            raise TypeError(
+                f'budget={shown(self.budget)}: scope="device" expects the bytes of the device, such as "70GiB"'
+            )
+        if self.hold == "pool":
+            raise ValueError('scope="device" plans tensors where they are: expected hold="account", not "pool"')
+        if self.group is not None:
+            raise ValueError('scope="device" plans the one device of this rank: group= does not go with it')
 
     def _check_host(self, host: Budget) -> None:
         """Raises `ValueError` for a budget that is not on the host, keeps no copies, is `budget` itself, or the one that `budget`

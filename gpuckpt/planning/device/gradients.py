@@ -21,8 +21,11 @@ __all__ = ["Gradient", "check_total", "plan_total", "stages_of", "stages_within"
 
 
 class Gradient(NamedTuple):
-    """Of one parameter: the stages whose backward make it (a tied one has several), its bytes, and whether it stays until the
-    optimizer has stepped; if not, it is gone before the next one comes, and so is what is needed to be done with it."""
+    """Of one parameter: the stages whose backward make it, its bytes, and whether it stays until the optimizer has stepped; if
+    not, it is gone before the next one comes, and so is what is needed to be done with it.
+
+    A tied one has several stages. What comes first waits in autograd for the others, and is added to them out of place.
+    """
 
     stages: tuple[int, ...]
     nbytes: int
@@ -39,17 +42,17 @@ def with_gradients(chain: Chain, gradients: Iterable[Gradient], *, always_bytes:
     >>> [stage.workspace_bytes for stage in with_gradients(chain, [Gradient((1,), 30), Gradient((0,), 7)]).stages]
     [37, 30]
     >>> [stage.workspace_bytes for stage in with_gradients(chain, [Gradient((0, 1), 30, stays=False, step_bytes=9)]).stages]
-    [39, 39]
+    [99, 30]
     """
     count = len(chain)
     came, passing = [0] * count, [0] * count
     for gradient in gradients:
-        last = max(gradient.stages)
+        last, tied = max(gradient.stages), len(gradient.stages) > 1
+        if gradient.stays or tied:
+            came[last] += gradient.nbytes
         for stage in gradient.stages:
-            if stage == last and gradient.stays:
-                came[stage] += gradient.nbytes
-            else:
-                passing[stage] = max(passing[stage], gradient.nbytes + gradient.step_bytes)
+            if stage < last or not (gradient.stays or tied):
+                passing[stage] = max(passing[stage], (1 + tied) * gradient.nbytes + gradient.step_bytes)
     stages, there = [], always_bytes
     for number in reversed(range(count)):
         plain = chain.stages[number]

@@ -14,13 +14,15 @@ CUDA_BLOCK_BYTES = 512
 
 class ParameterShape(NamedTuple):
     """A parameter: its name in the model, its shape, bytes of an element; `first`: whether only what comes before the first stage
-    reads it, so that its gradient is the last to come; `trained`: whether it has a gradient and optimizer state at all."""
+    reads it, so that its gradient is the last to come; `trained`: whether it has a gradient and optimizer state at all; `tied`:
+    whether what comes before the first stage and what comes after the last one both read it."""
 
     name: str
     shape: tuple[int, ...]
     item_bytes: int
     first: bool = False
     trained: bool = True
+    tied: bool = False
 
     @property
     def numel(self) -> int:

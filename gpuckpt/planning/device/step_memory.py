@@ -126,8 +126,12 @@ class StepMemory:
             if stage is not None:
                 whole[stage] += full
             if parameter.trained:
-                at = (0 if parameter.first else last) if stage is None else stage
-                gradients.append(Gradient((at,), nbytes, not self.in_backward, self._step_bytes(parameter)))
+                at = (
+                    ((0, last) if parameter.tied else (0,) if parameter.first else (last,))
+                    if stage is None
+                    else (stage,)
+                )
+                gradients.append(Gradient(at, nbytes, not self.in_backward, self._step_bytes(parameter)))
         if sharded:
             for number, full in enumerate(whole):
                 if (

@@ -8,19 +8,21 @@ the tensors between operators, no more.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpuckpt.pytorch._torch_internals import innermost_mode
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
-__all__ = ["Gradients", "LiveBytes", "gradients_of"]
+__all__ = ["Gradients", "LiveBytes", "gradients_of", "least_workspace"]
 
-Gradients = tuple[list[torch.Tensor], list[torch.Tensor]]
-"""Those that are handed on, and those of parameters."""
+Gradients = tuple[list[torch.Tensor], list[torch.Tensor | None]]
+"""Those that are handed on, and those of the parameters that are trained."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -88,12 +90,37 @@ class LiveBytes(TorchDispatchMode):
                 peak = max(peak, live)
         return peak
 
-    def beside_gradients(self, passing: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> tuple[int, int]:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the context nothing is noted, where no other mode was entered since this one."""
+        if innermost_mode() is not self:
+            yield
+            return
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    def position(self) -> tuple[int, int]:
+        """Where the record is now, for `made_since`."""
+        return len(self._events), len(self._sizes)
+
+    def made_since(self, position: tuple[int, int], held: Sequence[torch.Tensor]) -> int:
+        """The most bytes alive at one time of what was made since then, without `held`."""
+        begin, first = position
+        return self.peak_bytes(begin, self.mark(), self.numbers(held) | set(range(first)))
+
+    def beside_gradients(self, passing: Sequence[torch.Tensor], own: Sequence[torch.Tensor | None]) -> tuple[int, int]:
         """The most bytes alive without gradients of parameters, `own`; and what these add at the worst moment. Those that are
-        handed on, `passing`, count in neither."""
-        others = self.numbers(passing)
-        workspace_bytes = self.peak_bytes(0, self.mark(), others | self.numbers(own))
-        return workspace_bytes, self.peak_bytes(0, self.mark(), others) - workspace_bytes
+        handed on, `passing`, are counted by the planner, as if they were there all the time."""
+        handed_on = sum(self._sizes[number] for number in self.numbers(passing))
+        peaks = [
+            self.peak_bytes(0, self.mark(), without)
+            for without in (self.numbers([g for g in own if g is not None]), set())
+        ]
+        workspace_bytes, with_own_bytes = [max(0, nbytes - handed_on) for nbytes in peaks]
+        return workspace_bytes, with_own_bytes - workspace_bytes
 
 
 def gradients_of(
@@ -103,15 +130,21 @@ def gradients_of(
     *,
     retain_graph: bool,
 ) -> Gradients:
-    """Go backward from `roots`, whose gradients are ones, to what comes before and to parameters: the gradients of either."""
+    """Go backward from `roots`, whose gradients are ones, to what comes before and to parameters: the gradients of either.
+    Parameters that are not reached have None."""
     ends = [tensor for tensor in before if tensor.requires_grad]
     leaves = [*ends, *(parameter for parameter in parameters if parameter.requires_grad)]
     if not roots or not leaves:
         return [], []
     grads = [torch.ones_like(root) for root in roots]
     found = torch.autograd.grad(roots, leaves, grads, allow_unused=True, retain_graph=retain_graph)
-    passing, own = [[g for g in end if g is not None] for end in (found[: len(ends)], found[len(ends) :])]
-    return passing, own
+    return [gradient for gradient in found[: len(ends)] if gradient is not None], list(found[len(ends) :])
+
+
+def least_workspace(forward_bytes: int, workspace_bytes: int, gradients_bytes: int) -> tuple[int, int]:
+    """Workspace and what gradients add to it, where forward takes as much by itself."""
+    more = max(0, forward_bytes - workspace_bytes)
+    return workspace_bytes + more, max(0, gradients_bytes - more)
 
 
 def _parts(leaves: Sequence[Any]) -> list[torch.Tensor]:

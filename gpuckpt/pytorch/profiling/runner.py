@@ -7,7 +7,6 @@ same. `measure` runs this on real tensors, `fake_run` on fake ones.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,14 +27,14 @@ from gpuckpt.pytorch.engine.kept.options import ProductTrace
 from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
 from gpuckpt.pytorch.engine.unread import Unread, is_entry
-from gpuckpt.pytorch.profiling.allocation_trace import Gradients, LiveBytes, gradients_of
+from gpuckpt.pytorch.profiling.allocation_trace import Gradients, LiveBytes, gradients_of, least_workspace
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module, runs_compiled
 from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, idle_siblings, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints, refuse_checkpoints
 from gpuckpt.pytorch.profiling.isolation import ParameterWrites, cut, cut_call, fresh, have_drawn, random_states
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, residents_of, unpack
-from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Measured, Sample, StageKind, kind_key, offered
+from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Measured, Sample, StageKind, joined, kind_key, offered
 
 __all__ = ["Measured", "run_chain"]
 
@@ -64,6 +63,7 @@ class _Measurement:
         self.storages = storages
         self.clock = clock
         self.repeats = repeats
+        self.trained: dict[str, frozenset[int]] = {}
         self.stages: list[Stage] = []
         self.position = 0
         self.previous = Outputs()
@@ -74,9 +74,18 @@ class _Measurement:
         self.outside = SaveRecorder(storages.stamp)  # since the last stage ended
         self.held: set[int] = set()  # storages that a stage so far, or a frame around it, may hold
         self.inside = False
-        self.outside_began_s = clock.now()
+        self.live = LiveBytes(unit_bytes)
+        self.begin_outside()
+
+    def begin_outside(self) -> None:
+        """What comes now is outside of all stages."""
+        self.outside_began_s, self.outside_began = self.clock.now(), self.live.position()
 
     @untraced
+    def called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with self.live.paused():
+            return self.stage(module, *args, **kwargs)
+
     def stage(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if in_checkpoint() or self.position >= len(self.expected) or self.expected[self.position] is not module:
             return run_module(module, args, kwargs)  # a call that is no part of the chain
@@ -170,7 +179,7 @@ class _Measurement:
         self.inner.share((*tensors, *outputs))
         self.inside = False
         self.inner.watch()
-        self.outside_began_s = self.clock.now()
+        self.begin_outside()
         return out
 
     def join(self, changed: set[int]) -> None:
@@ -178,18 +187,8 @@ class _Measurement:
         while self.owned[-1] - 1 in self.owned:
             last, first = self.stages.pop(), self.stages.pop()
             remade = changed.isdisjoint((*first.inputs, *first.extras))
-            self.stages.append(
-                replace(
-                    last,
-                    name=f"{first.name}+{last.name}",
-                    saves=tuple(dict.fromkeys((*first.saves, *last.saves))),
-                    inputs=first.inputs,
-                    variants=(),
-                    extras=tuple(dict.fromkeys((*first.extras, *last.extras))),
-                    # Where the first returns its own input (a flatten, a dropout that is off), that was changed as well.
-                    recomputable=first.recomputable and remade,
-                )
-            )
+            # Where the first returns its own input (a flatten, a dropout that is off), that was changed as well.
+            self.stages.append(joined(first, last, recomputable=first.recomputable and remade))
             number = len(self.stages) - 1
             self.owned = [min(owner, number) for owner in self.owned]
             if remade:
@@ -205,27 +204,30 @@ class _Measurement:
         """Turn what was saved outside stages since the last one, on the way to `ends`, into a stage of its own that is always
         kept."""
         seconds, again_bytes = self.clock.now() - self.outside_began_s, 0
+        forward_bytes = self.live.made_since(self.outside_began, [tensor for tensor, _ in self.outside.tensors])
         workspace_bytes = gradients_bytes = 0
         if not self.whole and (roots := [tensor for tensor in ends if tensor.grad_fn is not None]):
             if self.inner.any():
                 self.outside_again = True
                 again_bytes = self.inner.again_bytes(lambda: self.backward(roots, retain_graph=True))
-            workspace_bytes, gradients_bytes = self.backward_bytes(roots, retain_graph=True)
+            workspace_bytes, gradients_bytes = self.backward_bytes(name, roots, retain_graph=True)
         saves, self.outside = self.outside.storages(self.storages, self.held), SaveRecorder(self.storages.stamp)
         self.held.update(saves)
         if saves or again_bytes or name in ("prefix", "suffix"):
             stage = Stage(name, seconds, 2 * seconds, saves, recomputable=False, again_bytes=again_bytes)
+            workspace_bytes, gradients_bytes = least_workspace(forward_bytes, workspace_bytes, gradients_bytes)
             self.stages.append(replace(stage, workspace_bytes=workspace_bytes, gradients_bytes=gradients_bytes))
 
     def backward(self, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> Gradients:
         """Go backward from `roots` to the end of the stage before, or to the model's parameters."""
         return gradients_of(roots, self.previous.tensors, self.parameters, retain_graph=retain_graph)
 
-    def backward_bytes(self, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> tuple[int, int]:
-        """Go backward from `roots`: bytes of what operators make on the way, and what gradients of parameters add to that."""
+    def backward_bytes(self, name: str, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> tuple[int, int]:
+        """Go backward through the stage `name`: bytes that operators make on the way, and what gradients of parameters add."""
         live = LiveBytes(self.inner.budget.unit_bytes)
         with live:
             found = self.backward(roots, retain_graph=retain_graph)
+        self.trained[name] = frozenset([number for number, gradient in enumerate(found[1]) if gradient is not None])
         return live.beside_gradients(*found)
 
     def close(self, out: Any) -> None:
@@ -243,9 +245,11 @@ class _Measurement:
 
         def backward() -> None:
             nonlocal workspace_bytes, gradients_bytes
-            workspace_bytes, gradients_bytes = self.backward_bytes(roots, retain_graph=False)
+            workspace_bytes, gradients_bytes = self.backward_bytes("suffix", roots, retain_graph=False)
 
         again_bytes = self.inner.again_bytes(backward)
+        forward_bytes = self.stages[-1].workspace_bytes
+        workspace_bytes, gradients_bytes = least_workspace(forward_bytes, workspace_bytes, gradients_bytes)
         self.stages[-1] = replace(
             self.stages[-1],
             backward_s=backward_s,
@@ -267,20 +271,9 @@ class _Measurement:
         stages = self.unread.dropped(self.stages, self.owned)
         last_calls = {number: call for call, number in enumerate(self.owned)}
         for kind in self.kinds.values():
-            forward_s, backward_s = statistics.median(kind.forward_s), statistics.median(kind.backward_s)
             for call in kind.calls:
                 number = self.owned[call]
-                stage = stages[number]
-                stages[number] = stage = replace(
-                    stage,
-                    forward_s=stage.forward_s + forward_s,
-                    backward_s=stage.backward_s + backward_s,
-                    workspace_bytes=max(stage.workspace_bytes, kind.workspace_bytes),
-                    gradients_bytes=max(stage.gradients_bytes, kind.gradients_bytes),
-                    again_bytes=max(stage.again_bytes, kind.again_bytes),
-                    tail_s=kind.tail_s if last_calls[number] == call else stage.tail_s,
-                )
-                stages[number] = replace(stage, variants=kind.options_of(stage))
+                stages[number] = kind.measured(stages[number], last=last_calls[number] == call)
         made = Chain(tuple(stages), tuple(self.storages.sizes)).made_extras
         return tuple(
             [stage if made.keys().isdisjoint(stage.saves) else replace(stage, variants=()) for stage in stages]
@@ -320,8 +313,9 @@ def run_chain(
         given = set(map(id, tensors))
         run = _Measurement(model, given, found, Storages(residents, copies, unit_bytes), clock, repeats, unit_bytes)
         hooks = enter(run.inner.budget, run.note_outside, unpack)  # entered, for checkpoints that are made there
-        with torch.enable_grad(), intercept(dict.fromkeys(found.modules), run.stage), hooks, writes:
-            out = run_module(model, args, kwargs)
+        with torch.enable_grad(), intercept(dict.fromkeys(found.modules), run.called), hooks, writes:
+            with run.live:
+                out = run_module(model, args, kwargs)
             run.keep_what_was_loaded()
             run.close(out)
         del out
@@ -340,5 +334,14 @@ def run_chain(
     unread = run.unread.classes
     known = run.storages.known(tensors)
     return Measured(
-        chain, tuple(found.modules), tuple(run.owned), tuple(run.random), staying, found.groups, idle, unread, known
+        chain,
+        tuple(found.modules),
+        tuple(run.owned),
+        tuple(run.random),
+        staying,
+        found.groups,
+        idle,
+        unread,
+        known,
+        run.trained,
     )

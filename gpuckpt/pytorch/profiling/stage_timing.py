@@ -7,7 +7,7 @@ share one median time, so that a planner sees N equal blocks as equal.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from gpuckpt.pytorch.profiling.isolation import fresh
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, identity
 from gpuckpt.pytorch.profiling.sharding import gathered_around, sharding_unchanged
 
-__all__ = ["MOST_SAMPLES", "Measured", "Sample", "StageKind", "kind_key", "offered", "run_again"]
+__all__ = ["MOST_SAMPLES", "Measured", "Sample", "StageKind", "joined", "kind_key", "offered", "run_again"]
 
 MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
 
@@ -43,9 +43,10 @@ MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
 @dataclass(frozen=True)
 class Measured:
     """A chain, the modules whose calls make up its stages (in calling order), the number of each call's stage, the names of calls
-    that draw random numbers, the ids of storages that cannot go to the host, the process groups of the collectives that the
+    that draw random numbers, ids of storages that cannot go to the host, the process groups of the collectives that the
     forward calls, modules like those that did not run (see `chain_finder.idle_siblings`), classes whose calls read no tensor
-    inside of the objects that they are given (see engine/unread.py), and ids of storages that are the model's own arguments."""
+    inside of the objects that they are given (see engine/unread.py), ids of storages that are the model's own arguments, and
+    which of the parameters that are trained (by their number) code outside of blocks uses, by the name of its stage."""
 
     chain: Chain
     modules: tuple[nn.Module, ...]
@@ -56,6 +57,7 @@ class Measured:
     idle: tuple[nn.Module, ...] = ()
     unread: frozenset[type] = frozenset()
     given: frozenset[int] = frozenset()
+    trained: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
 
 class Sample(NamedTuple):
@@ -109,6 +111,19 @@ class StageKind:
             for option in first.options:
                 seconds = [self._option_s(first, option, gather, clock) for _ in range(repeats)]
                 self.option_s[option] = tuple(map(statistics.median, zip(*seconds, strict=True)))
+
+    def measured(self, stage: Stage, *, last: bool) -> Stage:
+        """`stage` with a call of this kind more, its `last`, and what is known of that."""
+        stage = replace(
+            stage,
+            forward_s=stage.forward_s + statistics.median(self.forward_s),
+            backward_s=stage.backward_s + statistics.median(self.backward_s),
+            workspace_bytes=max(stage.workspace_bytes, self.workspace_bytes),
+            gradients_bytes=max(stage.gradients_bytes, self.gradients_bytes),
+            again_bytes=max(stage.again_bytes, self.again_bytes),
+            tail_s=self.tail_s if last else stage.tail_s,
+        )
+        return replace(stage, variants=self.options_of(stage))
 
     def options_of(self, stage: Stage) -> tuple[Variant, ...]:
         """The options of a stage of this kind, with their seconds."""
@@ -278,6 +293,19 @@ def offered(stage: Stage, trace: ProductTrace, storages: Storages) -> tuple[Vari
         if name and remade and not set(stage.output).intersection(kept):
             found.setdefault(held, Variant(name, held, 0.0, 0.0, remade=remade))
     return tuple(found.values())
+
+
+def joined(first: Stage, last: Stage, *, recomputable: bool) -> Stage:
+    """Two calls in a row as one stage."""
+    return replace(
+        last,
+        name=f"{first.name}+{last.name}",
+        saves=tuple(dict.fromkeys((*first.saves, *last.saves))),
+        inputs=first.inputs,
+        variants=(),
+        extras=tuple(dict.fromkeys((*first.extras, *last.extras))),
+        recomputable=recomputable,
+    )
 
 
 def kind_key(module: nn.Module, inputs: Any, saved_bytes: list[int]) -> Any:

@@ -129,8 +129,17 @@ class HubModel:
                     -(-shape[0] // self.layout.tp),
                     *shape[1:],
                 )  # an embedding or a head, whose logits are gathered
-            first = before and id(parameter) not in late
-            found.append(ParameterShape(prefix + name, shape, parameter.element_size(), first, parameter.requires_grad))
+            tied = id(parameter) in late
+            found.append(
+                ParameterShape(
+                    prefix + name,
+                    shape,
+                    parameter.element_size(),
+                    before and not tied,
+                    parameter.requires_grad,
+                    before and tied,
+                )
+            )
         return tuple(found)
 
     def chain(self, batch: int, context: int | None, device: str = "H100 SXM") -> Chain:

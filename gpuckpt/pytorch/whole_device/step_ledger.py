@@ -11,6 +11,7 @@ drops at once, what backward hands on, what a recompute brings back, the optimiz
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from gpuckpt.planning.tables import text_table
 from gpuckpt.pytorch._torch_internals import graph_task_id
 from gpuckpt.pytorch.engine.subclasses import parts_of
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
+from gpuckpt.pytorch.whole_device.optimizer_step import optimizers_of
 from gpuckpt.units import format_bytes
 
-__all__ = ["KINDS", "StepLedger", "StorageLife"]
+__all__ = ["KINDS", "StepLedger", "StorageLife", "ledger_of"]
 
 KINDS = ("parameter", "optimizer state", "gradient", "input", "activation", "transient")
 
@@ -44,7 +46,7 @@ class StorageLife:
 
 
 class StepLedger(LiveBytes):
-    """Within the context the step of `model` is written down, its optimizer's step included.
+    """Within the context the step of `model` is written down, its optimizer's step included. `optimizer`: one, or several.
 
     >>> model = nn.Linear(8, 4)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -57,10 +59,10 @@ class StepLedger(LiveBytes):
     {'parameter': 144, 'gradient': 144}
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
         super().__init__()
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers = [] if optimizer is None else optimizers_of(optimizer)
         self.storages: list[StorageLife] = []
         self._modules = ModuleTracker()
         self._in_backward = False
@@ -79,10 +81,12 @@ class StepLedger(LiveBytes):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
         self._modules.__enter__()
         super().__enter__()
+        _watching[self.model] = weakref.ref(self)
         return self
 
     def __exit__(self, *reason: Any) -> None:
         super().__exit__(*reason)
+        _watching.pop(self.model, None)
         self._modules.__exit__(*reason)
         for hook in self._hooks:
             hook.remove()
@@ -150,7 +154,7 @@ class StepLedger(LiveBytes):
         return "\n".join(text_table(rows, (False, True, True)))
 
     def _state(self) -> list[torch.Tensor]:
-        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
         return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
 
     def _there_before(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
@@ -170,3 +174,12 @@ class StepLedger(LiveBytes):
     def _mark(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
         for number in self.numbers(list(tensors)):
             self.storages[number].kind = kind
+
+
+_watching: weakref.WeakKeyDictionary[nn.Module, weakref.ref[StepLedger]] = weakref.WeakKeyDictionary()
+
+
+def ledger_of(model: nn.Module) -> StepLedger | None:
+    """The ledger that is entered around steps of `model`, if there is one."""
+    ref = _watching.get(model)
+    return None if ref is None else ref()
