@@ -26,6 +26,7 @@ _CORE = {
     "gpuckpt.pytorch.checkpoint": ("checkpoint",),
     "gpuckpt.pytorch.engine.kept.choices": ("once",),
     "gpuckpt.pytorch.engine.kept.current": ("is_recomputing",),
+    "gpuckpt.pytorch.explain_oom": ("explain_oom",),
     "gpuckpt.pytorch.fit": ("Fitted", "fit", "fitted", "unfit"),
     "gpuckpt.pytorch.graph": ("checkpoint_graph",),
     "gpuckpt.pytorch.profiling.measure": ("measure",),
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from gpuckpt.pytorch.checkpoint import checkpoint
     from gpuckpt.pytorch.engine.kept.choices import once
     from gpuckpt.pytorch.engine.kept.current import is_recomputing
+    from gpuckpt.pytorch.explain_oom import explain_oom
     from gpuckpt.pytorch.fit import Fitted, fit, fitted, unfit
     from gpuckpt.pytorch.graph import checkpoint_graph
     from gpuckpt.pytorch.profiling.measure import measure

@@ -1,4 +1,4 @@
-"""The command line: `gpuckpt train | plan | audit | doctor | report`.
+"""The command line: `gpuckpt train | plan | audit | doctor | oom | report`.
 
 Each command's work is in a module of its own, imported when the command runs. What a user got wrong ends with exit code 2
 and one line.
@@ -126,6 +126,18 @@ def report(
     path = folder / "page.html"
     write_whole(path, to_page(loads((folder / "page.json").read_text(encoding="utf-8"))))
     print(dumps({"page": str(path)}) if json else f"wrote {path}")
+
+
+@app.command()
+def oom(
+    file: Annotated[Path, typer.Argument(help="what explain_oom(..., save=FILE) wrote")],
+    json: Annotated[bool, typer.Option("--json", help="print the facts as JSON")] = False,
+) -> None:
+    """What was alive when a step ran out of memory, and what would have helped."""
+    from gpuckpt.cli.oom import read_oom
+
+    page = read_oom(file)
+    print(file.read_text(encoding="utf-8").rstrip() if json else page)
 
 
 @app.command()

@@ -96,9 +96,9 @@ def fit(
     >>> fit(model, x, budget="60%").budget.max_bytes
     20889
     >>> adamw = torch.optim.AdamW(model.parameters())
-    >>> fitted = fit(model, x, "96KiB", scope="device", optimizer=adamw)
+    >>> fitted = fit(model, x, "128KiB", scope="device", optimizer=adamw)
     >>> weights = sum(parameter.nbytes for parameter in model.parameters())
-    >>> 96 * 1024 - fitted.budget.max_bytes == 3 * weights + 4 * 16  # with two moments, and 16 counts of steps
+    >>> 128 * 1024 - fitted.budget.max_bytes == 3 * weights + 4 * 16  # with two moments, and 16 counts of steps
     True
     """
     check_model(model)

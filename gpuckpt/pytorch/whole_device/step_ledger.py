@@ -136,6 +136,17 @@ class StepLedger(LiveBytes):
                 most, peak = now, dict(alive)
         return peak
 
+    def alive_at_last(self) -> list[StorageLife]:
+        """What was alive when the last storage was made: of a step that failed, at the moment that it failed."""
+        last = max((n for n, (_, born) in enumerate(self._events) if born), default=-1)
+        alive = dict.fromkeys(number for number, life in enumerate(self.storages) if life.before)
+        for number, born in self._events[: last + 1]:
+            if born:
+                alive[number] = None
+            else:
+                alive.pop(number, None)
+        return [self.storages[number] for number in alive]
+
     def peak_total_bytes(self, unit_bytes: int = 1) -> int:
         """The most bytes alive."""
         return sum(self.at_peak(unit_bytes).values())
