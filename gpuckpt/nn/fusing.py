@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpuckpt.checks import check_flag
+from gpuckpt.nn.fusing_loss import fuse_loss, models_with_a_loss
 from gpuckpt.pytorch.ops._activations import FUNCTIONS
 from gpuckpt.pytorch.ops._projections import is_hooked, is_linear, is_plain, linear_weight
 from gpuckpt.pytorch.ops.gated_mlp import gated_mlp
@@ -36,7 +38,7 @@ _TOLERANCE = 1e-9  # in float64; GELU and its tanh form are 1e-3 apart
 @dataclass(frozen=True)
 class Fusion:
     """What `fuse` did. `fused`: by module name, the operation and activation that it computes by. `left`: modules that have an
-    MLP's projections and run as they did, and why."""
+    MLP's projections, or heads, that run as they did, and why."""
 
     fused: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -46,13 +48,18 @@ class Fusion:
         return "\n".join([*(f"{name}: {how}" for name, how in self.fused.items()), *left])
 
 
-def fuse(model: nn.Module) -> Fusion:
+def fuse(model: nn.Module, *, loss: bool = False) -> Fusion:
     """Let the MLPs in `model` compute by `gpuckpt.functional.mlp` and `gated_mlp`, which keep their input only.
 
     Taken are those of Llama, Mistral, Qwen and Gemma (`gate_proj`, `up_proj`, `down_proj`), Phi-3 (`gate_up_proj`, `down_proj`),
     Phi (`fc1`, `fc2`), GPT-NeoX and GPT-2 (transformers' `Conv1D`), and whatever else has these projections and computes the
     same. Parameters, keys of the `state_dict`, classes and hooks stay as they are. Adapters may be put on afterwards: a module
     with one on a projection runs as its library wrote it. Experts of a mixture that are not such modules stay as they are.
+
+    With `loss=True` also the heads of transformers' causal language models with their loss, by
+    `gpuckpt.functional.linear_cross_entropy`: while a model trains and is given labels, logits are formed a chunk of rows at a
+    time, and what it returns has none (`logits` is None). Evaluation, generation, calls without labels, with `logits_to_keep` or
+    `return_dict=False` form them as ever, and so does a head that an adapter, a hook or a shard was put on.
 
     Values and gradients differ from the unfused model's in their last bits, within the fused operations' bounds. Call it before
     `fit`. Fusing once more changes nothing; `del module.forward` undoes it for a module.
@@ -69,6 +76,7 @@ def fuse(model: nn.Module) -> Fusion:
     0: mlp, gelu
     1: left as it is: MLP with Mish computes neither mlp nor gated_mlp with a known activation
     """
+    check_flag(loss, "loss")
     fusion = Fusion()
     for name, module in model.named_modules():
         form = next((form for form in _FORMS if all(part in module._modules for part in form.parts)), None)
@@ -90,6 +98,13 @@ def fuse(model: nn.Module) -> Fusion:
             continue
         module.forward = FusedForward(module, form, activation)
         fusion.fused[name] = f"{form.operation}, {activation}"
+    for name, owner in models_with_a_loss(model) if loss else ():
+        head, how, why = fuse_loss(owner)
+        path = f"{name}.{head}" if name else head
+        if how is not None:
+            fusion.fused[path] = how
+        else:
+            fusion.left[path] = str(why)
     return fusion
 
 
