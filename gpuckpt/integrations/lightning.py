@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from gpuckpt.errors import BackendUnavailable
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch.fit import Fitted, fit
@@ -20,7 +22,7 @@ __all__ = ["LightningBudget"]
 
 class LightningBudget(Callback):
     """Training runs under a budget; validation, checkpoints and predictions as always. The model is planned at the first batch,
-    in the precision and on the device that it has then, and given back when training ends.
+    in the precision and on the device that it has then, and given back when training ends. Ranks of one job plan together.
 
     Args:
         budget: as in `gpuckpt.fit`; bytes where batches differ in length.
@@ -50,7 +52,8 @@ class LightningBudget(Callback):
             raise ValueError(
                 f"module={self.module!r}: {type(pl_module).__name__} has no such part; it has {children or 'none at all'}"
             )
-        self.fitted = fit(parts[self.module], None, self.budget, **self.options)
+        together = {"group": torch.distributed.group.WORLD} if trainer.world_size > 1 else {}
+        self.fitted = fit(parts[self.module], None, self.budget, **{**together, **self.options})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if self.fitted is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ with warnings.catch_warnings():
     L = pytest.importorskip("lightning", reason="lightning is not installed")
 
 from gpuckpt.integrations.lightning import LightningBudget
+from tests.pytorch.parallel.ranks import needs_ranks, on_ranks
 from tests.pytorch.steps import Layer
 
 pytestmark = [
@@ -99,6 +101,43 @@ def test_one_line_trains_the_same_under_two_fifths(precision: str, tmp_path: Pat
     assert len(resumed.losses) == 4 < before
     assert resumed.losses == expected.losses
     assert same(resumed, expected)
+
+
+def train_on_rank(rank: int, folder: str) -> list[Any]:
+    """Losses of the plain run and of ours, whether their weights are equal, and the bytes of ours."""
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # asked for, and not used: the ranks have met
+    found = []
+    callback = LightningBudget("40%", repeats=1)
+    for callbacks in ([], [callback]):
+        strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
+        module, trainer = train(Path(folder), *callbacks, devices=2, strategy=strategy, enable_checkpointing=False)
+        assert trainer.world_size == 2
+        assert (
+            isinstance(trainer.strategy.model, nn.parallel.DistributedDataParallel) or trainer.strategy.model is module
+        )
+        found.append(module)
+    fitted = callback.fitted
+    assert fitted is not None
+    assert fitted.plan.certificate.recompute_s > 0
+    assert not fitted.deviations
+    plain, ours = found
+    weights = [parameter.tolist() for parameter in ours.parameters()]
+    return [plain.losses, ours.losses, same(ours, plain), fitted.budget.peak_bytes, fitted.budget.max_bytes, weights]
+
+
+@needs_ranks
+def test_ddp_on_two_ranks(tmp_path: Path) -> None:
+    ranks = on_ranks(train_on_rank, str(tmp_path), limit_s=120)
+    for expected, ours, equal, peak_bytes, max_bytes, _ in ranks:
+        assert len(expected) > 4
+        assert ours == expected
+        assert equal
+        assert 0 < peak_bytes <= max_bytes
+    assert ranks[0][0] != ranks[1][0], "each rank has batches of its own"
+    assert ranks[0][-1] == ranks[1][-1], "and their gradients were averaged"
 
 
 def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
