@@ -6,6 +6,7 @@ GPUCKPT_RESULTS names a file, lines go there instead: `benchmarks/compare.py` re
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -15,9 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "about", "append", "latest", "machine"]
+__all__ = ["QUICK", "RESULTS", "about", "append", "arguments", "latest", "machine"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
+QUICK = Path("out/quick")
+"""Where quick runs write: their figures are no results."""
 _PACKAGES = ("torch", "triton", "numpy", "numba", "cupy-cuda12x", "cupy-cuda13x", "transformers")
 
 
@@ -55,6 +58,19 @@ def about() -> dict[str, Any]:
         "machine": machine(),
         "versions": versions,
     }
+
+
+def arguments(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
+    """The command line's options, and `--quick`: under a minute, by the values of `quick` where none are given. A quick run adds
+    its line to a file of its own."""
+    parser.add_argument("--quick", action="store_true", help="small, in under a minute; results go to out/quick")
+    found = parser.parse_args()
+    if found.quick:
+        for name, value in quick.items():
+            if getattr(found, name) == parser.get_default(name):
+                setattr(found, name, value)
+        os.environ.setdefault("GPUCKPT_RESULTS", str(QUICK / "results.jsonl"))
+    return found
 
 
 def append(path: Path, figures: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench_record import RESULTS, append
+from bench_record import RESULTS, append, arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, default=90, help="architecture to launch for")
     parser.add_argument("--repeats", type=int, default=400)
-    options = parser.parse_args()
+    options = arguments(parser, repeats=40)
     found = measure(options.arch, options.repeats)
     append(RESULTS / "call_overhead.jsonl", {"arch": options.arch, "operations": found})
     for name, row in found.items():

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from bench_record import about
+from bench_record import about, arguments
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import gpuckpt
@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = arguments(parser, rounds=10)
     torch.set_num_threads(1)
     rows = measure(options.rounds)
     if options.json:

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from bench_record import about
+from bench_record import about, arguments
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from gpuckpt import CheckpointBudget
@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = arguments(parser, rounds=6)
     torch.set_num_threads(1)
     report: dict[str, Any] = {"about": about(), "saved_tensor": {}}
     for size, elements in SIZES.items():

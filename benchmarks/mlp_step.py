@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_record import RESULTS, append
+from bench_record import RESULTS, append, arguments
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def main() -> None:
     for name, default in (("rows", 2048), ("width", 256), ("hidden", 1024), ("repeats", 15), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=RESULTS / "mlp_step.jsonl")
-    options = parser.parse_args()
+    options = arguments(parser, rows=256, width=64, hidden=256, repeats=3)
     torch.set_num_threads(options.threads)
     table = Table(title=f"One training step, float32, {options.rows} x {options.width}, hidden {options.hidden}")
     columns = ("operation", "contender", "wall ms", "cpu ms", "ours / it (cpu)", "saved MiB", "scratch MiB")

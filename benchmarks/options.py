@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from bench_record import arguments
 from torch import Tensor
 
 import gpuckpt
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--width", type=int, default=256)
-    given = parser.parse_args()
+    given = arguments(parser, blocks=4, tokens=128, width=64)
     torch.set_num_threads(1)
     model = make_model(given.blocks, given.width)
     tokens = torch.randint(0, 512, (2, given.tokens))

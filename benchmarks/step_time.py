@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_record import RESULTS, append
+from bench_record import QUICK, RESULTS, append, arguments
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from gpuckpt import Keep, Recompute, fit, format_bytes, simulate
@@ -99,7 +99,7 @@ def main() -> int:
         "--clock", choices=CLOCKS, default="wall", help="cpu: of this process, on a machine that is busy"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = arguments(parser, layers=2, width=32, context=32, batch=2, rounds=2, out=QUICK)
     torch.manual_seed(0)
     base = Transformer(Config(options.layers, options.width, 4, options.context))
     if options.mlp == "plain":

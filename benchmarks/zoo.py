@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.bench_record import arguments
 from gpuckpt import fit, format_bytes
 from tests.pytorch.beside_plain import default_loss, plain_peak_bytes
 from tests.zoo.checks import seed_all
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=[])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--page", type=Path)
-    options = parser.parse_args()
+    options = arguments(parser, names=["nanogpt", "resnet"], rounds=1)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rows = []

@@ -1,4 +1,4 @@
-"""The command line: `gpuckpt train | plan | audit | doctor | oom | report`.
+"""The command line: `gpuckpt train | plan | audit | doctor | oom | report | bench`.
 
 Each command's work is in a module of its own, imported when the command runs. What a user got wrong ends with exit code 2
 and one line.
@@ -24,20 +24,47 @@ from gpuckpt.units import format_bytes
 
 __all__ = ["app", "main"]
 
+_EXIT_CODES = """Exit codes: 0 done; 1 a bound is broken (audit), or what a benchmark ends with; 2 a mistake in what was asked,
+or a file that cannot be read or written, in one line; 130 interrupted by Ctrl-C; 143 by SIGTERM."""
+
+
+def _examples(*lines: str) -> str:
+    """Examples for the end of a command's help: paragraphs, which stay lines of their own."""
+    return "\n\n".join(("Examples:", *(f"  {line}" for line in lines)))
+
+
 app = typer.Typer(
     help="Activation checkpointing under a hard byte budget.",
+    epilog=_EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from gpuckpt.cli.doctor import own_version
+
+        print(f"gpuckpt {own_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def _group() -> None:
+def _group(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Activation checkpointing under a hard byte budget."""
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "gpuckpt train --out out/demo",
+        "gpuckpt train --data README.md --layers 6 --budget 4MiB --steps 100",
+        "gpuckpt train --budget 2MiB --host-budget 64MiB --json",
+    )
+)
 def train(
     data: Annotated[
         list[Path] | None, typer.Option(help="files or folders to learn from [the standard library]")
@@ -91,10 +118,17 @@ def train(
         raise typer.Exit(130)
 
 
-app.command()(plan)
+app.command(
+    epilog=_examples(
+        "gpuckpt plan --layers 32 --width 4096 --context 8192 --budget 16GiB",
+        "gpuckpt plan --hf config.json --device h100-sxm --parallel fsdp=8 --find context",
+        "gpuckpt plan out/plan/chain.json --budget 8GiB --spill pcie-gen5-x16 --json",
+        "gpuckpt plan --pipeline 4 --budget 16GiB --schedule interleaved --chunks 2",
+    )
+)(plan)
 
 
-@app.command()
+@app.command(epilog=_examples("gpuckpt audit --quick", "gpuckpt audit --arch sm_90 --html out/audit.html"))
 def audit(
     arch: Annotated[
         list[str] | None, typer.Option(help="sm_80, sm_90, ...; several may follow [all that ship]")
@@ -112,7 +146,7 @@ def audit(
     raise typer.Exit(run_audit(archs, "-" if json else None, html, jobs, quick=quick))
 
 
-@app.command()
+@app.command(epilog=_examples("gpuckpt report out/demo"))
 def report(
     folder: Annotated[Path, typer.Argument(help="where `gpuckpt train` wrote page.json")],
     json: Annotated[bool, typer.Option("--json", help="print the path as JSON")] = False,
@@ -128,7 +162,7 @@ def report(
     print(dumps({"page": str(path)}) if json else f"wrote {path}")
 
 
-@app.command()
+@app.command(epilog=_examples("gpuckpt oom out/oom.json"))
 def oom(
     file: Annotated[Path, typer.Argument(help="what explain_oom(..., save=FILE) wrote")],
     json: Annotated[bool, typer.Option("--json", help="print the facts as JSON")] = False,
@@ -140,7 +174,7 @@ def oom(
     print(file.read_text(encoding="utf-8").rstrip() if json else page)
 
 
-@app.command()
+@app.command(epilog=_examples("gpuckpt doctor", "gpuckpt doctor --json"))
 def doctor(json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False) -> None:
     """What is installed, what runs where, and what no budget caps."""
     from rich.console import Console
@@ -153,6 +187,36 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="print it as JSON")
         command.doctor(Console())
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=_examples(
+        "gpuckpt bench", "gpuckpt bench checkpoint --quick", "gpuckpt bench step_time --layers 6 --rounds 5"
+    ),
+)
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="which; without it, all are listed")] = None,
+    device: Annotated[str | None, typer.Option(help="refuse a benchmark that does not run there: cpu or cuda")] = None,
+    json: Annotated[bool, typer.Option("--json", help="the list, or a benchmark's own figures, as JSON")] = False,
+) -> None:
+    """Run a benchmark of the checkout by name. Its own options may follow: --quick (under a minute), --rounds, ..."""
+    from gpuckpt.cli.bench import benchmarks, run_benchmark
+
+    if name is not None:
+        raise typer.Exit(run_benchmark(name, device, [*context.args, *(["--json"] if json else [])]))
+    found = benchmarks()
+    if json:
+        print(dumps(found, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = Table.grid(padding=(0, 2))
+    for each, what in found.items():
+        rows.add_row(each, what)
+    Console().print(rows, highlight=False, markup=False)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, _end)
@@ -162,7 +226,7 @@ def main() -> None:
         if isinstance(stream := getattr(sys, name), TextIOWrapper):  # names of stages may be in any script
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="gpuckpt")
     except SystemExit:
         _flush()
         raise
