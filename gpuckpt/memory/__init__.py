@@ -27,6 +27,7 @@ from gpuckpt.memory.budget import Budget
 from gpuckpt.memory.dlpack import exchange
 from gpuckpt.memory.handles import Saved
 from gpuckpt.memory.ledger import Charge, Event, Ledger, Snapshot
+from gpuckpt.memory.replay import replay
 from gpuckpt.memory.tracker import MemoryUsageTracker
 from gpuckpt.units import format_bytes, parse_bytes
 
@@ -41,6 +42,7 @@ __all__ = [
     "exchange",
     "format_bytes",
     "parse_bytes",
+    "replay",
 ]
 
 
