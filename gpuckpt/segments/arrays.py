@@ -7,10 +7,12 @@ written against the array API, through array-api-compat, which looks at arrays a
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import BackendUnavailable, DimMismatch, DLPackRefused
 from gpuckpt.memory.adapters.inspect import device_of, library_of
 from gpuckpt.memory.dlpack import exchange
@@ -29,21 +31,29 @@ Array = Any
 """An array of NumPy, torch or CuPy. Their union cannot be named without importing all three."""
 
 
-def as_array(value: Any) -> Array:
+def as_array(value: Any, name: str = "the array") -> Array:
     """`value` as an array of NumPy, torch or CuPy: itself where it is one, detached from autograd where it is torch's.
 
     Other arrays are viewed through DLPack: by NumPy where they lie in host memory, by CuPy where they lie on a CUDA device.
     Numbers and (nested) lists become float32 NumPy arrays. Raises `DLPackRefused` for arrays on any other device, and for
-    what DLPack cannot carry without a copy.
+    what DLPack cannot carry without a copy; `TypeError`, with `name`, for what is no array, and for arrays of Python objects
+    and sparse ones, whose bytes are not those of their elements.
     """
     if isinstance(value, np.generic):
-        return np.asarray(value)
-    if isinstance(value, int | float | list | tuple):
-        return np.asarray(value, dtype=np.float32)
-    library = library_of(value)
+        value = np.asarray(value)
+    elif isinstance(value, int | float | list | tuple):
+        return _numbers(value, name)
+    try:
+        library = library_of(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
     if library == "torch":
+        if value.layout is not sys.modules["torch"].strided:
+            raise TypeError(f"{name} is a tensor of layout {value.layout}; expected a dense one")
         return value.detach()
     if library != "dlpack":
+        if value.dtype.hasobject:
+            raise TypeError(f"{name} is an array of Python objects; expected one of numbers")
         return value
     device = device_of(value, library)
     if device == "cpu":
@@ -56,6 +66,16 @@ def as_array(value: Any) -> Array:
     )
 
 
+def _numbers(value: Any, name: str) -> Array:
+    try:
+        with np.errstate(over="raise"):  # a number that is too large would become an infinity
+            return np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # the last: an entry is a tensor
+        raise TypeError(
+            f"{name} is {shown(value)}; expected an array, or numbers in lists of equal lengths: {error}"
+        ) from None
+
+
 def nbytes(array: Array) -> int:
     """Bytes of the array's elements."""
     return int(array.nbytes)
@@ -66,7 +86,7 @@ def like_array(value: Array, like: Array | None) -> Array:
     value = as_array(value)
     if like is None:
         return value
-    like = as_array(like)
+    like = as_array(like, "like")
     xp = compat.array_namespace(like)
     if place_of(value) != place_of(like):
         host = value if library_of(value) == "numpy" else np.asarray(compat.to_device(value, "cpu"))
@@ -86,8 +106,8 @@ def matching(value: Any, own: Array, what: str) -> Array:
     Raises `TypeError` where libraries or devices differ: arrays are never moved behind the caller's back.
     """
     if isinstance(value, int | float | list | tuple):
-        return like_array(value, own)
-    array = as_array(value)
+        return like_array(_numbers(value, what), own)
+    array = as_array(value, what)
     if place_of(array) != place_of(own):
         raise TypeError(
             f"{what} is {place_of(array)}, the weights are {place_of(own)}; "

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gpuckpt.checks import check_int, shown
 from gpuckpt.errors import NotCheckpointed
 from gpuckpt.segments.arrays import Array, as_array, nbytes
 from gpuckpt.segments.keep import Keeper, Kept, release_all
@@ -80,7 +81,7 @@ class ReplayChain:
         self.release()
         starts = set(self.starts)
         sizes = []
-        x = as_array(x)
+        x = as_array(x, "the input")
         try:
             for k, stage in enumerate(self.stages):
                 if k in starts:
@@ -95,8 +96,9 @@ class ReplayChain:
 
     def recompute(self, index: int) -> Array:
         """The output of stage `index`, computed again from the nearest kept input before it."""
+        index = check_int(index, "index", None)
         if not 0 <= index < len(self.stages):
-            raise IndexError(f"stage {index} of a chain of {len(self.stages)}")
+            raise IndexError(f"stage {shown(index)} of a chain of {len(self.stages)}")
         start = max((s for s in self._kept if s <= index), default=None)
         if start is None:
             raise NotCheckpointed(f"no input is kept at or before stage {index}: run forward first")
@@ -112,11 +114,11 @@ class ReplayChain:
         Raises `NotCheckpointed` where no forward went before, and `TypeError` where a stage has no backward.
         """
         if not self.stages:
-            return as_array(grad_output)
+            return as_array(grad_output, "grad_output")
         if not self._kept:
             raise NotCheckpointed("backward without a forward before it: nothing is kept to start from")
         require_backwards(self.stages)
-        grad = as_array(grad_output)
+        grad = as_array(grad_output, "grad_output")
         try:
             ends = [*self.starts[1:], len(self.stages)]
             for start, end in zip(reversed(self.starts), reversed(ends), strict=True):

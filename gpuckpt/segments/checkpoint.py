@@ -12,7 +12,7 @@ from gpuckpt.errors import EmptySegments, NotCheckpointed
 from gpuckpt.segments.arrays import Array, as_array, nbytes
 from gpuckpt.segments.chain import replay_backward, require_backwards
 from gpuckpt.segments.keep import Keeper, Kept, release_all
-from gpuckpt.segments.protocols import Recomputable, require_backward
+from gpuckpt.segments.protocols import Recomputable, require_backward, require_forward, require_forwards
 
 if TYPE_CHECKING:
     from gpuckpt.memory import Budget
@@ -32,8 +32,9 @@ class Checkpoint:
     """
 
     def __init__(self, recomputable: Recomputable, input: Array, budget: Budget | None = None) -> None:
+        require_forward(recomputable, "recomputable")
         self.recomputable = recomputable
-        self._kept = Keeper(budget).keep(as_array(input))
+        self._kept = Keeper(budget).keep(as_array(input, "input"))
 
     @property
     def input(self) -> Array:
@@ -63,6 +64,7 @@ class CheckpointedActivation(Checkpoint):
     """
 
     def __init__(self, segment: Recomputable, input: Array, budget: Budget | None = None) -> None:
+        require_forward(segment, "segment")
         super().__init__(segment, input, budget)
         self._output_bytes: int | None = None
 
@@ -104,9 +106,9 @@ class Chained:
     """
 
     def __init__(self, steps: Sequence[Any], budget: Budget | None = None) -> None:
-        if not steps:
+        self.steps = require_forwards(steps, "steps")
+        if not self.steps:
             raise EmptySegments
-        self.steps = list(steps)
         self._keeper = Keeper(budget)
 
     def forward(self, x: Array) -> Array:
@@ -118,7 +120,9 @@ class Chained:
     def backward(self, x: Array, grad_output: Array) -> Array:
         """The gradient of x: every step but the last is run again, once."""
         require_backwards(self.steps)
-        return replay_backward(self.steps, self._keeper.keep(as_array(x)), as_array(grad_output), self._keeper)
+        return replay_backward(
+            self.steps, self._keeper.keep(as_array(x, "x")), as_array(grad_output, "grad_output"), self._keeper
+        )
 
     def input_memory_bytes(self, x: Array) -> int:
         """Bytes that keeping `x` takes."""
@@ -143,11 +147,12 @@ def vjp_checkpoint(step: Any, *inputs: Array, budget: Budget | None = None) -> t
     if not inputs:
         raise ValueError("vjp_checkpoint needs at least one input: without one there is nothing to differentiate")
     require_backward(step, "the step")
+    require_forward(step, "the step")
     keeper = Keeper(budget)
     kept: list[Kept] = []
     try:
-        for value in inputs:
-            kept.append(keeper.keep(as_array(value)))
+        for k, value in enumerate(inputs):
+            kept.append(keeper.keep(as_array(value, f"inputs[{k}]")))
         output = step.forward(*(k.load() for k in kept))
     except BaseException:
         release_all(kept)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gpuckpt.checks import check_int, shown
 from gpuckpt.errors import BudgetExceeded, CheckpointLimit, NotCheckpointed
 from gpuckpt.segments.arrays import Array, as_array, nbytes
 from gpuckpt.segments.chain import replay_backward
@@ -47,8 +48,10 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every_n_layers", "max_checkpoints"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
+            number = check_int(getattr(self, name), name, None)
+            if number < 0:
+                raise ValueError(f"{name}={shown(number)}: give 0 or more")
+            object.__setattr__(self, name, number)
         storage_format(self.storage_dtype)
 
 
@@ -78,6 +81,8 @@ class ActivationCheckpointer:
     """
 
     def __init__(self, config: CheckpointConfig | None = None, budget: Budget | None = None) -> None:
+        if config is not None and not isinstance(config, CheckpointConfig):
+            raise TypeError(f"config is {shown(config)}; expected a CheckpointConfig, or None")
         self.config = config or CheckpointConfig()
         self._format = storage_format(self.config.storage_dtype)
         self._keeper = Keeper(budget)
@@ -92,9 +97,13 @@ class ActivationCheckpointer:
         Raises `CheckpointLimit` where `max_checkpoints` other layers are stored, `BudgetExceeded` where it does not fit;
         the old one stays then.
         """
+        if not _is_label(layer):
+            raise TypeError(
+                f"layer is {shown(layer)}, which cannot be hashed; expected a label, such as a number or a name"
+            )
         if layer not in self._entries and len(self._entries) >= self.config.max_checkpoints:
-            raise CheckpointLimit(self.config.max_checkpoints, f"layer {layer!r}")
-        entry = self._packed(as_array(activation))
+            raise CheckpointLimit(self.config.max_checkpoints, f"layer {shown(layer)}")
+        entry = self._packed(as_array(activation, "activation"))
         old = self._entries.pop(layer, None)
         self._entries[layer] = entry
         if old is not None:
@@ -102,7 +111,7 @@ class ActivationCheckpointer:
 
     def get(self, layer: Hashable) -> Array | None:
         """The layer's activation, in its own precision; None where it is not stored."""
-        entry = self._entries.get(layer)
+        entry = self._entries.get(layer) if _is_label(layer) else None
         return None if entry is None else entry.load()
 
     def clear(self) -> None:
@@ -129,7 +138,7 @@ class ActivationCheckpointer:
             position = operator.index(self._positions.get(layer, layer))
         except TypeError:
             raise TypeError(
-                f"layer {layer!r} is in no chain that has run and is no integer: its position is not known"
+                f"layer {shown(layer)} is in no chain that has run and is no integer: its position is not known"
             ) from None
         every = self.config.checkpoint_every_n_layers
         return every > 0 and position % every == 0
@@ -139,12 +148,14 @@ class ActivationCheckpointer:
 
         layers: distinct labels in the order of the chain; hashable, of any kind. What was stored before is forgotten.
         Where `max_checkpoints` or the budget do not allow all checkpoints, fewer are stored and more is recomputed; only
-        an input that does not fit raises `BudgetExceeded`. On any error nothing stays stored.
+        an input that does not fit raises `BudgetExceeded`. On any error in the run nothing stays stored.
         """
+        layers, positions = _positions(layers)
+        _require_function(forward_fn, "forward_fn")
+        x = as_array(input, "input")
         self.clear()
-        self._positions = _positions(layers)
+        self._positions = positions
         stored = self._chosen(len(layers))
-        x = as_array(input)
         try:
             self._input = self._packed(x)
             for k, layer in enumerate(layers):
@@ -161,9 +172,10 @@ class ActivationCheckpointer:
 
         Raises `ValueError` where the target is not among the layers, `NotCheckpointed` where nothing was stored before it.
         """
-        positions = _positions(layers)
-        if target_layer not in positions:
-            raise ValueError(f"layer {target_layer!r} is not among the {len(layers)} layers given")
+        layers, positions = _positions(layers)
+        _require_function(forward_fn, "forward_fn")
+        if not _is_label(target_layer) or target_layer not in positions:
+            raise ValueError(f"target_layer: layer {shown(target_layer)} is not among the {len(layers)} layers given")
         start, entry = self._nearest(layers, positions[target_layer])
         x = entry.load()
         for layer in layers[start : positions[target_layer] + 1]:
@@ -181,8 +193,11 @@ class ActivationCheckpointer:
         """
         if self._input is None:
             raise NotCheckpointed("checkpointed_backward without a checkpointed_forward before it")
+        layers, _ = _positions(layers)
+        _require_function(forward_fn, "forward_fn")
+        _require_function(backward_fn, "backward_fn")
         steps = [_LayerCall(layer, forward_fn, backward_fn) for layer in layers]
-        grad = as_array(grad_output)
+        grad = as_array(grad_output, "grad_output")
         end = len(steps)
         try:
             while end > 0:
@@ -255,8 +270,26 @@ class _LayerCall:
         return self._backward_fn(self._layer, x, grad)
 
 
-def _positions(layers: Sequence[Any]) -> dict[Hashable, int]:
-    positions = {layer: k for k, layer in enumerate(layers)}
-    if len(positions) != len(layers):
-        raise ValueError("the layer labels must be distinct: a checkpoint is found by its label")
-    return positions
+def _positions(layers: Sequence[Any]) -> tuple[list[Any], dict[Hashable, int]]:
+    """The labels as a list, and where each stands."""
+    try:
+        found = list(layers)
+        positions = {layer: k for k, layer in enumerate(found)}
+    except (TypeError, NotImplementedError):  # the second: a tensor without elements in memory
+        raise TypeError(f"layers is {shown(layers)}; expected labels that can be hashed, in a sequence") from None
+    if len(positions) != len(found):
+        raise ValueError(f"layers is {shown(layers)}; the labels must be distinct: a checkpoint is found by its label")
+    return found, positions
+
+
+def _is_label(layer: Any) -> bool:
+    try:
+        hash(layer)
+    except TypeError:
+        return False
+    return True
+
+
+def _require_function(value: Any, name: str) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} is {shown(value)}; expected a function")

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpuckpt.checks import check_int, shown
+
 __all__ = ["GraphCheckpointConfig", "GraphSegment", "plan_recomputation"]
+
+_LAST_NODE = 2**63 - 1  # ids are looked up in arrays of int64
 
 
 @dataclass(frozen=True, order=True)
@@ -26,6 +30,8 @@ class GraphSegment:
     end_node: int
 
     def __post_init__(self) -> None:
+        for name in ("start_node", "end_node"):
+            object.__setattr__(self, name, check_int(getattr(self, name), name, None, _LAST_NODE))
         if self.start_node < 0:
             raise ValueError(f"{self} begins before node 0")
         if self.end_node < self.start_node:
@@ -47,7 +53,7 @@ class GraphCheckpointConfig:
     """
 
     def __init__(self, segments: Iterable[GraphSegment] = ()) -> None:
-        self.segments: tuple[GraphSegment, ...] = tuple(sorted(segments))
+        self.segments: tuple[GraphSegment, ...] = _sorted(segments)
         for left, right in itertools.pairwise(self.segments):
             if right.start_node <= left.end_node:
                 raise ValueError(f"{left} and {right} overlap: a node can be recomputed with one segment only")
@@ -58,10 +64,14 @@ class GraphCheckpointConfig:
     def uniform(cls, num_nodes: int, num_segments: int) -> GraphCheckpointConfig:
         """`num_segments` ranges of num_nodes // num_segments nodes, the last one with the rest.
 
-        No ranges where either number is 0 or there are more segments than nodes.
+        No ranges where either number is 0 or there are more segments than nodes. At most 2^24 segments.
         """
+        num_nodes = check_int(num_nodes, "num_nodes", None, _LAST_NODE)
+        num_segments = check_int(num_segments, "num_segments", None, 2**24)
         if num_nodes < 0 or num_segments < 0:
-            raise ValueError(f"cannot cut {num_nodes} nodes into {num_segments} segments: both must be 0 or more")
+            raise ValueError(
+                f"cannot cut {num_nodes} nodes into {num_segments} segments: num_nodes and num_segments must be 0 or more"
+            )
         if num_nodes == 0 or num_segments == 0 or num_segments > num_nodes:
             return cls()
         size = num_nodes // num_segments
@@ -72,6 +82,7 @@ class GraphCheckpointConfig:
 
     def segment_of(self, node_id: int) -> GraphSegment | None:
         """The segment that holds the node, or None. O(log segments)."""
+        node_id = check_int(node_id, "node_id", None)
         k = int(np.searchsorted(self._starts, node_id, side="right")) - 1
         return self.segments[k] if k >= 0 and node_id in self.segments[k] else None
 
@@ -94,6 +105,17 @@ class GraphCheckpointConfig:
         return f"GraphCheckpointConfig({list(self.segments)!r})"
 
 
+def _sorted(segments: Iterable[GraphSegment]) -> tuple[GraphSegment, ...]:
+    try:
+        found = list(segments)
+    except (TypeError, NotImplementedError):  # the second: a tensor without elements in memory
+        raise TypeError(f"segments is {shown(segments)}; expected GraphSegments in a sequence") from None
+    for k, segment in enumerate(found):
+        if not isinstance(segment, GraphSegment):
+            raise TypeError(f"segments[{k}] is {shown(segment)}; expected a GraphSegment")
+    return tuple(sorted(found))
+
+
 def plan_recomputation(num_nodes: int, config: GraphCheckpointConfig) -> list[bool]:
     """For each of `num_nodes` nodes, in order, whether it is recomputed (True) or kept (False).
 
@@ -102,8 +124,11 @@ def plan_recomputation(num_nodes: int, config: GraphCheckpointConfig) -> list[bo
     >>> plan_recomputation(5, GraphCheckpointConfig([GraphSegment(1, 2)]))
     [False, True, True, False, False]
     """
+    num_nodes = check_int(num_nodes, "num_nodes", None, _LAST_NODE)
     if num_nodes < 0:
-        raise ValueError(f"a graph cannot have {num_nodes} nodes")
+        raise ValueError(f"num_nodes: a graph cannot have {shown(num_nodes)} nodes")
+    if not isinstance(config, GraphCheckpointConfig):
+        raise TypeError(f"config is {shown(config)}; expected a GraphCheckpointConfig")
     config.check_within(num_nodes)
     recomputed = np.zeros(num_nodes, dtype=np.bool_)
     for segment in config.segments:

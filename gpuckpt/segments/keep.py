@@ -7,13 +7,12 @@ Without a budget an array is kept by reference and not copied: do not write into
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import NotCheckpointed
+from gpuckpt.memory import Budget, MemoryUsageTracker
 from gpuckpt.segments.arrays import Array, nbytes
-
-if TYPE_CHECKING:
-    from gpuckpt.memory import Budget, MemoryUsageTracker
 
 __all__ = ["Keeper", "Kept", "release_all"]
 
@@ -67,9 +66,16 @@ class Kept:
 
 
 class Keeper:
-    """Where a class keeps its arrays. budget: their cap, or None. tracker: counts every array kept and freed; or None."""
+    """Where a class keeps its arrays. budget: their cap, or None. tracker: counts every array kept and freed; or None.
+
+    Raises `TypeError` for anything else.
+    """
 
     def __init__(self, budget: Budget | None = None, tracker: MemoryUsageTracker | None = None) -> None:
+        if budget is not None and not isinstance(budget, Budget):
+            raise TypeError(f"budget is {shown(budget)}; expected a Budget, such as Budget('2GiB'), or None")
+        if tracker is not None and not isinstance(tracker, MemoryUsageTracker):
+            raise TypeError(f"tracker is {shown(tracker)}; expected a MemoryUsageTracker, or None")
         self.budget = budget
         self.tracker = tracker
         # id(layer) -> (layer, its recorded gradient bytes): a layer that occurs twice has one set of gradients.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gpuckpt.checks import check_int, shown
 from gpuckpt.errors import NotCheckpointed
 from gpuckpt.segments.arrays import Array, as_array
 from gpuckpt.segments.chain import ReplayChain, Replaying
 from gpuckpt.segments.keep import Keeper, Kept
-from gpuckpt.segments.protocols import Layer
+from gpuckpt.segments.protocols import Layer, require_backward, require_forward, require_forwards
 
 if TYPE_CHECKING:
     from gpuckpt.memory import Budget, MemoryUsageTracker
@@ -43,6 +44,10 @@ class CheckpointedLayer:
         *,
         budget: Budget | None = None,
     ) -> None:
+        require_forward(layer, "layer")
+        require_backward(layer, "layer")
+        if not hasattr(layer, "is_training"):
+            raise TypeError(f"layer is {shown(layer)}, without is_training; expected a Layer")
         self.inner = layer
         self._keeper = Keeper(budget, tracker)
         self._kept: Kept | None = None
@@ -50,7 +55,7 @@ class CheckpointedLayer:
     def forward(self, x: Array) -> Array:
         """The inner layer's output. Raises `BudgetExceeded` where x does not fit; on any error nothing stays kept."""
         self.release()
-        x = as_array(x)
+        x = as_array(x, "x")
         if self.inner.is_training:
             self._kept = self._keeper.keep(x)
         try:
@@ -72,7 +77,7 @@ class CheckpointedLayer:
             kept_x = kept.load()
             if not getattr(self.inner, "recomputes_in_backward", False):
                 self._keeper.recomputed(self.inner.forward(kept_x))
-            return self.inner.backward(kept_x, as_array(grad_out))
+            return self.inner.backward(kept_x, as_array(grad_out, "grad_out"))
         finally:
             kept.free()
             self._keeper.settle_gradients(self.inner)
@@ -156,11 +161,11 @@ class SegmentCheckpointer(Replaying):
         tracker: MemoryUsageTracker | None = None,
         budget: Budget | None = None,
     ) -> None:
-        if checkpoint_every < 0:
+        self._every = check_int(checkpoint_every, "checkpoint_every", None)
+        if self._every < 0:
             raise ValueError(f"checkpoint_every={checkpoint_every}: give 0 (the input only) or more")
-        self._every = checkpoint_every
         self._keeper = Keeper(budget, tracker)
-        self._layers = list(layers)
+        self._layers = require_forwards(layers, "layers")
         self._chain = self._rebuilt()
 
     @property
@@ -172,6 +177,7 @@ class SegmentCheckpointer(Replaying):
         """Append a layer. Raises `RuntimeError` between a forward and its backward."""
         if self._chain.has_kept:
             raise RuntimeError("push between forward and backward: the kept inputs belong to the layers as they were")
+        require_forward(layer, "layer")
         self._layers.append(layer)
         self._chain = self._rebuilt()
 

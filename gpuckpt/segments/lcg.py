@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from gpuckpt.checks import check_int
+
 __all__ = ["lcg_states", "scaled_uniform", "unit_uniform"]
 
 _MULTIPLIER = 6364136223846793005
@@ -34,7 +36,7 @@ def _blocks(seed: int, count: int) -> Iterator[tuple[int, npt.NDArray[np.uint64]
     multiplier, increment = _MULTIPLIER, _INCREMENT
     filled = min(1, size)
     if filled:
-        block[0] = ((seed & _MASK) * _MULTIPLIER + _INCREMENT) & _MASK
+        block[0] = ((check_int(seed, "seed", None) & _MASK) * _MULTIPLIER + _INCREMENT) & _MASK
     # (multiplier, increment) always jumps `filled` steps ahead; squaring the map doubles the jump.
     while filled < size:
         step = min(filled, size - filled)

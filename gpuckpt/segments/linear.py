@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from gpuckpt.checks import check_flag, check_int, check_number, shown
 from gpuckpt.errors import DimMismatch
 from gpuckpt.segments import lcg
 from gpuckpt.segments.arrays import Array, as_array, check_last_dim, compat, like_array, matching, nbytes
@@ -17,6 +18,8 @@ from gpuckpt.segments.fused import linear_backward, linear_forward
 from gpuckpt.segments.pointwise import check_activation
 
 __all__ = ["Dense", "LinearSegment"]
+
+_MOST = 2**30  # a product of two has a size in bytes that 64 bits can say
 
 
 class _Affine:
@@ -65,6 +68,7 @@ class _Affine:
 
     def update(self, lr: float) -> None:
         """params -= lr * gradients, written into the parameters' own memory; the gradients are released."""
+        lr = check_number(lr, "lr", -math.inf)
         for param, grad in zip(self.params, self._gradients, strict=False):
             param -= lr * grad
         self._gradients = []
@@ -86,19 +90,20 @@ class _Affine:
 
     def set_params(self, params: Sequence[Array]) -> None:
         """Replace the parameters; they come in the order and the shapes of `params`."""
-        new = self._checked(params, "parameters")
+        new = self._checked(_listed(params, "parameters"), "parameters")
         self.weights = new[0]
         if self.bias is not None:
             self.bias = new[1]
 
     def set_gradients(self, gradients: Sequence[Array]) -> None:
         """Replace the gradients; an empty sequence releases them."""
-        self._gradients = self._checked(gradients, "gradients") if len(gradients) else []
+        new = _listed(gradients, "gradients")
+        self._gradients = self._checked(new, "gradients") if new else []
 
-    def _checked(self, arrays: Sequence[Array], what: str) -> list[Array]:
+    def _checked(self, arrays: list[Array], what: str) -> list[Array]:
         if len(arrays) != len(self.params):
             raise DimMismatch(len(self.params), len(arrays), f"number of {what}")
-        new = [as_array(a) for a in arrays]
+        new = [as_array(a, what) for a in arrays]
         for own, other in zip(self.params, new, strict=True):
             if tuple(own.shape) != tuple(other.shape):
                 raise DimMismatch(math.prod(own.shape), math.prod(other.shape), f"size of one of the {what}")
@@ -129,12 +134,12 @@ class LinearSegment(_Affine):
     """
 
     def __init__(self, weights: Any, in_dim: int, out_dim: int, name: str = "") -> None:
-        array = as_array(weights)
-        _check_dims(in_dim, out_dim)
+        array = as_array(weights, "weights")
+        in_dim, out_dim = _checked_dims(in_dim, out_dim)
         if math.prod(array.shape) != in_dim * out_dim:
-            raise DimMismatch(in_dim * out_dim, math.prod(array.shape), "number of weights")
+            raise DimMismatch(in_dim * out_dim, math.prod(array.shape), "number of weights (in_dim * out_dim)")
         if array.ndim > 1 and tuple(array.shape) != (out_dim, in_dim):
-            raise DimMismatch(out_dim, int(array.shape[0]), "rows of the weights")
+            raise DimMismatch(out_dim, int(array.shape[0]), "rows of the weights (out_dim)")
         super().__init__(self._reshape(array, (out_dim, in_dim)), None, "identity")
         self.name = name
 
@@ -146,13 +151,13 @@ class LinearSegment(_Affine):
 
         like: an array whose library, device and floating dtype the weights take; float32 NumPy without it.
         """
-        _check_dims(in_dim, out_dim)
+        in_dim, out_dim = _checked_dims(in_dim, out_dim)
         return cls(like_array(lcg.scaled_uniform(seed, in_dim, out_dim), like), in_dim, out_dim, name)
 
     @classmethod
     def init_lcg(cls, name: str, in_dim: int, out_dim: int, seed: int, *, like: Array | None = None) -> LinearSegment:
         """Weights in [0, 1] from the same LCG; `like` as in `random_init`."""
-        _check_dims(in_dim, out_dim)
+        in_dim, out_dim = _checked_dims(in_dim, out_dim)
         return cls(like_array(lcg.unit_uniform(seed, in_dim, out_dim), like), in_dim, out_dim, name)
 
     def __repr__(self) -> str:
@@ -182,8 +187,9 @@ class Dense(_Affine):
         seed: int = 0,
         like: Array | None = None,
     ) -> None:
-        _check_dims(in_dim, out_dim)
+        in_dim, out_dim = _checked_dims(in_dim, out_dim)
         check_activation(activation)
+        check_flag(bias, "bias")
         weights = like_array(lcg.scaled_uniform(seed, in_dim, out_dim), like)
         zeros = compat.array_namespace(weights).zeros(out_dim, dtype=weights.dtype, device=compat.device(weights))
         super().__init__(weights, zeros if bias else None, activation)
@@ -191,6 +197,7 @@ class Dense(_Affine):
 
     def set_training(self, training: bool) -> None:
         """Switch between training and evaluation; the arithmetic is the same in both."""
+        check_flag(training, "training")
         self._training = training
 
     @property
@@ -207,6 +214,17 @@ class Dense(_Affine):
         return self.layer_description
 
 
-def _check_dims(in_dim: int, out_dim: int) -> None:
+def _listed(arrays: Sequence[Array], what: str) -> list[Array]:
+    try:
+        return list(arrays)
+    except (TypeError, NotImplementedError):  # the second: a tensor without elements in memory
+        raise TypeError(f"{what}: expected a sequence of arrays, got {shown(arrays)}") from None
+
+
+def _checked_dims(in_dim: int, out_dim: int) -> tuple[int, int]:
+    in_dim, out_dim = check_int(in_dim, "in_dim", None, _MOST), check_int(out_dim, "out_dim", None, _MOST)
     if in_dim < 1 or out_dim < 1:
-        raise ValueError(f"a layer needs dimensions of at least 1; got {in_dim} -> {out_dim}")
+        raise ValueError(
+            f"a layer needs dimensions of at least 1; got {shown(in_dim)} -> {shown(out_dim)} for in_dim and out_dim"
+        )
+    return in_dim, out_dim

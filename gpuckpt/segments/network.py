@@ -9,10 +9,12 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gpuckpt.checks import check_int, shown
 from gpuckpt.errors import DimMismatch, EmptyPipeline, EmptySegments
 from gpuckpt.segments.arrays import Array
 from gpuckpt.segments.chain import ReplayChain, Replaying
 from gpuckpt.segments.keep import Keeper
+from gpuckpt.segments.protocols import require_forwards
 from gpuckpt.segments.strategy import CheckpointStrategy
 
 if TYPE_CHECKING:
@@ -43,10 +45,13 @@ class CheckpointedNetwork(Replaying):
         budget: Budget | None = None,
         strategy: CheckpointStrategy | None = None,
     ) -> None:
-        if not segments:
+        stages = require_forwards(segments, "segments")
+        if not stages:
             raise EmptySegments
-        starts = (strategy or CheckpointStrategy.every()).select_layers(len(segments))
-        self._chain = ReplayChain(segments, starts, Keeper(budget))
+        if strategy is not None and not isinstance(strategy, CheckpointStrategy):
+            raise TypeError(f"strategy is {shown(strategy)}; expected a CheckpointStrategy, or None")
+        starts = (strategy or CheckpointStrategy.every()).select_layers(len(stages))
+        self._chain = ReplayChain(stages, starts, Keeper(budget))
 
     @property
     def segments(self) -> list[Any]:
@@ -61,7 +66,10 @@ class CheckpointedNetwork(Replaying):
         return self._chain.forward(input)
 
     def recompute(self, index: int) -> Array:
-        """The output of segment `index`, from the nearest kept input. `NotCheckpointed` without a forward before."""
+        """The output of segment `index`, from the nearest kept input. `NotCheckpointed` without a forward before.
+
+        Raises `IndexError` where there is no such segment.
+        """
         return self._chain.recompute(index)
 
     def full_memory_bytes(self) -> int:
@@ -87,13 +95,14 @@ class CheckpointedPipeline(Replaying):
     """
 
     def __init__(self, segments: Sequence[Any], *, budget: Budget | None = None) -> None:
-        if not segments:
+        stages = require_forwards(segments, "segments")
+        if not stages:
             raise EmptyPipeline
-        for k, (left, right) in enumerate(itertools.pairwise(segments)):
+        for k, (left, right) in enumerate(itertools.pairwise(stages)):
             gives, takes = getattr(left, "out_dim", None), getattr(right, "in_dim", None)
             if gives is not None and takes is not None and gives != takes:
                 raise DimMismatch(takes, gives, f"input of segment {k + 1}")
-        self._chain = ReplayChain(segments, range(len(segments)), Keeper(budget))
+        self._chain = ReplayChain(stages, range(len(stages)), Keeper(budget))
 
     def num_segments(self) -> int:
         """How many segments there are."""
@@ -129,9 +138,10 @@ class CheckpointedPipeline(Replaying):
 
     def _rows(self, input_size: int) -> int:
         in_dim = self._sized()[0].in_dim
-        rows, rest = divmod(input_size, in_dim)
-        if rest or input_size < 0:
-            raise DimMismatch(in_dim, input_size, "input size (it must be a multiple of the first segment's in_dim)")
+        size = check_int(input_size, "input_size", None)
+        rows, rest = divmod(size, in_dim)
+        if rest or size < 0:
+            raise DimMismatch(in_dim, size, "input_size (it must be a multiple of the first segment's in_dim)")
         return int(rows)
 
 

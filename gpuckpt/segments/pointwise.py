@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from gpuckpt.checks import shown
 from gpuckpt.segments.arrays import Array, compat
 
 __all__ = ["POINTWISE", "activate", "check_activation", "derivative"]
@@ -76,8 +77,8 @@ POINTWISE: dict[str, tuple[_Pointwise, _Pointwise]] = {
 
 def check_activation(name: str) -> None:
     """Raise `ValueError` for an unknown activation."""
-    if name not in POINTWISE:
-        raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(POINTWISE)}")
+    if not isinstance(name, str) or name not in POINTWISE:
+        raise ValueError(f"unknown activation {shown(name)}: expected one of {', '.join(POINTWISE)}")
 
 
 def activate(name: str, z: Array) -> Array:

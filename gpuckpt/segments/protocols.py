@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from gpuckpt.checks import shown
 from gpuckpt.segments.arrays import Array
 
-__all__ = ["Differentiable", "Layer", "Recomputable", "require_backward"]
+__all__ = ["Differentiable", "Layer", "Recomputable", "require_backward", "require_forward", "require_forwards"]
 
 
 @runtime_checkable
@@ -106,6 +107,23 @@ class Layer(Differentiable, Protocol):
     def layer_description(self) -> str:
         """One line that tells layers of one kind apart."""
         ...
+
+
+def require_forward(step: Any, place: str) -> None:
+    """Raise `TypeError` unless `step` has a `forward`."""
+    if isinstance(step, type) or not callable(getattr(step, "forward", None)):
+        raise TypeError(f"{place} is {shown(step)}; expected an object with forward(input)")
+
+
+def require_forwards(steps: Iterable[Any], name: str) -> list[Any]:
+    """The steps as a list. Raises `TypeError`, with the parameter's `name`, where one of them has no `forward`."""
+    try:
+        found = list(steps)
+    except (TypeError, NotImplementedError):  # the second: a tensor without elements in memory
+        raise TypeError(f"{name} is {shown(steps)}; expected a sequence of objects with forward(input)") from None
+    for k, step in enumerate(found):
+        require_forward(step, f"{name}[{k}]")
+    return found
 
 
 def require_backward(step: Any, place: str) -> None:

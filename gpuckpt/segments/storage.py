@@ -20,12 +20,14 @@ array once and, on a CUDA device, waits for the result. CuPy has no fp8: its arr
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import BackendUnavailable
 from gpuckpt.memory.adapters.inspect import library_of
 from gpuckpt.memory.dlpack import exchange
@@ -81,12 +83,10 @@ def storage_format(dtype: Any) -> StorageFormat | None:
         return None
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     if name not in STORAGE_FORMATS and not isinstance(dtype, str):
-        try:
+        with contextlib.suppress(TypeError, ValueError):
             name = np.dtype(dtype).name
-        except TypeError:
-            name = str(dtype)
     if name not in STORAGE_FORMATS:
-        raise ValueError(f"storage_dtype={dtype!r}: expected None or one of {', '.join(STORAGE_FORMATS)}")
+        raise ValueError(f"storage_dtype={shown(dtype)}: expected None or one of {', '.join(STORAGE_FORMATS)}")
     return STORAGE_FORMATS[name]
 
 

@@ -9,7 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from gpuckpt.checks import check_int, shown
+
 __all__ = ["CheckpointStrategy"]
+
+_MOST_LAYERS = 2**24
+"""The selection is a list: of this many it takes a second and half a GiB."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,15 @@ class CheckpointStrategy:
     n: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in ("every", "every_nth", "sqrt", "none"):
-            raise ValueError(f"unknown strategy {self.kind!r}: expected every, every_nth, sqrt or none")
+        if not isinstance(self.kind, str) or self.kind not in ("every", "every_nth", "sqrt", "none"):
+            raise ValueError(
+                f"kind is the unknown strategy {shown(self.kind)}: expected every, every_nth, sqrt or none"
+            )
+        object.__setattr__(self, "n", check_int(self.n, "n", None))
         if self.n < 0:
-            raise ValueError(f"a stride of {self.n} selects nothing sensible; give 0 (counts as 1) or more")
+            raise ValueError(
+                f"n is a stride of {shown(self.n)}, which selects nothing sensible; give 0 (counts as 1) or more"
+            )
 
     @classmethod
     def every(cls) -> CheckpointStrategy:
@@ -50,9 +60,13 @@ class CheckpointStrategy:
         return cls("none")
 
     def select_layers(self, total: int) -> list[int]:
-        """Indices of the selected ones of `total` layers, ascending. Raises `ValueError` for a negative `total`."""
-        if total < 0:
-            raise ValueError(f"a network cannot have {total} layers")
+        """Indices of the selected ones of `total` layers, ascending.
+
+        Raises `ValueError` for a `total` that is negative or above 2^24.
+        """
+        total = check_int(total, "total", None)
+        if not 0 <= total <= _MOST_LAYERS:
+            raise ValueError(f"total: a network cannot have {shown(total)} layers; expected 0 to {_MOST_LAYERS}")
         if self.kind == "none" or total == 0:
             return []
         if self.kind == "sqrt":
