@@ -51,8 +51,9 @@ def enable(model: nn.Module, budget: Budget | int | str, **options: Any) -> Fitt
     >>> fitted.measured_peak_bytes == fitted.promised_peak_bytes <= fitted.budget.max_bytes
     True
     """
+    fitted = fit(model, None, budget, **options)  # first: what it refuses leaves the model as it was
     _disable_own_checkpointing(model)
-    return fit(model, None, budget, **options)
+    return fitted
 
 
 class BudgetCallback(TrainerCallback):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpuckpt.checks import check_flag
+from gpuckpt.checks import check_flag, shown
 from gpuckpt.nn.fusing_loss import fuse_loss, models_with_a_loss
 from gpuckpt.pytorch.ops._activations import FUNCTIONS
 from gpuckpt.pytorch.ops._projections import is_hooked, is_linear, is_plain, linear_weight
@@ -77,6 +77,8 @@ def fuse(model: nn.Module, *, loss: bool = False) -> Fusion:
     1: left as it is: MLP with Mish computes neither mlp nor gated_mlp with a known activation
     """
     check_flag(loss, "loss")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {shown(model)}; expected an nn.Module")
     fusion = Fusion()
     for name, module in model.named_modules():
         form = next((form for form in _FORMS if all(part in module._modules for part in form.parts)), None)

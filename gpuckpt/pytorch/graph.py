@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from gpuckpt.checks import shown
 from gpuckpt.pytorch.checkpoint import checkpoint
 from gpuckpt.segments.graph import GraphCheckpointConfig
 
@@ -43,6 +44,12 @@ def checkpoint_graph(graph_module: GraphModule, config: GraphCheckpointConfig) -
     >>> torch.equal(recomputed(x), traced(x))
     True
     """
+    if not isinstance(graph_module, GraphModule):
+        raise TypeError(
+            f"graph_module is {shown(graph_module)}; expected a GraphModule, such as torch.fx.symbolic_trace gives"
+        )
+    if not isinstance(config, GraphCheckpointConfig):
+        raise TypeError(f"config is {shown(config)}; expected a GraphCheckpointConfig")
     nodes = list(graph_module.graph.nodes)
     try:
         config.check_within(len(nodes))

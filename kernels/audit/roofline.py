@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from gpuckpt.checks import shown
+
 __all__ = [
     "DEVICES",
     "ITEM_BYTES",
@@ -87,10 +89,10 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
 
 def device(name: str) -> Device:
     """A device by name, upper or lower case. Raises `ValueError` that lists the known ones."""
-    for known, found in DEVICES.items():
+    for known, found in DEVICES.items() if isinstance(name, str) else ():
         if known.lower() == name.strip().lower():
             return found
-    raise ValueError(f"unknown device {name!r}; known: {', '.join(DEVICES)}")
+    raise ValueError(f"unknown device {shown(name)}; known: {', '.join(DEVICES)}")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gpuckpt.checks import shown
+
 from ..device.activations import ACTIVATIONS
 from .dtypes import dtype_name
 from .tiles import TileConfig, why_invalid
@@ -31,8 +33,8 @@ __all__ = [
 
 
 def check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {shown(activation)}; choose one of {', '.join(ACTIVATIONS)}")
 
 
 def check_shape(tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], like: Tensor) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from gpuckpt.checks import shown
+
 from .dtypes import ELEMENT_BYTES
 from .hardware import SHARED_MEMORY_BYTES, SM_COUNT
 
@@ -72,6 +74,11 @@ class TileConfig:
     num_stages: int
     group_m: int = 8
     max_registers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is not int and not (name == "max_registers" and value is None):
+                raise TypeError(f"{name} of a tile is {shown(value)} ({type(value).__name__}); expected an int")
 
     @property
     def label(self) -> str:

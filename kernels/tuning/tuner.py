@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -32,9 +33,12 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from gpuckpt.checks import check_function, check_int, check_number, shown
+
 from ..audit.compile import cache_dir as reports_dir
 from ..device.casts import INTERPRETED
-from ..host.hardware import arch_of
+from ..host.arguments import check_activation
+from ..host.hardware import SM_COUNT, arch_of
 from ..host.tiles import KINDS, TileConfig, TunedKey, analytic_choice, candidates, shape_class, use_tuned, why_invalid
 from .launches import DTYPES, calls
 
@@ -129,12 +133,24 @@ def tune(
     Traceback (most recent call last):
     ValueError: M=8192, N=14336, K=0 and rounds=20 must be at least 1, margin=0.02 at least 0
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"unknown kind {shown(kind)}; choose one of {', '.join(KINDS)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {shown(dtype)}; choose one of {', '.join(DTYPES)}")
+    M, N, K = (check_int(size, name, None, 2**31 - 1) for name, size in (("M", M), ("N", N), ("K", K)))
+    rounds = check_int(rounds, "rounds", None, _MOST_ROUNDS)
+    margin = check_number(margin, "margin", -math.inf)
     if min(M, N, K) < 1 or rounds < 1 or margin < 0:
         raise ValueError(f"M={M}, N={N}, K={K} and rounds={rounds} must be at least 1, margin={margin} at least 0")
+    check_activation(activation)
+    if flush_bytes is not None and not (isinstance(flush_bytes, str) and flush_bytes == "L2"):
+        flush_bytes = check_int(flush_bytes, "flush_bytes")
+    check_function(timer, "timer")
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device is {shown(device)}; expected a torch.device or its name")
+    if arch is not None:
+        arch = check_int(arch, "arch")
+    tiles = None if tiles is None else _tiles(tiles)
     if timer is None:
         _need_gpu(device)
         timer = _EventTimer(torch.device(device), flush_bytes)
@@ -174,25 +190,45 @@ def tune(
     return result
 
 
+def _tiles(tiles: Sequence[TileConfig]) -> list[TileConfig]:
+    try:
+        found = list(tiles)
+    except (TypeError, NotImplementedError):  # the second: a tensor without elements in memory
+        raise TypeError(f"tiles is {shown(tiles)}; expected TileConfigs in a sequence, or None") from None
+    for number, tile in enumerate(found):
+        if not isinstance(tile, TileConfig):
+            raise TypeError(f"tiles[{number}] is {shown(tile)}; expected a TileConfig")
+    return found
+
+
 def load(directory: str | Path | None = None) -> Mapping[TunedKey, TileConfig]:
     """Use what was tuned with this version of Triton and these kernels, from now on; the table that is used.
 
     Call it before the first forward pass; a second call may find the same results only. directory: by default `cache_dir()`.
-    Results of other versions are passed over. Raises ValueError for a file that `tune` did not write, or a tile that cannot run.
+    Results of other versions are passed over. Raises ValueError for a file that `tune` did not write, a tile that cannot run, or
+    a directory that is not there; the default one need not be.
     """
+    if directory is not None and not (isinstance(directory, str | os.PathLike) and os.path.isdir(directory)):
+        raise ValueError(f"directory is {shown(directory)}; expected a folder that tune has written to, or None")
     table: dict[TunedKey, TileConfig] = {}
-    for path in sorted(Path(directory or cache_dir()).glob("*.json")):
+    for path in sorted(Path(cache_dir() if directory is None else directory).glob("*.json")):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if (found["triton"], found["source"]) != (triton.__version__, _source_hash()):
                 continue
-            M, N, K = found["shape"]
-            table[found["kind"], (M, N, K), found["dtype"], found["arch"]] = TileConfig(**found["tile"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no result of gpuckpt.tune ({error!r}); delete it") from error
+            kind, dtype, arch = found["kind"], found["dtype"], found["arch"]
+            M, N, K = (check_int(size, "shape", 1) for size in found["shape"])
+            if kind not in KINDS or dtype not in DTYPES or arch not in SM_COUNT:
+                raise ValueError(f"no kernel of kind {shown(kind)} for {shown(dtype)} on sm_{shown(arch)}")
+            table[kind, (M, N, K), dtype, arch] = TileConfig(**found["tile"])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no result of gpuckpt.tune ({shown(error)}); delete it") from error
     use_tuned(table)
     return table
 
+
+_MOST_ROUNDS = 10_000
+"""Of 68 tiles that take a millisecond each: 11 minutes."""
 
 _BUSY_BYTES = 1 << 29
 """What a device takes longer to overwrite (100 us at 5 TB/s) than Python to queue a replay between two events."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gpuckpt.nn as gnn
-from tests.inputs import OWN, Call, rows_of
+from tests.inputs import OWN, Call, Make, rows_of
 
 
 def made(kind: type[nn.Module]) -> Any:
@@ -40,6 +40,7 @@ CALLS = {
         **OPTIONS,
     ),
     "FusedMLP": Call(made(gnn.FusedMLP), names=DEVICE, activation="gelu", **WIDTHS, **OPTIONS),
+    "fuse": Call(gnn.fuse, model=Make(nn.Identity)),
     "GatedMLP": Call(
         made(gnn.GatedMLP),
         names=DEVICE,

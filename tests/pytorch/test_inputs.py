@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from gpuckpt import checkpoint, fit, fitted, measure, once, unfit
+from gpuckpt import checkpoint, checkpoint_graph, fit, fitted, measure, once, unfit
+from gpuckpt.segments import GraphCheckpointConfig, GraphSegment
 from tests.inputs import OWN, Call, Make, rows_of
 
 
@@ -73,6 +74,11 @@ CALLS = {
     ),
     "fitted": Call(fitted, model=Make(model)),
     "unfit": Call(unfit, model=Make(model)),
+    "checkpoint_graph": Call(
+        lambda **arguments: checkpoint_graph(**arguments)(rows()).sum().backward(),
+        graph_module=Make(lambda: torch.fx.symbolic_trace(model())),
+        config=GraphCheckpointConfig([GraphSegment(1, 2)]),
+    ),
     "once": Call(lambda *, fn: once(fn), names={"fn": OWN}, fn=dict),
 }
 

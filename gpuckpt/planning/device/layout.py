@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+from gpuckpt.checks import shown
+
 __all__ = ["ParallelLayout"]
 
 
@@ -24,7 +26,7 @@ class ParallelLayout:
     def __post_init__(self) -> None:
         for name, count in asdict(self).items():
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"parallel: {name} is {count!r}; expected a count of ranks, 1 or more")
+                raise ValueError(f"parallel: {name} is {shown(count)}; expected a count of ranks, 1 or more")
 
     @property
     def devices(self) -> int:
@@ -33,13 +35,15 @@ class ParallelLayout:
     @classmethod
     def parse(cls, text: str) -> ParallelLayout:
         """A layout as a command line has it: "fsdp=8,tp=2". Raises `ValueError` that says what is allowed."""
+        if not isinstance(text, str):
+            raise TypeError(f"parallel is {shown(text)}; expected a ParallelLayout, or as text 'fsdp=8,tp=2'")
         known = [field.name for field in fields(cls)]
         counts: dict[str, int] = {}
         for part in filter(None, (each.strip() for each in text.split(","))):
             name, equals, count = (each.strip() for each in part.partition("="))
             if name not in known or name in counts or not equals or not (count.isascii() and count.isdigit()):
                 raise ValueError(
-                    f"parallel layout {text!r}: expected {'=N,'.join(known)}=N, each at most once; got {part!r}"
+                    f"parallel layout {shown(text)}: expected {'=N,'.join(known)}=N, each at most once; got {shown(part)}"
                 )
             counts[name] = int(count)
         return cls(**counts)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from gpuckpt.checks import shown
+
 __all__ = ["OPTIMIZERS", "OptimizerCosts", "optimizer_called"]
 
 
@@ -78,6 +80,6 @@ def optimizer_called(name: str) -> OptimizerCosts:
     >>> optimizer_called("adamw").state(1000, 2)
     (2000, 2000, 4)
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer {name!r} is not known; known are {', '.join(OPTIMIZERS)}")
+    if not isinstance(name, str) or name not in OPTIMIZERS:
+        raise ValueError(f"optimizer {shown(name)} is not known; known are {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]

@@ -10,6 +10,7 @@ import copy
 import importlib
 import inspect
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import BackendUnavailable
 
 __all__ = [
@@ -49,11 +51,16 @@ def read_config(source: str | Path | Mapping[str, Any]) -> Any:
     if isinstance(source, Mapping):
         record, where = dict(source), "the configuration"
     else:
-        where = str(source)
+        if not isinstance(source, str | os.PathLike):
+            raise TypeError(f"source is {shown(source)}; expected a Hugging Face config.json, or its contents")
+        where = shown(str(source))
         try:
             record = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{where} is no JSON ({error}); expected a Hugging Face config.json") from None
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"source {where} is no JSON ({error}); expected a Hugging Face config.json") from None
+        except (OSError, ValueError) as error:  # the second: a name that no file can have
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"source {where} cannot be read: {reason}; expected a Hugging Face config.json") from None
     if not isinstance(record, dict) or not isinstance(record.get("model_type"), str):
         raise ValueError(f"{where} has no model_type; expected a Hugging Face config.json")
     kind = record.pop("model_type")

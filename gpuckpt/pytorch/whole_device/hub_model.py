@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import CheckpointError, InvalidChain
 from gpuckpt.kernels.audit.roofline import device as device_called
 from gpuckpt.planning import Chain
@@ -74,8 +75,8 @@ class HubModel:
         *,
         fused_loss: bool = False,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"dtype {shown(dtype)}: expected one of {', '.join(DTYPES)}")
         self.dtype = DTYPES[dtype]
         self.layout = layout or ParallelLayout()
         self.source, self.dtype_name = source, dtype

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpuckpt.checks import check_flag, check_int
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.kernels.audit.roofline import Device
 from gpuckpt.kernels.audit.roofline import device as device_called
@@ -202,9 +203,12 @@ def plan_device(
     Raises `ValueError` for what cannot be (an architecture, a dtype, sizes or a layout that do not fit together), and
     `BackendUnavailable` without transformers. A step that does not fit is no error: the plan says so.
     """
+    check_flag(fused_loss, "fused_loss")
+    batch = check_int(batch, "batch", None, _MOST)
+    context = None if context is None else check_int(context, "context", None, _MOST)
     layout = parallel if isinstance(parallel, ParallelLayout) else ParallelLayout.parse(parallel)
     on, costs = device_called(device), optimizer_called(optimizer)
-    budget_bytes = on.memory_bytes if budget is None else parse_bytes(budget)
+    budget_bytes = on.memory_bytes if budget is None else parse_bytes(budget, "budget")
     model = HubModel(source, dtype, layout, fused_loss=fused_loss)
     if context is None and model.reads_tokens:
         limit, _ = model.context_limit

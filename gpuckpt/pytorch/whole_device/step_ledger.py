@@ -21,10 +21,12 @@ import torch
 from torch import nn
 from torch.utils.module_tracker import ModuleTracker
 
+from gpuckpt.checks import check_int
 from gpuckpt.planning.tables import text_table
 from gpuckpt.pytorch._torch_internals import graph_task_id
 from gpuckpt.pytorch.engine.subclasses import parts_of
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
+from gpuckpt.pytorch.profiling.measure import check_model
 from gpuckpt.pytorch.whole_device.optimizer_step import optimizers_of
 from gpuckpt.units import format_bytes
 
@@ -61,6 +63,7 @@ class StepLedger(LiveBytes):
 
     def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
         super().__init__()
+        check_model(model)
         self.model = model
         self.optimizers = [] if optimizer is None else optimizers_of(optimizer)
         self.storages: list[StorageLife] = []
@@ -119,6 +122,7 @@ class StepLedger(LiveBytes):
     def at_peak(self, unit_bytes: int = 1) -> dict[str, int]:
         """Bytes of each kind at the moment when most was alive, each storage rounded up to `unit_bytes` (512 for torch's caching
         allocator). The first such moment, if there are several."""
+        unit_bytes = check_int(unit_bytes, "unit_bytes", 1)
         alive: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
         for life in self.storages:
             if life.before:
