@@ -323,6 +323,6 @@ def test_a_block_that_is_planned_call_by_call_is_not_one_that_did_not_run(contai
     for budget in (smallest, 2 * smallest):
         fitted = fit(copy.deepcopy(model), x, budget, repeats=1)
         assert fitted.plan.certificate.recompute_s > 0
-        assert gradients(fitted.model, lambda: fitted(x)) == expected
+        assert gradients(fitted.model, lambda fitted=fitted: fitted(x)) == expected
         assert fitted.deviations == []
         assert fitted.measured_peak_bytes == fitted.plan.certificate.peak_bytes

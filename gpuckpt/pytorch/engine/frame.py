@@ -17,6 +17,7 @@ budgets and other hooks compose without a special case.
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -114,6 +115,7 @@ class Frame:
         self._wanted: _Slot | None = None
         self._reached = 0  # how many tensors the latest replay saw saved
         self._lock = threading.RLock()
+        self._context = contextvars.copy_context()  # backward may run elsewhere: on CUDA, in a thread of autograd's
 
     def save(self, tensors: Sequence[torch.Tensor]) -> None:
         """Keep `tensors` to start from, in whatever the active hooks save into. Raises `BudgetExceeded`."""
@@ -163,7 +165,7 @@ class Frame:
                 replaying(replay),
                 paused(),
             ):
-                self._replay(tensors)
+                self._context.copy().run(self._replay, tensors)
             if to_the_end and replay.count == len(self.slots):
                 self._reached = replay.count + _MOST_LATE
                 return

@@ -32,7 +32,7 @@ from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.fence.randomness import capturing
 from gpuckpt.pytorch.profiling.clock import Clock, WallClock
 from gpuckpt.pytorch.profiling.fake_run import run_fake
-from gpuckpt.pytorch.profiling.isolation import ModelState, random_states, set_random_states, unchanged
+from gpuckpt.pytorch.profiling.isolation import ModelState, cut, random_states, set_random_states, unchanged
 from gpuckpt.pytorch.profiling.roofline_clock import Roofline
 from gpuckpt.pytorch.profiling.runner import Measured, run_chain
 from gpuckpt.pytorch.profiling.save_recorder import residents_of
@@ -124,7 +124,8 @@ def run_measured(
         raise RuntimeError("nothing can be measured while a CUDA graph is being captured: run one such step before")
     fence = Fence(model, pytree.tree_leaves((args, kwargs)), preserve_rng_state=True)
     counting = clock if isinstance(clock, Roofline) else nullcontext()
-    with unchanged(model), fence.restored(fence.kept), counting:
+    # What earlier forwards left has a graph, which is not to be used up.
+    with unchanged(model), fence.restored(fence.kept, cut), counting:
         state, random, residents = ModelState(model), random_states(), residents_of(model, args, kwargs)
         measured = run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies, stages, residents)
         if state.outlived():  # a first forward is not like the others, which find what it has made

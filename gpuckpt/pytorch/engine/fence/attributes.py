@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gpuckpt.pytorch.engine.fence.holders import LARGEST, PLAIN, ValueKind, kind_of
+from gpuckpt.pytorch.engine.fence.holders import LARGEST, PLAIN, ValueKind, is_foreign, kind_of
 
 __all__ = [
     "ABSENT",
@@ -21,7 +21,7 @@ __all__ = [
     "restore_hooks",
 ]
 
-INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl", "forward"}
+INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl"}
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.startswith("_forward_") and "hooks" in name)
 ABSENT: Any = object()
 ELSEWHERE: Any = object()
@@ -30,7 +30,8 @@ ELSEWHERE: Any = object()
 
 def captured(value: Any) -> Any:
     """A value to be put back: itself, or a copy of a container. `ELSEWHERE` for tensors, objects and what contains them."""
-    if value is ABSENT or kind_of(value) is ValueKind.PLAIN:
+    kind = kind_of(value)
+    if value is ABSENT or kind is ValueKind.PLAIN or (kind is ValueKind.CODE and is_foreign(value)):
         return value
     if type(value) in (list, dict, set, tuple):
         if len(value) > LARGEST:
@@ -44,15 +45,19 @@ def _harmless(value: Any) -> bool:
     return type(value) in PLAIN or (isinstance(value, tuple) and all(type(item) in PLAIN for item in value))
 
 
-def restore(held: dict[str, Any], names: Sequence[str], seen: list[Any]) -> None:
-    """Let a module's attributes be those called `names`, with the values in `seen`, as far as those are known."""
+def restore(held: dict[str, Any], names: Sequence[str], seen: list[Any], contents: dict[int, tuple[Any, Any]]) -> None:
+    """Let a module's attributes be those called `names`, with the values in `seen`, as far as those are known. `contents`: by id
+    the containers that this fills, each with what is in it now."""
     for name in [name for name in held if name not in INTERNAL and name not in names]:
         del held[name]  # made since
     for name, value in zip(names, seen, strict=True):
         if value is ABSENT:
             continue
         if type(value) is tuple and len(value) == 2 and type(value[0]) in (list, dict, set):
-            held[name] = value[1].copy()  # the recompute may change it; the container itself stays as it is
+            container, content = value
+            contents.setdefault(id(container), (container, container.copy()))
+            refill(container, content)
+            held[name] = container  # the same one, which other modules may share
         elif held.get(name, ABSENT) is not value:
             held[name] = value
 

@@ -56,19 +56,23 @@ class Fence:
             )
         self._reached = scope.reached
         self._states: list[ModuleState] = []
-        roots = scope.roots
-        while roots:  # and those that stand in attributes without being submodules
-            met = set(scope.reached.modules)
-            for root in roots:
-                for variable, use in scope_of(root).names.values():
-                    for value in variable.read().values():
-                        scope.reached.variable(variable, value, use, lasting=True)
-            state = ModuleState(watch(roots), scope.reached)
-            self._states.append(state)
-            roots = tuple(module for key, module in scope.reached.modules.items() if key not in met)
+        work = scope.roots[0] if scope.roots else None
+        roots, known, classes = scope.roots, set[Any](), set[type]()
+        while roots or scope.reached.classes.keys() != classes:
             if roots:
-                known = state.modules
-                roots = tuple(module for module in roots if module not in known)
+                for root in roots:
+                    scope.lead(scope_of(root).lead, whole=True)
+                state = ModuleState(watch(roots, work), scope.reached)
+                self._states.append(state)
+                known |= state.modules
+            for kind, whole in list(scope.reached.classes.items()):
+                if kind not in classes:
+                    classes.add(kind)
+                    for learned in scope.learned:
+                        scope.lead(learned.lead_of(kind), whole)
+            scope.follow()
+            # And those that stand in attributes without being submodules.
+            roots = tuple(module for module in scope.reached.modules.values() if module not in known)
         self._reached.begin()
         self.kept: list[torch.Tensor] = [
             *self._reached.kept,
@@ -109,18 +113,22 @@ class Fence:
         """Copies that it holds itself, of buffers that the work may write, for as long as it is not known which it does."""
         return [*self._reached.copies, *(copy for state in self._states for copy in state.copies)]
 
-    def restored(self, kept: Sequence[torch.Tensor] = ()) -> Restored:
-        """The context of a recompute. Entering raises `RecomputeMismatch` where something cannot be as it was."""
-        return Restored(self, kept)
+    def restored(
+        self, kept: Sequence[torch.Tensor] = (), cut: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> Restored:
+        """The context of a recompute. Entering raises `RecomputeMismatch` where something cannot be as it was. `cut`: what the
+        work is to find instead of tensors that are reached otherwise than as parameters and buffers."""
+        return Restored(self, kept, cut)
 
 
 class Restored:
     """No `ExitStack`: its tracebacks are cycles, which would keep a failed replay's tensors."""
 
-    __slots__ = ("_fence", "_kept", "_leave")
+    __slots__ = ("_cut", "_fence", "_kept", "_leave")
 
-    def __init__(self, fence: Fence, kept: Sequence[torch.Tensor]) -> None:
+    def __init__(self, fence: Fence, kept: Sequence[torch.Tensor], cut: Any) -> None:
         self._fence = fence
+        self._cut = cut
         self._kept = kept
         self._leave: list[Callable[[], None]] = []
 
@@ -128,7 +136,7 @@ class Restored:
         fence = self._fence
         try:
             kept = self._kept
-            self._leave.append(fence._reached.enter(kept[: len(fence._reached.kept)]))
+            self._leave.append(fence._reached.enter(kept[: len(fence._reached.kept)], self._cut))
             kept = kept[len(fence._reached.kept) :]
             for state in fence._states:
                 self._leave.append(state.enter(kept[: len(state.kept)]))

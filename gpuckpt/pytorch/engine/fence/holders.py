@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import enum
+import functools
 import sys
+import threading
 import types
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import suppress
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -20,12 +23,14 @@ __all__ = [
     "LARGEST",
     "PLAIN",
     "STATES",
+    "Names",
     "Slots",
     "ValueKind",
     "Variable",
     "content_of",
     "fill",
     "holders_in",
+    "is_foreign",
     "kind_of",
 ]
 
@@ -36,13 +41,15 @@ LARGEST = 64
 STATES = (int, float, bool, str, complex, type(None))
 """Kinds of plain values that a variable may change between."""
 
-_CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, enum.Enum)
+_CODE = (types.FunctionType, types.MethodType, functools.partial)
+_NOTHING_INSIDE = (type, types.BuiltinFunctionType, types.ModuleType, enum.Enum)
 
 
 class ValueKind(enum.Enum):
     """What there is to look at in a value."""
 
-    PLAIN = enum.auto()  # nothing: numbers, texts, code, classes, instances of foreign classes
+    PLAIN = enum.auto()  # nothing: numbers, texts, classes, instances of foreign classes
+    CODE = enum.auto()  # functions, methods, partials: what they lead to
     TENSOR = enum.auto()
     MODULE = enum.auto()
     GENERATOR = enum.auto()
@@ -70,9 +77,10 @@ def kind_of(value: Any) -> ValueKind:
 
 
 def _kind_of(cls: type) -> ValueKind:
-    if cls in PLAIN or issubclass(cls, _CODE):
+    if cls in PLAIN or issubclass(cls, _NOTHING_INSIDE):
         return ValueKind.PLAIN
     for kind, classes in (
+        (ValueKind.CODE, _CODE),
         (ValueKind.TENSOR, torch.Tensor),
         (ValueKind.MODULE, nn.Module),
         (ValueKind.GENERATOR, GENERATORS),
@@ -82,13 +90,25 @@ def _kind_of(cls: type) -> ValueKind:
     ):
         if issubclass(cls, classes):
             return kind
+    if issubclass(cls, threading.local):
+        return ValueKind.OBJECT
     return ValueKind.PLAIN if cls.__module__.partition(".")[0] in _FOREIGN else ValueKind.OBJECT
+
+
+def is_foreign(code: Any) -> bool:
+    """Whether a function or a class is torch's, NumPy's, Python's own or ours, and so leads to no state of the user's."""
+    if isinstance(code, functools.partial):
+        code = code.func
+    module = str(getattr(code, "__module__", None)).partition(".")[0]
+    return module in _FOREIGN or module in sys.stdlib_module_names
 
 
 def holders_in(value: Any) -> list[Any]:
     """What holds the parts of a container or an object: itself, its dict, its slots."""
     found = [value] if kind_of(value) is ValueKind.CONTAINER else []
     cls = type(value)
+    if isinstance(value, threading.local):
+        return [OfThread(value)]
     if cls.__module__.partition(".")[0] not in _FOREIGN:
         with suppress(AttributeError):
             found.append(object.__getattribute__(value, "__dict__"))
@@ -103,7 +123,7 @@ def _names(slots: Any) -> list[str]:
 
 
 class Variable:
-    """A variable by its name: in a module's globals or attributes, of a class, or of a function that closes over it."""
+    """A variable by its name: in a module's attributes, or of a function that closes over it."""
 
     __slots__ = ("held", "name")
 
@@ -117,8 +137,6 @@ class Variable:
                 return {name: held.cell_contents}
             except ValueError:
                 return {}
-        if isinstance(held, type):
-            held = vars(held)
         return {name: held[name]} if name in held else {}
 
     def write(self, content: dict[Any, Any]) -> None:
@@ -128,12 +146,44 @@ class Variable:
                 held.cell_contents = content[name]
             else:
                 del held.cell_contents
-        elif isinstance(held, type):
-            setattr(held, name, content[name]) if content else delattr(held, name)
         elif content:
             held[name] = content[name]
         else:
             held.pop(name, None)
+
+
+class Names:
+    """Some of the names in a namespace: a module's globals, or the attributes of a class."""
+
+    __slots__ = ("_plain", "held", "names")
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+        self.names: dict[str, Any] = {}  # each with what is known of the tensors that it leads to
+        self._plain: dict[Any, Any] | None = None
+
+    def read(self) -> dict[Any, Any]:
+        held = vars(self.held) if isinstance(self.held, type) else self.held
+        return {name: held[name] for name in self.names if name in held}
+
+    def plain(self, content: dict[Any, Any]) -> bool:
+        """Whether there is nothing inside of these values, which is remembered."""
+        known = self._plain
+        if known is not None and len(known) == len(content) and all(map(is_, known.values(), content.values())):
+            return True
+        plain = all(kind_of(value) is ValueKind.PLAIN for value in content.values())
+        self._plain = content.copy() if plain else None
+        return plain
+
+    def write(self, content: dict[Any, Any]) -> None:
+        held = self.held
+        now = self.read()
+        for name in self.names:
+            if name in content:
+                if now.get(name, self) is not content[name]:
+                    setattr(held, name, content[name]) if isinstance(held, type) else held.update({name: content[name]})
+            elif name in now:
+                delattr(held, name) if isinstance(held, type) else held.pop(name)
 
 
 class Slots:
@@ -155,18 +205,35 @@ class Slots:
                 delattr(self.value, name)
 
 
+class OfThread:
+    """What a `threading.local` holds in the thread that asks."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: threading.local) -> None:
+        self.value = value
+
+    def read(self) -> dict[Any, Any]:
+        return dict(self.value.__dict__)
+
+    def write(self, content: dict[Any, Any]) -> None:
+        held = self.value.__dict__
+        held.clear()
+        held.update(content)
+
+
 def content_of(holder: Any) -> dict[Any, Any]:
     """What a holder holds, by name, key or index; of a set each entry."""
     if isinstance(holder, dict):
         return {key: value for key, value in dict.items(holder)}  # noqa: C416  # a subclass may make values as it is asked
-    if isinstance(holder, Variable | Slots):
+    if isinstance(holder, Variable | Names | Slots | OfThread):
         return holder.read()
     return dict.fromkeys(holder, True) if isinstance(holder, set) else dict(enumerate(holder))
 
 
 def fill(holder: Any, content: dict[Any, Any]) -> None:
     """Let a holder hold `content`, as `content_of` gave it, and nothing else."""
-    if isinstance(holder, Variable | Slots):
+    if isinstance(holder, Variable | Names | Slots | OfThread):
         holder.write(content)
     elif isinstance(holder, dict):
         kind = OrderedDict if isinstance(holder, OrderedDict) else dict

@@ -41,7 +41,8 @@ from gpuckpt.pytorch.engine.fence.attributes import (
 )
 from gpuckpt.pytorch.engine.fence.holders import PLAIN, Variable
 from gpuckpt.pytorch.engine.fence.norms import freeze
-from gpuckpt.pytorch.engine.fence.reached import Reached, TensorUse
+from gpuckpt.pytorch.engine.fence.reached import Reached
+from gpuckpt.pytorch.engine.fence.tensors import TensorUse
 from gpuckpt.pytorch.engine.fence.watched import Watched
 from gpuckpt.pytorch.engine.verify import sum_of, unread
 
@@ -96,11 +97,8 @@ class ModuleState:
                     if tensor is not None and watched.places[number].is_state and not tensor.requires_grad:
                         self._copies[number] = tensor.detach().clone()
         # Of other parameters, what their bytes add up to, and which of them a forward changed unseen (through `.data`).
-        self._sums = (
-            [None if number in self._copies else sum_of(tensor) for number, tensor in enumerate(tensors)]
-            if watched.trials
-            else []
-        )
+        watched_too = enumerate(tensors if watched.trials else ())
+        self._sums = [None if number in self._copies else sum_of(tensor) for number, tensor in watched_too]
         self._adjusted = watched.adjusted
         # A leaf belongs to a model or to the caller. Anything else was computed, and lives by being kept.
         computed = [number for number, tensor in enumerate(tensors) if tensor is not None and not tensor.is_leaf]
@@ -136,7 +134,7 @@ class ModuleState:
         use = uses.get((number, name))
         if use is None:
             use = uses[number, name] = TensorUse()
-        reached.variable(Variable(held, name), value, use)
+        reached.variable(Variable(held, name), value, use, whole=True)
         return ABSENT
 
     @property
@@ -205,14 +203,14 @@ class ModuleState:
             )
             if not plain or len(held) != part.count or not all(map(is_, map(held.get, part.names), seen))
         ]
-        held_containers = [pair for number in unlike for pair in containers(held_by[number])]
+        contents = {id(pair[0]): pair for number in unlike for pair in containers(held_by[number])}
         hooks = [hooks_of(held) for held in held_by]
         dicts = self._dicts()
         stood = [(dicts[part][is_buffer], name) for part, is_buffer, name, _ in watched.places]
         before = [held.get(name, ABSENT) for held, name in stood]
         rebuilt = self._rebuild()
         for number in unlike:
-            restore(held_by[number], watched.parts[number].names, self._seen[number])
+            restore(held_by[number], watched.parts[number].names, self._seen[number], contents)
         for held, seen_hooks in zip(held_by, self._hooks, strict=True):
             restore_hooks(held, seen_hooks)
         for number in watched.wrappers:
@@ -227,7 +225,7 @@ class ModuleState:
         for tensor in refrozen:  # frozen or unfrozen since: what is saved depends on it
             tensor.requires_grad_(not tensor.requires_grad)
         adjusted = [number for number in self._adjusted if isinstance(self._tensors[number], torch.Tensor)]
-        contents = [self._tensors[number].detach().clone() for number in adjusted]
+        copies = [self._tensors[number].detach().clone() for number in adjusted]
         stopped = [keep_sharding_state(self._modules[number]) for number in watched.with_shards]
         frozen = freeze(self._modules[number] for number in watched.norms)
         compared = unread(buffer for norm, _, _ in frozen for buffer in norm._buffers.values() if buffer is not None)
@@ -253,11 +251,11 @@ class ModuleState:
                 if len(held) != len(was) or not all(map(is_, held.values(), was.values())):
                     held.clear()
                     held.update(was)
-            for container, content in held_containers:
+            for container, content in contents.values():
                 refill(container, content)
             for held, before_hooks in zip(held_by, hooks, strict=True):
                 restore_hooks(held, before_hooks)
-            pairs = zip(adjusted, contents, strict=True)
+            pairs = zip(adjusted, copies, strict=True)
             again = [(number, were) for number, were in pairs if _differ(self._tensors[number], were)]
             for number, were in again:
                 self._tensors[number].data.copy_(were)

@@ -2,194 +2,144 @@
 
 These are the variables that its functions close over and the globals that they name, attributes that are tensors or objects, and
 what is inside of those and of lists, dicts, sets and deques. What somebody else has changed since forward is put back while the
-work runs again. So is what forward changed itself in modules and objects, and afterwards these are as they are now. In variables
-of functions and containers there that (a log, a count) stays as it is and is changed again, except tensors that forward reads: a
-recompute reads what forward read, and writes into copies.
+work runs again. So is what forward changed itself in modules, in what their code names, and in objects, and afterwards these are
+as they are now. In variables of functions and containers there that (a log, a count) stays as it is and is changed again, except
+tensors: a recompute reads what forward read, writes into copies, and leaves none of its own.
 
-Which tensors a forward reads is watched where one is first met: most that stand in attributes are outputs that code left there
-for others to see, and shall not be kept alive. Not looked into: what holds a lock or a thread, which others use at the same
-time; instances of classes of torch, NumPy and Python's own library; more than 64 entries; arrays of more than 1 MiB.
+Not looked into: what holds a lock or a thread, which others use at the same time; instances of classes of torch, NumPy and
+Python's own library; more than 64 entries; arrays of more than 1 MiB. What of tensors is kept: see tensors.py.
 """
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import StateModified
 from gpuckpt.pytorch._torch_internals import version_number
-from gpuckpt.pytorch.engine.fence.holders import LARGEST, ValueKind, Variable, content_of, fill, holders_in, kind_of
+from gpuckpt.pytorch.engine.fence.holders import (
+    LARGEST,
+    Names,
+    ValueKind,
+    Variable,
+    content_of,
+    fill,
+    holders_in,
+    is_foreign,
+    kind_of,
+)
+from gpuckpt.pytorch.engine.fence.tensors import ReachedTensor, ReachedTuple, ReadsOf, TensorUse, gone
 from gpuckpt.pytorch.engine.residency import is_resident
 
-__all__ = ["Reached", "TensorUse"]
+__all__ = ["Reached"]
 
 _MOST = 256  # holders that are looked into
 _DEPTH = 5
 _LARGEST_ARRAY_BYTES = 1 << 20
 _ABSENT: Any = object()
 _THREADS = ("_thread", "threading", "queue")
-_OVERWRITES = (torch.Tensor.__setitem__, torch.Tensor.copy_, torch.Tensor.fill_, torch.Tensor.zero_)
-
-
-class TensorUse:
-    """What is known of the tensors that a variable leads to: whether a forward reads them, and changes them in place. None: no
-    forward has been watched with a tensor there."""
-
-    __slots__ = ("read", "written")
-
-    def __init__(self) -> None:
-        self.read: bool | None = None
-        self.written = False
-
-
-class _ReachedTensor:
-    """A tensor as it was. `strong`, `copy`: what this holds itself; `index`: where it, or its copy, is among what a frame keeps;
-    `lasting`: a variable of a function leads to it, which is there to be read."""
-
-    __slots__ = ("copy", "index", "lasting", "name", "ref", "strong", "uses", "version")
-
-    def __init__(self, tensor: torch.Tensor, name: str) -> None:
-        self.ref = weakref.ref(tensor)
-        self.version = version_number(tensor)
-        self.name = name
-        self.uses: list[TensorUse] = []
-        self.strong: torch.Tensor | None = tensor
-        self.copy: torch.Tensor | None = None
-        self.index: int | None = None
-        self.lasting = False
-
-
-class _Loose:
-    """A value with tensors inside, which may be kept alive only as far as these are."""
-
-    __slots__ = ("below", "ref", "value")
-
-    def __init__(self, value: Any, below: list[_ReachedTensor]) -> None:
-        self.value = value
-        self.below = below
-        self.ref: Callable[[], Any] = lambda: None
-
-    def settle(self) -> None:
-        """Which tensors are kept is known."""
-        if self.value is not None and any(tensor.strong is None and tensor.index is None for tensor in self.below):
-            with suppress(TypeError):
-                self.ref = weakref.ref(self.value)
-            self.value = None
-
-    def get(self) -> Any:
-        found = self.ref() if self.value is None else self.value
-        return _ABSENT if found is None else found
-
-
-class _Watching(TorchFunctionMode):
-    """Notes which of some tensors are read by torch's functions."""
-
-    def __init__(self, watched: dict[int, _ReachedTensor]) -> None:
-        super().__init__()
-        self._watched = watched
-        self.read: set[int] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = args[1:] if func in _OVERWRITES else args
-        self.read.update(id(leaf) for leaf in pytree.tree_leaves((given, kwargs)) if id(leaf) in self._watched)
-        return func(*args, **(kwargs or {}))
 
 
 class Reached:
-    """What is reached, as it is now. `modules`, `generators`: those that were met on the way, by id.
+    """What is reached, as it is now. `modules`, `generators`: those that were met on the way, by id; `callables`, `classes`:
+    functions, and of which classes objects were met, which lead to more, with whether they are found `whole`.
 
-    `variable` and `look` are called for all of it, then `begin`. `kept`: tensors that a frame has to keep for `enter`.
+    `variable`, `names` and `look` are called for all of it, then `begin`. `kept`: tensors that a frame has to keep for `enter`.
+    What is found `whole` is put back whoever changed it.
     """
 
     def __init__(self) -> None:
         self.modules: dict[int, nn.Module] = {}
         self.generators: dict[int, Any] = {}
+        self.callables: list[tuple[Any, bool]] = []
+        self.classes: dict[type, bool] = {}
         self.kept: list[torch.Tensor] = []
         self._entries: list[tuple[Any, dict[Any, Any], bool]] = []  # holder, content, whether all of it is put back
         self._unstable: list[frozenset[Any]] = []  # of each the keys that forward changed itself
-        self._noted: dict[int, tuple[Any, list[_ReachedTensor]]] = {}
-        self._tensors: dict[int, _ReachedTensor] = {}
-        self._loose: list[_Loose] = []
+        self._noted: dict[int, Any] = {}
+        self._tensors: dict[int, ReachedTensor] = {}
         self._arrays: list[tuple[Any, Any]] = []  # arrays, and what was in them
-        self._watching: _Watching | None = None
+        self._watching: ReadsOf | None = None
 
     def __bool__(self) -> bool:
         return bool(self._entries or self._arrays)
 
-    def variable(self, variable: Variable, value: Any, use: TensorUse, *, lasting: bool = False) -> None:
-        """A variable and its value. `lasting`: of a function; else of a module, whose attributes are all put back."""
-        noted, _ = self._note(value, use, variable.name, _DEPTH, lasting, not lasting)
-        self._entries.append((variable, {variable.name: noted}, not lasting))
+    def variable(self, variable: Variable, value: Any, use: TensorUse, *, whole: bool) -> None:
+        """A variable and its value."""
+        self._entries.append((variable, {variable.name: self._note(value, use, variable.name, _DEPTH, whole)}, whole))
 
-    def look(self, value: Any, name: str, use: TensorUse) -> None:
+    def names(self, names: Names, *, whole: bool) -> None:
+        """Variables of one namespace."""
+        content = names.read()
+        if not names.plain(content):
+            for name, value in content.items():
+                if kind_of(value) is not ValueKind.PLAIN:
+                    content[name] = self._note(value, names.names[name], name, _DEPTH, whole)
+        self._entries.append((names, content, whole))
+
+    def look(self, value: Any, name: str, use: TensorUse, *, whole: bool = False) -> None:
         """Look into a value that no variable has to be put back for."""
-        self._note(value, use, name, _DEPTH, True, False)
+        self._note(value, use, name, _DEPTH, whole)
 
-    def _note(
-        self, value: Any, use: TensorUse, name: str, depth: int, lasting: bool, whole: bool
-    ) -> tuple[Any, list[_ReachedTensor]]:
-        """What stands for a value, and the tensors below it."""
+    def _note(self, value: Any, use: TensorUse, name: str, depth: int, whole: bool) -> Any:
+        """What stands for a value."""
         kind = kind_of(value)
         if kind is ValueKind.PLAIN:
-            return value, []
+            return value
         if kind is ValueKind.TENSOR:
             tensor = self._tensors.get(id(value))
             if tensor is None:
-                tensor = self._tensors[id(value)] = _ReachedTensor(value, name)
-            tensor.lasting = tensor.lasting or lasting
+                tensor = self._tensors[id(value)] = ReachedTensor(value, name)
             if use not in tensor.uses:
                 tensor.uses.append(use)
-            return tensor, [tensor]
-        if kind is ValueKind.MODULE:
+            return tensor
+        if kind is ValueKind.CODE:
+            if not is_foreign(value):
+                self.callables.append((value, whole))
+        elif kind is ValueKind.MODULE:
             self.modules[id(value)] = value
         elif kind is ValueKind.GENERATOR:
             self.generators[id(value)] = value
         elif kind is ValueKind.ARRAY:
-            if value.nbytes <= _LARGEST_ARRAY_BYTES and value.dtype != object:
+            if value.nbytes <= _LARGEST_ARRAY_BYTES and value.dtype != object and id(value) not in self._noted:
+                self._noted[id(value)] = value
                 self._arrays.append((value, value.copy()))
         elif id(value) in self._noted:
             return self._noted[id(value)]
         elif depth and len(self._noted) < _MOST:
-            self._noted[id(value)] = value, []  # until it is known; it may refer to itself
-            below = self._inside(value, kind, use, name, depth - 1, whole)
-            if below:
-                loose = _Loose(value, below)
-                self._loose.append(loose)
-                self._noted[id(value)] = loose, below
-                return loose, below
-        return value, []
+            self._noted[id(value)] = value  # it may refer to itself
+            if kind is ValueKind.TUPLE:
+                parts = [
+                    self._note(item, use, name, depth - 1, whole) for item in (value if len(value) <= LARGEST else ())
+                ]
+                if any(isinstance(part, ReachedTensor | ReachedTuple) for part in parts):
+                    self._noted[id(value)] = value = ReachedTuple(value, parts)
+            elif kind is ValueKind.OBJECT or len(value) <= LARGEST:
+                self._inside(value, kind, use, name, depth - 1, whole)
+        return value
 
-    def _inside(
-        self, value: Any, kind: ValueKind, use: TensorUse, name: str, depth: int, whole: bool
-    ) -> list[_ReachedTensor]:
-        below: list[_ReachedTensor] = []
-        if kind is ValueKind.TUPLE:
-            for item in value if len(value) <= LARGEST else ():
-                below += self._note(item, use, name, depth, False, whole)[1]
-            return below
-        if kind is ValueKind.CONTAINER and len(value) > LARGEST:
-            return below
+    def _inside(self, value: Any, kind: ValueKind, use: TensorUse, name: str, depth: int, whole: bool) -> None:
+        if kind is ValueKind.OBJECT:
+            self.classes[type(value)] = whole
         for holder in holders_in(value):
             content = content_of(holder)
-            if any(type(item).__module__ in _THREADS for item in content.values()):
+            if any(
+                type(item).__module__ in _THREADS and not isinstance(item, threading.local) for item in content.values()
+            ):
                 continue  # others use it at the same time
             if not isinstance(holder, set):
                 for key, item in content.items():
                     if kind_of(item) is not ValueKind.PLAIN:
-                        content[key], inner = self._note(item, use, f"{name}.{key}", depth, False, whole)
-                        below += inner
+                        content[key] = self._note(item, use.at(key), f"{name}.{key}", depth, whole)
             # What can be called is like a function: a count of its calls counts recomputes.
             self._entries.append((holder, content, whole or (holder is not value and not callable(value))))
-        return below
 
     def begin(self) -> Reached:
         """All has been met: settle which tensors are kept."""
@@ -199,9 +149,7 @@ class Reached:
             assert value is not None
             if value.is_leaf and value.requires_grad:
                 continue  # trained: somebody keeps it, and what it was is compared
-            if value.grad_fn is not None and not tensor.lasting:
-                tensor.strong = None  # an output that somebody left there: its graph would stay with it
-            elif any(use.read is None for use in tensor.uses):
+            if any(use.read is None for use in tensor.uses):
                 watched[key] = tensor
                 if value.grad_fn is None:
                     with torch.no_grad():
@@ -215,9 +163,8 @@ class Reached:
                 tensor.strong = None
             else:
                 tensor.strong = None
-        self._watching = _Watching(watched) if watched else None
-        if self._watching is None:
-            self._settle()
+        self._watching = ReadsOf(watched) if watched else None
+        self._noted.clear()
         return self
 
     def watching(self) -> AbstractContextManager[object]:
@@ -227,7 +174,7 @@ class Reached:
     def learn(self) -> None:
         """Forward is over: what has it read, and what has it changed?"""
         if self._watching is not None:
-            for key, tensor in self._watching._watched.items():
+            for key, tensor in self._watching.watched.items():
                 value = tensor.strong
                 assert value is not None
                 read = key in self._watching.read
@@ -242,12 +189,7 @@ class Reached:
                 elif not written:
                     tensor.copy = None
             self._watching = None
-            self._settle()
         self._unstable = [_changes(content, content_of(holder)) for holder, content, _ in self._entries]
-
-    def _settle(self) -> None:
-        for loose in self._loose:
-            loose.settle()
 
     @property
     def copies(self) -> list[torch.Tensor]:
@@ -259,18 +201,30 @@ class Reached:
         ]
         return [tensor for tensor in held if tensor is not None and not is_resident(tensor)]
 
-    def enter(self, kept: Sequence[torch.Tensor]) -> Callable[[], None]:
+    def enter(
+        self, kept: Sequence[torch.Tensor], cut: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> Callable[[], None]:
         """Let everything be as it was; returns what lets it be as it is now. Raises `StateModified` for what was changed in place
-        and cannot be as it was."""
+        and cannot be as it was. `cut`: what to put in the place of tensors."""
         found = {id(tensor): self._as_it_was(tensor, kept) for tensor in self._tensors.values()}
+        if cut is not None:
+            found = {key: cut(tensor) for key, tensor in found.items()}
         undo: list[tuple[Any, dict[Any, Any], bool]] = []
+        logs: list[tuple[list[Any], int]] = []
         arrays = [(array, array.copy(), was) for array, was in self._arrays if array.flags.writeable]
         for array, _, was in arrays:
             array[...] = was
 
+        def restored(noted: Any) -> Any:
+            if isinstance(noted, ReachedTensor):
+                return found[id(noted)]
+            return noted.rebuilt(restored) if isinstance(noted, ReachedTuple) else noted
+
         def leave() -> None:
             for array, now, _ in arrays:
                 array[...] = now
+            for log, length in logs:
+                log[length:] = [item for item in log[length:] if not isinstance(item, torch.Tensor)]
             for holder, before, whole in reversed(undo):
                 present = content_of(holder)
                 content = before if whole else {**present, **before}
@@ -282,29 +236,30 @@ class Reached:
             now = content_of(holder)
             if whole:
                 undo.append((holder, now, True))
+            elif isinstance(holder, list):
+                logs.append((holder, len(now)))
             if _same(content, now):
                 continue
             if not whole and own and len(now) != len(content) and isinstance(holder, list | deque | bytearray):
                 continue  # a log, which grows as the work runs
             changed: dict[Any, Any] = {}
+            again: dict[Any, Any] = {}  # what the work will leave there once more, of which only tensors matter
             for key in {**content, **now}:
-                value = content.get(key, _ABSENT)
-                known = whole
-                if isinstance(value, _ReachedTensor):
-                    value, known = found[id(value)], value.index is not None or value.strong is not None
-                    if value is _ABSENT:
-                        continue
-                elif isinstance(value, _Loose) and (value := value.get()) is _ABSENT:
-                    continue
-                if value is not now.get(key, _ABSENT) and (known or key not in own):
-                    changed[key] = value
+                noted = content.get(key, _ABSENT)
+                current = now.get(key, _ABSENT)
+                if whole or key not in own or isinstance(noted, ReachedTensor | ReachedTuple):
+                    value = restored(noted)
+                    if value is not current:
+                        changed[key] = value
+                elif isinstance(current, torch.Tensor):
+                    again[key] = current
+            if (changed or again) and not whole:
+                undo.append((holder, {**again, **{key: now.get(key, _ABSENT) for key in changed}}, False))
             if changed:
-                if not whole:
-                    undo.append((holder, {key: now.get(key, _ABSENT) for key in changed}, False))
                 fill(holder, {key: value for key, value in {**now, **changed}.items() if value is not _ABSENT})
         return leave
 
-    def _as_it_was(self, tensor: _ReachedTensor, kept: Sequence[torch.Tensor]) -> Any:
+    def _as_it_was(self, tensor: ReachedTensor, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         held = kept[tensor.index] if tensor.index is not None else tensor.copy
         if tensor.copy is not None:
             assert held is not None
@@ -316,7 +271,7 @@ class Reached:
             return held
         if tensor.strong is not None:
             raise _modified(f"tensor {tensor.name!r} of shape {tuple(tensor.strong.shape)}")
-        return _ABSENT if value is None else value  # forward did not read it
+        return gone(tensor.uses)  # forward did not read it
 
 
 def _same(content: dict[Any, Any], now: dict[Any, Any]) -> bool:
@@ -327,15 +282,14 @@ def _changes(content: dict[Any, Any], now: dict[Any, Any]) -> frozenset[Any]:
     """The keys under which there is something else now."""
     if _same(content, now):
         return frozenset()
-    return frozenset(
-        key for key in {**content, **now} if _current(content.get(key, _ABSENT)) is not now.get(key, _ABSENT)
-    )
+    return frozenset(key for key in {**content, **now} if not _is(content.get(key, _ABSENT), now.get(key, _ABSENT)))
 
 
-def _current(value: Any) -> Any:
-    if isinstance(value, _ReachedTensor):
-        return value.ref()
-    return value.get() if isinstance(value, _Loose) else value
+def _is(noted: Any, now: Any) -> bool:
+    """Whether `now` is what was noted."""
+    if isinstance(noted, ReachedTensor):
+        return noted.ref() is now
+    return noted.is_(now, _is) if isinstance(noted, ReachedTuple) else noted is now
 
 
 def _modified(what: str) -> StateModified:

@@ -17,43 +17,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from gpuckpt.pytorch.engine.fence.holders import STATES, ValueKind, Variable, kind_of
+from gpuckpt.pytorch.engine.fence.code import Code, Lead, code_of
+from gpuckpt.pytorch.engine.fence.holders import STATES, ValueKind, Variable, is_foreign, kind_of
 from gpuckpt.pytorch.engine.fence.randomness import is_generator
-from gpuckpt.pytorch.engine.fence.reached import Reached, TensorUse
+from gpuckpt.pytorch.engine.fence.reached import Reached
+from gpuckpt.pytorch.engine.fence.tensors import TensorUse
 
 __all__ = ["ModuleScope", "Scope", "reaches_anything", "scope_of"]
 
-_DEPTH = 4  # of functions within functions
+_MOST = 64  # functions that are met in variables
 
-
-class _Code:
-    """What is known of code: the names that it looks up, and what its calls have shown."""
-
-    __slots__ = ("_uses", "draws", "names", "trials")
-
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        self.names = tuple(names)
-        self.draws = "random" in self.names  # from Python's or NumPy's own generators
-        self.trials = 2
-        self._uses: dict[str, TensorUse] = {}
-
-    def use(self, name: str) -> TensorUse:
-        """What is known of the tensors that a variable leads to."""
-        return self._uses.setdefault(name, TensorUse())
-
-
-_codes: dict[types.CodeType, _Code] = {}
-_callables: weakref.WeakKeyDictionary[Any, _Code] = weakref.WeakKeyDictionary()  # modules, and classes with __call__
-_MOST = 4096
-
-
-def _known(code: types.CodeType) -> _Code:
-    found = _codes.get(code)
-    if found is None:
-        if len(_codes) >= _MOST:  # code that is created again and again
-            _codes.clear()
-        found = _codes[code] = _Code(_names_in(code))
-    return found
+_callables: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # modules, and classes with __call__
 
 
 class Scope:
@@ -61,12 +35,13 @@ class Scope:
     `learned`: what earlier calls of the same modules, or of the same code, have shown; `iterators`: names of those that the call
     would use up."""
 
-    __slots__ = ("iterators", "learned", "reached", "roots")
+    __slots__ = ("_met", "iterators", "learned", "reached", "roots")
 
     def __init__(self, function: Any, leaves: Iterable[Any]) -> None:
         self.reached = Reached()
         self.iterators: list[str] = []
-        self._function(function, _DEPTH)
+        self._met: dict[int, Any] = {}
+        self._function(function, whole=False)
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor) or (type(leaf) in STATES):
                 continue
@@ -78,6 +53,7 @@ class Scope:
                 self.reached.modules[id(leaf)] = leaf
             elif is_generator(leaf):
                 self.reached.generators[id(leaf)] = leaf
+        self.follow()
         self.roots = tuple(self.reached.modules.values())
         # One piece of code may serve many modules (a loop with a lambda in it): then they are what is learned of.
         self.learned = [_learned_of(root) for root in self.roots] if self.roots else [_learned_of(function)]
@@ -90,57 +66,73 @@ class Scope:
             found.update((id(generator), generator) for generator in scope_of(root).generators)
         return tuple(found.values())
 
-    def _function(self, function: Any, depth: int) -> None:
+    def lead(self, lead: Lead, whole: bool) -> None:
+        """Note what code leads to."""
+        reached = self.reached
+        for names in lead.spaces:
+            reached.names(names, whole=whole)
+        for variable, use in lead.cells:
+            for value in variable.read().values():
+                reached.variable(variable, value, use, whole=whole)
+        for value, name, use in lead.defaults:
+            reached.look(value, name, use, whole=whole)
+
+    def follow(self) -> None:
+        """Functions that were met, and what their code leads to."""
+        reached = self.reached
+        while reached.callables and len(self._met) < _MOST:
+            self._function(*reached.callables.pop())
+
+    def _function(self, function: Any, whole: bool) -> None:
         reached = self.reached
         if isinstance(function, nn.Module):
             reached.modules[id(function)] = function
             return
-        if depth == 0:
+        if id(function) in self._met:
             return
+        self._met[id(function)] = function
         if isinstance(function, functools.partial):
-            self._function(function.func, depth - 1)
+            self._function(function.func, whole)
+            known = _learned_of(function)
             for value in (*function.args, *function.keywords.values()):
-                self._value(value, "argument", _learned_of(function), depth)
+                self._value(value, "argument", known, whole)
             return
         owner = getattr(function, "__self__", None)
         if isinstance(owner, nn.Module):
             reached.modules[id(owner)] = owner
         elif owner is not None and kind_of(owner) is not ValueKind.PLAIN:
-            reached.look(owner, type(owner).__name__, _learned_of(function).use("self"))
+            reached.look(owner, type(owner).__name__, _learned_of(function).use("self"), whole=whole)
         function = getattr(function, "__func__", function)
+        if isinstance(owner, nn.Module) and vars(type(owner)).get(getattr(function, "__name__", ""), self) is function:
+            return  # as other code of the module
         if hasattr(function, "__wrapped__"):
-            function = inspect.unwrap(function)
+            if isinstance(function, types.FunctionType) and not is_foreign(function):
+                self._function(inspect.unwrap(function), whole)
+            else:
+                function = inspect.unwrap(function)
         if not isinstance(function, types.FunctionType):
-            if kind_of(function) is not ValueKind.PLAIN:  # an object that can be called
-                reached.look(function, type(function).__name__, _learned_of(function).use("self"))
+            if kind_of(function) not in (ValueKind.PLAIN, ValueKind.CODE):  # an object that can be called
+                reached.look(function, type(function).__name__, _learned_of(function).use("self"), whole=whole)
             return
-        code = _known(function.__code__)
+        code = code_of(function.__code__)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 value = cell.cell_contents
             except ValueError:  # not filled yet
                 continue
-            reached.variable(Variable(cell, name), value, code.use(name), lasting=True)
-            self._value(value, name, code, depth, noted=True)
+            reached.variable(Variable(cell, name), value, code.use(name), whole=whole)
+            if isinstance(value, Iterator):
+                self.iterators.append(f"{type(value).__name__!r} called {name!r}")
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            self._value(value, "default", code, depth)
-        for name, value in _named(function.__globals__, code.names):
-            reached.variable(Variable(function.__globals__, name), value, code.use(name), lasting=True)
+            self._value(value, "default", code, whole)
+        self.lead(code.lead(function), whole)
 
-    def _value(self, value: Any, name: str, code: _Code, depth: int, noted: bool = False) -> None:
+    def _value(self, value: Any, name: str, code: Code, whole: bool) -> None:
         """What a function gets from where it was made."""
-        if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
-            self._function(value, depth - 1)
-        elif isinstance(value, Iterator):
+        if isinstance(value, Iterator):
             self.iterators.append(f"{type(value).__name__!r} called {name!r}")
-        elif not noted:
-            self.reached.look(value, name, code.use(name))
-
-
-def _named(names: dict[str, Any], wanted: Iterable[str]) -> list[tuple[str, Any]]:
-    """Those of the globals called `wanted` that may change."""
-    found = [(name, names[name]) for name in wanted if name in names and not name.startswith("__")]
-    return [(name, value) for name, value in found if type(value) in STATES or kind_of(value) is not ValueKind.PLAIN]
+        else:
+            self.reached.look(value, name, code.use(name), whole=whole)
 
 
 def reaches_anything(function: Any) -> bool:
@@ -150,32 +142,23 @@ def reaches_anything(function: Any) -> bool:
     code, names = function.__code__, function.__globals__
     bound = getattr(function, "__self__", None) is not None
     given = function.__closure__ or function.__defaults__ or function.__kwdefaults__
-    held = (names.get(name) for name in _known(code).names)
+    held = (names.get(name) for name in code_of(code).names)
     return bool(bound or given) or any(isinstance(value, nn.Module | torch.Tensor) for value in held)
 
 
-def _learned_of(function: Any) -> _Code:
+def _learned_of(function: Any) -> Code:
     while isinstance(function, functools.partial):
         function = function.func
     function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
     if isinstance(code, types.CodeType):
-        return _known(code)
+        return code_of(code)
     key = function if isinstance(function, nn.Module) else type(function)
     found = _callables.get(key)
     if found is None:
         functions = _functions_of(function) if isinstance(function, nn.Module) else ()
-        found = _callables[key] = _Code({name: None for f in functions for name in _names_in(f.__code__)})
+        found = _callables[key] = Code({name: None for f in functions for name in code_of(f.__code__).names})
     return found
-
-
-def _names_in(code: types.CodeType) -> dict[str, None]:
-    """The names that a code and the functions inside it look up, attributes included."""
-    names = dict.fromkeys(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names.update(_names_in(constant))
-    return names
 
 
 def _functions_of(root: nn.Module) -> list[types.FunctionType]:
@@ -184,39 +167,26 @@ def _functions_of(root: nn.Module) -> list[types.FunctionType]:
     return [
         value
         for kind in kinds
-        if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing")
+        if not is_foreign(kind)
         for value in vars(kind).values()
-        if isinstance(value, types.FunctionType) and str(value.__module__).partition(".")[0] != "torch"
+        if isinstance(value, types.FunctionType) and not is_foreign(value)
     ]
 
 
 class ModuleScope:
-    """What a tree of modules reaches by its classes: `generators` in attributes, and in globals that its functions name; `names`
-    of globals, and of attributes of the classes, that may change."""
+    """What a tree of modules reaches by its classes: where their code leads (`lead`), attributes of the classes included, and
+    `generators`, there and in attributes of the modules."""
 
-    __slots__ = ("generators", "names")
+    __slots__ = ("generators", "lead")
 
     def __init__(self, root: nn.Module) -> None:
-        found: dict[int, Any] = {}
-        for module in root.modules():
-            for value in module.__dict__.values():
-                if is_generator(value):
-                    found[id(value)] = value
-        self.names: dict[tuple[int, str], tuple[Variable, TensorUse]] = {}
-        for function in _functions_of(root):
-            for name, value in _named(function.__globals__, _known(function.__code__).names):
-                if is_generator(value):
-                    found[id(value)] = value
-                self.names[id(function.__globals__), name] = Variable(function.__globals__, name), TensorUse()
+        self.lead = Lead()
         for kind in {kind for module in root.modules() for kind in type(module).__mro__}:
-            if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc"):
-                for name, value in list(vars(kind).items()):
-                    if (
-                        not name.startswith("__")
-                        and name not in _OF_CLASSES
-                        and type(value) in (*STATES, list, dict, set)
-                    ):
-                        self.names[id(kind), name] = Variable(kind, name), TensorUse()
+            if not is_foreign(kind):
+                self.lead.attributes(kind, [name for name in vars(kind) if name not in _OF_CLASSES])
+        self.lead.functions(_functions_of(root))
+        held = [module.__dict__ for module in root.modules()] + [names.read() for names in self.lead.spaces]
+        found = {id(value): value for values in held for value in values.values() if is_generator(value)}
         self.generators = tuple(found.values())
 
 

@@ -15,7 +15,7 @@ from gpuckpt.pytorch._torch_internals import forward_inside, sharded_parameters,
 from gpuckpt.pytorch.engine.fence.attributes import INTERNAL
 from gpuckpt.pytorch.engine.fence.holders import PLAIN
 from gpuckpt.pytorch.engine.fence.norms import is_norm
-from gpuckpt.pytorch.engine.fence.reached import TensorUse
+from gpuckpt.pytorch.engine.fence.tensors import TensorUse
 
 __all__ = ["Watched", "watch"]
 
@@ -168,15 +168,17 @@ _watched: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Watched]] =
 _MOST_TOGETHER = 64
 
 
-def watch(roots: Sequence[nn.Module]) -> Watched:
-    """What is watched of `roots`, of which there is one at least."""
-    known, others = _watched.setdefault(roots[0], {}), tuple(map(id, roots[1:]))
-    watched = known.get(others)
+def watch(roots: Sequence[nn.Module], work: nn.Module | None = None) -> Watched:
+    """What is watched of `roots`, of which there is one at least. `work`: the module whose forward reaches them: what it reads of
+    them says nothing of what they read themselves."""
+    work = roots[0] if work is None else work
+    known, key = _watched.setdefault(work, {}), tuple(map(id, roots))
+    watched = known.get(key)
     if watched is None or not watched.current():
         if len(known) >= _MOST_TOGETHER:  # modules that are called with ever other ones
             known.clear()
         before, watched = watched, Watched(roots)
         if before is not None:
             watched.learn_from(before)
-        known[others] = watched
+        known[key] = watched
     return watched
