@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,10 @@ __all__ = ["Code", "Lead", "code_of"]
 
 _DEPTH = 4  # of functions that name functions
 _MOST = 256  # functions and classes
+_OPERATORS = frozenset(
+    f"__{name}__" for name in ("call", "getitem", "getattr", "iter", "len", "contains", "bool", "float")
+)
+_MAKING = _OPERATORS | {"__init__", "__new__", "__post_init__", "__enter__", "__exit__"}
 
 
 class Lead:
@@ -58,9 +62,10 @@ class Lead:
         """Those of the attributes of one class called `names` that may change."""
         self._space(cls, names, depth)
 
-    def methods(self, cls: type, names: Iterable[str], depth: int = _DEPTH) -> Lead:
-        """Follow the methods of a class, of those with names of their own the ones called `names`, and note attributes that they
-        name."""
+    def methods(
+        self, cls: type, names: Iterable[str], depth: int = _DEPTH, operators: Container[str] = _OPERATORS
+    ) -> Lead:
+        """Follow those methods of a class that are called `names` or are `operators`, and note attributes that they name."""
         if cls in self._met or len(self._met) >= _MOST or depth <= 0 or issubclass(cls, nn.Module):
             return self
         self._met.add(cls)
@@ -69,7 +74,7 @@ class Lead:
             if is_foreign(kind):
                 continue
             found = [(name, _inner(value)) for name, value in vars(kind).items()]
-            called = [f for name, f in found if f is not None and (name in wanted or name.startswith("__"))]
+            called = [f for name, f in found if f is not None and (name in wanted or name in operators)]
             self._space(kind, {*wanted, *(name for f in called for name in code_of(f.__code__).names)}, depth)
             self._waiting.extend((f, depth - 1) for f in called)
         return self
@@ -115,7 +120,7 @@ class Lead:
                 self._space(vars(value), names, depth - 1)
         elif isinstance(value, type):
             if not is_foreign(value):
-                self.methods(value, names, depth)
+                self.methods(value, names, depth, _MAKING)
         elif (function := _inner(value)) is not None:
             if depth > 0 and not is_foreign(function):
                 self._waiting.append((function, depth - 1))

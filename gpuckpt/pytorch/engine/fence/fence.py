@@ -56,23 +56,9 @@ class Fence:
             )
         self._reached = scope.reached
         self._states: list[ModuleState] = []
-        work = scope.roots[0] if scope.roots else None
-        roots, known, classes = scope.roots, set[Any](), set[type]()
-        while roots or scope.reached.classes.keys() != classes:
-            if roots:
-                for root in roots:
-                    scope.lead(scope_of(root).lead, whole=True)
-                state = ModuleState(watch(roots, work), scope.reached)
-                self._states.append(state)
-                known |= state.modules
-            for kind, whole in list(scope.reached.classes.items()):
-                if kind not in classes:
-                    classes.add(kind)
-                    for learned in scope.learned:
-                        scope.lead(learned.lead_of(kind), whole)
-            scope.follow()
-            # And those that stand in attributes without being submodules.
-            roots = tuple(module for module in scope.reached.modules.values() if module not in known)
+        self._look(scope.roots)
+        if scope.reached.leads_on(len(scope.roots)):
+            self._look_further()
         self._reached.begin()
         self.kept: list[torch.Tensor] = [
             *self._reached.kept,
@@ -86,6 +72,30 @@ class Fence:
             self._generators = Generators(devices, scope.generators, draws or watched_still)
             if watched_still:
                 self._before = other_states()
+
+    def _look(self, roots: tuple[Any, ...]) -> None:
+        """Take down the state of modules."""
+        if roots:
+            for root in roots:
+                self._scope.lead(scope_of(root).lead, whole=True)
+            self._states.append(ModuleState(watch(roots, self._scope.roots), self._reached))
+
+    def _look_further(self) -> None:
+        """Where objects and functions lead that were met, and modules that stand in attributes without being submodules."""
+        scope, reached = self._scope, self._reached
+        known, classes = {module for state in self._states for module in state.modules}, set[type]()
+        roots: tuple[Any, ...] = ()
+        while True:
+            for kind, whole in [item for item in reached.classes.items() if item[0] not in classes]:
+                classes.add(kind)
+                for learned in scope.learned:
+                    scope.lead(learned.lead_of(kind), whole)
+            scope.follow()
+            roots = tuple(module for module in reached.modules.values() if module not in known)
+            if not roots and len(classes) == len(reached.classes):
+                return
+            self._look(roots)
+            known |= self._states[-1].modules if roots else set()
 
     def learn(self, for_good: bool = False) -> None:
         """The work has run: what did it touch? `for_good`: it has been observed, and touches no other buffers from now on."""

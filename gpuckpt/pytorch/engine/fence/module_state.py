@@ -97,8 +97,9 @@ class ModuleState:
                     if tensor is not None and watched.places[number].is_state and not tensor.requires_grad:
                         self._copies[number] = tensor.detach().clone()
         # Of other parameters, what their bytes add up to, and which of them a forward changed unseen (through `.data`).
-        watched_too = enumerate(tensors if watched.trials else ())
-        self._sums = [None if number in self._copies else sum_of(tensor) for number, tensor in watched_too]
+        self._sums: list[int | None] = []
+        if watched.trials:
+            self._sums = [None if number in self._copies else sum_of(tensor) for number, tensor in enumerate(tensors)]
         self._adjusted = watched.adjusted
         # A leaf belongs to a model or to the caller. Anything else was computed, and lives by being kept.
         computed = [number for number, tensor in enumerate(tensors) if tensor is not None and not tensor.is_leaf]

@@ -26,6 +26,7 @@ from gpuckpt.errors import StateModified
 from gpuckpt.pytorch._torch_internals import version_number
 from gpuckpt.pytorch.engine.fence.holders import (
     LARGEST,
+    PLAIN,
     Names,
     ValueKind,
     Variable,
@@ -64,6 +65,7 @@ class Reached:
         self._entries: list[tuple[Any, dict[Any, Any], bool]] = []  # holder, content, whether all of it is put back
         self._unstable: list[frozenset[Any]] = []  # of each the keys that forward changed itself
         self._noted: dict[int, Any] = {}
+        self._spaces: dict[int, Names] = {}  # the first of each namespace
         self._tensors: dict[int, ReachedTensor] = {}
         self._arrays: list[tuple[Any, Any]] = []  # arrays, and what was in them
         self._watching: ReadsOf | None = None
@@ -71,12 +73,19 @@ class Reached:
     def __bool__(self) -> bool:
         return bool(self._entries or self._arrays)
 
+    def leads_on(self, count: int) -> bool:
+        """Whether there is more to look at than `count` modules."""
+        return bool(self.callables or self.classes) or len(self.modules) > count
+
     def variable(self, variable: Variable, value: Any, use: TensorUse, *, whole: bool) -> None:
         """A variable and its value."""
         self._entries.append((variable, {variable.name: self._note(value, use, variable.name, _DEPTH, whole)}, whole))
 
     def names(self, names: Names, *, whole: bool) -> None:
         """Variables of one namespace."""
+        known = self._spaces.setdefault(id(names.held), names)
+        if known is not names and names.names.keys() <= known.names.keys():
+            return  # noted already
         content = names.read()
         if not names.plain(content):
             for name, value in content.items():
@@ -130,12 +139,11 @@ class Reached:
             self.classes[type(value)] = whole
         for holder in holders_in(value):
             content = content_of(holder)
-            if any(
-                type(item).__module__ in _THREADS and not isinstance(item, threading.local) for item in content.values()
-            ):
+            others = [(key, item) for key, item in content.items() if type(item) not in PLAIN]
+            if any(type(item).__module__ in _THREADS and not isinstance(item, threading.local) for _, item in others):
                 continue  # others use it at the same time
             if not isinstance(holder, set):
-                for key, item in content.items():
+                for key, item in others:
                     if kind_of(item) is not ValueKind.PLAIN:
                         content[key] = self._note(item, use.at(key), f"{name}.{key}", depth, whole)
             # What can be called is like a function: a count of its calls counts recomputes.

@@ -168,11 +168,10 @@ _watched: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Watched]] =
 _MOST_TOGETHER = 64
 
 
-def watch(roots: Sequence[nn.Module], work: nn.Module | None = None) -> Watched:
-    """What is watched of `roots`, of which there is one at least. `work`: the module whose forward reaches them: what it reads of
-    them says nothing of what they read themselves."""
-    work = roots[0] if work is None else work
-    known, key = _watched.setdefault(work, {}), tuple(map(id, roots))
+def watch(roots: Sequence[nn.Module], work: Sequence[nn.Module]) -> Watched:
+    """What is watched of `roots`, of which there is one at least. `work`: the modules whose forward reaches them, if any: what
+    that reads of them says nothing of what they read themselves."""
+    known, key = _watched.setdefault((work or roots)[0], {}), tuple(map(id, roots))
     watched = known.get(key)
     if watched is None or not watched.current():
         if len(known) >= _MOST_TOGETHER:  # modules that are called with ever other ones
