@@ -131,9 +131,10 @@ class ModelState:
             before = self._held.get(id(holder), (holder, {}))[1]
             for key, value in now.items():
                 was = before.get(key)
-                if not isinstance(value, torch.Tensor) or was is value:
+                parts = value if isinstance(value, tuple) else (value,)
+                if was is value or not any(isinstance(part, torch.Tensor) for part in parts):
                     continue
-                if value.requires_grad:
+                if any(isinstance(part, torch.Tensor) and part.requires_grad for part in parts):
                     content = {**content_of(holder), key: was}
                     fill(holder, content if key in before else {k: v for k, v in content.items() if k != key})
                 else:

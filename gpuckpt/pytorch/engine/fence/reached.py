@@ -157,7 +157,7 @@ class Reached:
             assert value is not None
             if value.is_leaf and value.requires_grad:
                 continue  # trained: somebody keeps it, and what it was is compared
-            if any(use.read is None for use in tensor.uses):
+            if any(use.trials for use in tensor.uses):
                 watched[key] = tensor
                 if value.grad_fn is None:
                     with torch.no_grad():
@@ -190,7 +190,8 @@ class Reached:
                     tensor.copy is not None and value.layout is torch.strided and not torch.equal(value, tensor.copy)
                 )
                 for use in tensor.uses:
-                    use.read = bool(use.read) or read
+                    use.trials = 0 if read else max(0, use.trials - 1)
+                    use.read = use.read or read
                     use.written = use.written or (read and written)
                 if not read:
                     tensor.strong = tensor.copy = None

@@ -24,14 +24,15 @@ _OVERWRITES = (torch.Tensor.__setitem__, torch.Tensor.copy_, torch.Tensor.fill_,
 
 
 class TensorUse:
-    """What is known of the tensors that a variable leads to: whether a forward reads them, and changes them in place. None: no
-    forward has been watched with a tensor there."""
+    """What is known of the tensors that a variable leads to: whether a forward reads them, and changes them in place. `trials`:
+    forwards with a tensor there that are still watched for that."""
 
-    __slots__ = ("_inside", "read", "written")
+    __slots__ = ("_inside", "read", "trials", "written")
 
     def __init__(self) -> None:
-        self.read: bool | None = None
+        self.read = False
         self.written = False
+        self.trials = 2
         self._inside: dict[str, TensorUse] = {}
 
     def at(self, key: Any) -> TensorUse:
