@@ -44,6 +44,7 @@ class Promise:
         self.measured_bytes = 0
         self._name = name
         self._others_bytes = 0  # held by others when the latest step began
+        self._noted_bytes = 0  # the most that was held for the latest step before its peak was put back
         self._earlier_bytes = self._begun_bytes = 0  # when the latest step began: promised, and held for others
         self._refusals = budget.ledger.refusals
 
@@ -55,6 +56,7 @@ class Promise:
     def begin(self) -> None:
         """From here on the budget's peak is that of the steps that follow."""
         self._others_bytes = self.budget.used_bytes
+        self._noted_bytes = 0
         self.budget.reset_peak()
         self.promised_bytes = 0
 
@@ -69,8 +71,14 @@ class Promise:
 
     def broken(self) -> bool:
         """Measure: was more held than promised?"""
-        self.measured_bytes = self.budget.peak_bytes - self._others_bytes
-        return self.measured_bytes > self.promised_bytes
+        since_bytes = self.budget.peak_bytes - self._others_bytes
+        self.measured_bytes = max(since_bytes, self._noted_bytes)
+        return since_bytes > self.promised_bytes
+
+    def noted(self) -> None:
+        """What was held is told once; from here on the budget's peak is that of what follows."""
+        self._noted_bytes = self.measured_bytes
+        self.budget.reset_peak()
 
     def refused(self) -> bool:
         """Whether the budget was asked for more than it had since this was last looked at."""
@@ -200,7 +208,7 @@ class StepPeaks:
         for promise in self._promises():
             broken, refused = promise.broken() and not self.retained, promise.refused()
             if broken or (refused and not self._strict):
-                promise.budget.reset_peak()
+                promise.noted()
                 if self._strict:
                     raise promise.error()
                 noted = Deviation(promise.promised_bytes, promise.measured_bytes, promise is not self.held)

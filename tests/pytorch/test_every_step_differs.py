@@ -63,6 +63,9 @@ def test_a_step_that_holds_more_goes_on_under_the_cap_and_is_noted() -> None:
     assert gradients(ours, large) == gradients(plain, large)
     (noted,) = fitted.deviations
     assert noted.promised_bytes == promised < noted.measured_bytes <= fitted.budget.max_bytes
+    assert fitted.report().measured_peak_bytes == fitted.measured_peak_bytes == noted.measured_bytes, (
+        "told once, and not forgotten"
+    )
     assert gradients(ours, large) == gradients(plain, large)  # measured again, with these contents
     assert len(fitted.deviations) == 1
     assert fitted.measured_peak_bytes == fitted.promised_peak_bytes > promised
@@ -70,6 +73,22 @@ def test_a_step_that_holds_more_goes_on_under_the_cap_and_is_noted() -> None:
         assert gradients(ours, rows()) == gradients(plain, rows())
         assert gradients(ours, large) == gradients(plain, large)
     assert fitted.budget.used_bytes == 0
+
+
+def test_what_such_a_step_held_is_not_forgotten_when_its_second_output_is_looked_at() -> None:
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*[Sparse(16) for _ in range(6)])
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            logits = self.body(x)
+            return {"loss": logits.square().mean(), "logits": logits}
+
+    fitted = fit(WithLoss(), rows(), "1MiB")
+    fitted(rows() * 10)["loss"].backward()
+    (noted,) = fitted.deviations
+    assert fitted.report().measured_peak_bytes == fitted.measured_peak_bytes == noted.measured_bytes
 
 
 def test_room_is_made_for_a_step_that_holds_more_than_the_cap_has() -> None:
