@@ -4,7 +4,7 @@ These are the variables that its functions close over and the globals that they 
 what is inside of those and of lists, dicts, sets and deques. What somebody else has changed since forward is put back while the
 work runs again. So is what forward changed itself in modules, in what their code names, and in objects, and afterwards these are
 as they are now. In variables of functions and containers there that (a log, a count) stays as it is and is changed again, except
-tensors: a recompute reads what forward read, writes into copies, and leaves none of its own.
+tensors: a recompute reads what forward read, writes into copies, and leaves none with a graph.
 
 Not looked into: what holds a lock or a thread, which others use at the same time; instances of classes of torch, NumPy and
 Python's own library; more than 64 entries; arrays of more than 1 MiB. What of tensors is kept: see tensors.py.
@@ -233,7 +233,7 @@ class Reached:
             for array, now, _ in arrays:
                 array[...] = now
             for log, length in logs:
-                log[length:] = [item for item in log[length:] if not isinstance(item, torch.Tensor)]
+                log[length:] = [item for item in log[length:] if not _has_graph(item)]
             for holder, before, whole in reversed(undo):
                 present = content_of(holder)
                 content = before if whole else {**present, **before}
@@ -252,7 +252,7 @@ class Reached:
             if not whole and own and len(now) != len(content) and isinstance(holder, list | deque | bytearray):
                 continue  # a log, which grows as the work runs
             changed: dict[Any, Any] = {}
-            again: dict[Any, Any] = {}  # what the work will leave there once more, of which only tensors matter
+            again: dict[Any, Any] = {}  # what the work will leave there once more
             for key in {**content, **now}:
                 noted = content.get(key, _ABSENT)
                 current = now.get(key, _ABSENT)
@@ -260,7 +260,7 @@ class Reached:
                     value = restored(noted)
                     if value is not current:
                         changed[key] = value
-                elif isinstance(current, torch.Tensor):
+                elif _has_graph(current):
                     again[key] = current
             if (changed or again) and not whole:
                 undo.append((holder, {**again, **{key: now.get(key, _ABSENT) for key in changed}}, False))
@@ -281,6 +281,11 @@ class Reached:
         if tensor.strong is not None:
             raise _modified(f"tensor {tensor.name!r} of shape {tuple(tensor.strong.shape)}")
         return gone(tensor.uses)  # forward did not read it
+
+
+def _has_graph(value: Any) -> bool:
+    """Whether a value is a tensor that nobody could go backward from, if a recompute left it."""
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _same(content: dict[Any, Any], now: dict[Any, Any]) -> bool:
