@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from gpuckpt import CheckpointBudget, RecomputeMismatch, SavedTensorModified, StateModified, checkpoint
+from tests.pytorch.steps import Tally
 
 WAYS = ["no budget", "account", "pool"]
 
@@ -47,23 +48,19 @@ class Counts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(2.0))
-        self.calls: list[int] = []
+        self.tally = Tally()
 
     def forward(self, x: Tensor) -> Tensor:
-        CALLS.append(id(self))
+        self.tally.count += 1
         return x * self.scale
-
-
-CALLS: list[int] = []
 
 
 def test_checkpoint_trigger(ckpt) -> None:
     modules = [Counts() for _ in range(6)]
-    CALLS.clear()
     out = ckpt(nn.Sequential(*modules), leaf(3, 4))
-    assert [CALLS.count(id(module)) for module in modules] == [1] * 6
+    assert [module.tally.count for module in modules] == [1] * 6
     out.sum().backward()
-    assert [CALLS.count(id(module)) for module in modules] == [2] * 6
+    assert [module.tally.count for module in modules] == [2] * 6
 
 
 def test_checkpoint_valid(ckpt) -> None:
