@@ -9,8 +9,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from gpuckpt.cli.plan import chain_of_sizes
 from gpuckpt.cli.whole_device import device_facts
+from gpuckpt.planning import plan_chain
+from gpuckpt.planning.report import explain
 from gpuckpt.pytorch.whole_device.plan_device import plan_device
+from gpuckpt.units import format_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,3 +37,17 @@ def test_the_table_of_llama() -> None:
     )
     assert stated == {facts[f"{name}_bytes"] for name in (*names, "last_stage_saved")}
     assert facts["weights_bytes"] == 2 * 8_030_261_248
+
+
+def test_the_figures_from_a_fresh_machine() -> None:
+    page = (ROOT / "docs" / "guides" / "fresh-machine.md").read_text()
+    chain = chain_of_sizes(6, 64, 4, 128, 8, "gelu", "fp32", "H100 SXM", unit_bytes=1)
+    plain_bytes = plan_chain(chain, chain.saved_bytes, strategy="none").certificate.peak_bytes
+    for name, nbytes in (("cap", int(0.4 * plain_bytes)), ("peak of the plain run", plain_bytes)):
+        assert re.search(rf"│ {name} +│ +{nbytes:,} B \({format_bytes(nbytes)}\) │", page), (name, nbytes)
+    assert f"the plain run holds {format_bytes(plain_bytes)}, the cap is {format_bytes(int(0.4 * plain_bytes))}" in page
+
+    chain = chain_of_sizes(32, 4096, 32, 4096, 1, "swiglu", "bf16", "H100 SXM")
+    plan, more = (plan_chain(chain, nbytes) for nbytes in (4 << 30, 5 << 30))
+    for line in explain(chain, plan, faster=more).summary():
+        assert line in page
