@@ -218,3 +218,24 @@ def test_the_dom_as_chromium_writes_it(page: Path, data: dict[str, Any], tmp_pat
     for stage in data["report"]["stages"]:
         assert stage["why"] in done.stdout
     assert done.stdout.count('class="dot"') == len(data["plans"])
+
+
+def test_before_any_step_and_with_names_that_look_like_markup(
+    browser: Browser, data: dict[str, Any], tmp_path: Path
+) -> None:
+    evil = "</script><script>document.title = 'taken'</script><!--"
+    other: dict[str, Any] = json.loads(json.dumps(data))
+    other["events"], other["longer"] = [], []
+    other["report"].update(model=evil, measured_peak_bytes=None)
+    for plan in other["plans"]:
+        for stage in plan["stages"]:
+            stage["why"] = evil
+    path = tmp_path / "page.html"
+    path.write_text(to_page(other), encoding="utf-8")
+    browser.open(path, 1280)
+    assert browser.js("document.title").startswith(evil)
+    assert browser.js("document.querySelectorAll('script').length") == 2
+    assert browser.js("document.querySelector('.step')") is None
+    browser.js("document.querySelector('.budgets').focus()")
+    browser.press("End")
+    assert_shows(browser, other, len(other["plans"]) - 1)
