@@ -112,7 +112,10 @@ def test_the_wheel_has_every_room_and_no_top_level_kernels(wheel):
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "gpuckpt").rglob("*.py")}
     expected |= {"gpuckpt/" + str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")}
     assert shipped == expected
-    assert "gpuckpt/py.typed" in names
+    others = {str(path.relative_to(ROOT)) for path in (ROOT / "gpuckpt").rglob("*") if path.is_file()} - expected
+    found = {name for name in names if name.startswith("gpuckpt/")} - shipped
+    assert found == {name for name in others if "__pycache__" not in name}
+    assert {"gpuckpt/py.typed", "gpuckpt/report/page.css", "gpuckpt/report/page.js"} <= set(names)
     assert not any(name.startswith("kernels/") for name in names)
 
 
