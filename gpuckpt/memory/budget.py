@@ -233,8 +233,8 @@ class Budget:
                 block = self._pool.take(small.nbytes, outside_bytes=outside_bytes)
         except MemoryError:
             return small.loose(charge)
-        block.charge = charge
         small.store(block)
+        block.charge = charge
         return block
 
     def owns(self, address: int) -> bool:

@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 from gpuckpt.errors import NotCheckpointed
-from gpuckpt.memory.compression import CompressedForm
+from gpuckpt.memory.compression import CompressedForm, LooseBlock
 from gpuckpt.memory.ledger import Charge
 from gpuckpt.memory.protocols import Form, Holds
 from gpuckpt.memory.transfer import copy_bytes, copy_to_host
@@ -181,8 +181,8 @@ class SavedInPool(Saved):
         if moving is None or how not in ("spill", "compress"):
             return 0
         with moving:
-            if self._block is None or not self._block.nbytes:
-                return 0
+            if self._block is None or not self._block.nbytes or isinstance(self._block, LooseBlock):
+                return 0  # nothing to give, or compressed already and in no block whose bytes could be copied
             return self._spill() if how == "spill" else self._compress()
 
     def _spill(self) -> int:
@@ -215,8 +215,12 @@ class SavedInPool(Saved):
         charge = self._block.charge
         if not self._let_go(charge):
             return 0
-        self._block = self._budget.retake(small, charge)
         self._compressed = small
+        try:
+            self._block = self._budget.retake(small, charge)
+        except BaseException:  # an interrupt: the array has left its block, and must not be lost
+            self._block = small.loose(charge)
+            raise
         return before_bytes - self.nbytes
 
     def _let_go(self, charge: Charge | None = None) -> bool:

@@ -75,7 +75,9 @@ def bytes_of(block: Any) -> Any:
         return torch.from_numpy(np.asarray(block))
     from gpuckpt.memory.adapters.cupy import flat_array
 
-    return torch.from_dlpack(flat_array(block))
+    flat = torch.from_dlpack(flat_array(block))
+    # CuPy's empty arrays have strides of 0, which torch views as no other dtype.
+    return flat if block.nbytes else flat.as_strided((0,), (1,))
 
 
 def refuse_unstrided(tensor: Any) -> None:

@@ -288,7 +288,11 @@ class MovableStorage(SavedStorage):
             self._return(flat_form.view(block))
             return False
         self.away, self._dtype = small, dtype
-        self.block = self._budget.retake(packed, charge)
+        try:
+            self.block = self._budget.retake(packed, charge)
+        except BaseException:  # an interrupt: what is held stays charged
+            self.block = packed.loose(charge)
+            raise
         self.away = packed.view(self.block)
         return True
 
