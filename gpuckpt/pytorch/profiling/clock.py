@@ -11,13 +11,17 @@ __all__ = ["Clock", "WallClock"]
 
 
 class Clock(Protocol):
-    """Seconds that have gone by, by whatever counts them."""
+    """Seconds that have gone by, by whatever counts them. `exact`: the same work always takes the same."""
+
+    exact: bool
 
     def now(self) -> float: ...
 
 
 class WallClock:
     """Real seconds, the devices' work included."""
+
+    exact = False
 
     def now(self) -> float:
         if torch.cuda.is_initialized():

@@ -96,7 +96,7 @@ def test_bytes_can_be_rounded_as_an_allocator_does() -> None:
 ZOO = ("bert-large", "gpt2-xl", "vit-huge", "llama-3-8b")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd-momentum"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd-momentum", "in-backward"])
 @pytest.mark.parametrize("name", [ZOO[0], *(pytest.param(each, marks=pytest.mark.slow) for each in ZOO[1:])])
 def test_a_predicted_step_is_the_measured_one(name: str, optimizer: str) -> None:
     """Never less than was alive, and at most 1% more."""
@@ -113,12 +113,22 @@ def test_a_predicted_step_is_the_measured_one(name: str, optimizer: str) -> None
         key: torch.randint(1, 900, each.shape) if each.dtype == torch.long else torch.randn(each.shape)
         for key, each in example_inputs(hub.whole, 2, context).items()
     }
-    opt = OPTIMIZERS[optimizer](model.parameters())
+    each = {p: OPTIMIZERS["adamw"]([p]) for p in model.parameters()}
+    opt: Any = list(each.values()) if optimizer == "in-backward" else OPTIMIZERS[optimizer](model.parameters())
+
+    def step_one(parameter: torch.Tensor) -> None:
+        each[parameter].step()
+        each[parameter].zero_grad()
+
+    if optimizer == "in-backward":
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(step_one)
 
     def step() -> None:
         model(**inputs).loss.backward()  # what else the model returned is gone by then
-        opt.step()
-        opt.zero_grad()
+        if optimizer != "in-backward":
+            opt.step()
+            opt.zero_grad()
 
     step()
     with StepLedger(model, opt) as ledger:
@@ -126,9 +136,10 @@ def test_a_predicted_step_is_the_measured_one(name: str, optimizer: str) -> None
     memory = StepMemory(
         hub.chain(2, context),
         hub.parameters,
-        optimizer_called(optimizer),
+        optimizer_called("adamw" if optimizer == "in-backward" else optimizer),
         buffers_bytes=hub.buffers_bytes(2, context),
         given=hub.given,
+        in_backward=optimizer == "in-backward",
     )
     predicted = memory.plan(1 << 40, "none").peak_bytes - memory.set_aside_bytes
     alive = ledger.peak_total_bytes(512)
