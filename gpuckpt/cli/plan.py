@@ -113,7 +113,10 @@ def plan(
     ] = None,
     optimizer: Annotated[str, typer.Option(help="with --hf: sgd, sgd-momentum, adamw, adamw-8bit, ...")] = "adamw",
     parallel: Annotated[str, typer.Option(help="with --hf: the layout over devices, as fsdp=8,tp=2")] = "",
-    find: Annotated[str | None, typer.Option(help="with --hf: look for the largest batch or context alone")] = None,
+    find: Annotated[
+        str | None,
+        typer.Option(help="with --hf: look for one thing alone: the largest batch or context, the fewest gpus"),
+    ] = None,
     points: Annotated[int, typer.Option(help="budgets on the frontier; 0 leaves it out")] = 16,
     out: Annotated[Path, typer.Option(help="folder for chain.json, plan.json, report.json, frontier.svg")] = Path(
         "out/plan"

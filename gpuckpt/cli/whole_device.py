@@ -16,7 +16,7 @@ from gpuckpt.units import format_bytes
 
 __all__ = ["device_facts", "device_page", "plan_whole_device"]
 
-FIND = ("batch", "context")
+FIND = ("batch", "context", "gpus")
 ROOFLINE = "a bound from below by the roofline: no launches, no transfers between devices; no GPU has checked it yet"
 
 
@@ -59,8 +59,8 @@ def plan_whole_device(
 
 
 def device_facts(planned: DevicePlan, find: str | None = None) -> dict[str, Any]:
-    """What the page says, as plain values. `find`: search for that alone ("batch" or "context"); by default for both, and with
-    the levers."""
+    """What the page says, as plain values. `find`: search for that alone ("batch", "context" or "gpus"); by default for the
+    first two, and with the levers."""
     model, memory, found = planned.model, planned.memory, planned.found
     chain = memory.chain
     last = chain.stages[-1]
@@ -108,6 +108,8 @@ def device_facts(planned: DevicePlan, find: str | None = None) -> dict[str, Any]
     if find in (None, "context"):
         facts["longest_context"] = planned.longest_context()
         facts["positions"] = model.context_limit[0]
+    if find == "gpus":
+        facts["fewest_gpus"] = planned.fewest_gpus()
     if find is None:
         facts["levers"] = [
             {
@@ -156,6 +158,8 @@ def device_page(facts: dict[str, Any]) -> str:
         named = f" (the configuration names {facts['positions']:,})" if facts["positions"] else ""
         longest = f"{facts['longest_context']:,} tokens{named}" if facts["longest_context"] else "none"
         lines.append(f"longest context that fits: {longest}")
+    if "fewest_gpus" in facts:
+        lines.append(f"fewest GPUs that hold it, under FSDP: {facts['fewest_gpus'] or 'more than 1,024'}")
     if "levers" in facts:
         lines += ["", *text_table(_lever_rows(facts), (False, True, True, True))]
     return "\n".join(lines).rstrip()

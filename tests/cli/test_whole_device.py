@@ -102,6 +102,20 @@ def test_what_does_not_fit_says_by_how_much(small: Path, tmp_path: Path) -> None
     assert "does not fit: " not in again
 
 
+def test_the_fewest_gpus_hold_it_and_half_as_many_do_not(small: Path, tmp_path: Path) -> None:
+    whole = CONFIGS / "llama-3-8b.json"
+    size = ("--hf", whole, "--context", 256, "--budget", "24GiB", "--out", tmp_path, "--json", "--find", "gpus")
+    fewest = json.loads(run(*size).stdout)["fewest_gpus"]
+    assert fewest > 1
+    for ranks, fits in ((fewest, True), (fewest // 2, False)):
+        facts = json.loads(run(*size, "--parallel", f"fsdp={ranks}").stdout)
+        assert facts["fits"] is fits
+        assert facts["fewest_gpus"] == fewest  # from wherever the search begins
+    assert f"fewest GPUs that hold it, under FSDP: {fewest}" in device_page(facts)
+    tiny = run("--hf", small, "--context", 256, "--budget", "1600MiB", "--out", tmp_path, "--find", "gpus").stdout
+    assert "under FSDP: more than 1,024" in tiny
+
+
 def test_more_devices_hold_less_each(small: Path) -> None:
     one, eight, two = (plan_device(small, parallel=layout).memory for layout in ("", "fsdp=8", "tp=2"))
     assert sum(eight.weights) * 8 == sum(one.weights)
@@ -128,7 +142,7 @@ def test_every_example_has_a_page(config: Path, tmp_path: Path) -> None:
         (["--device", "abacus"], "--device 'abacus' is not known"),
         (["--parallel", "pp=2"], "expected fsdp=N,tp=N, each at most once; got 'pp=2'"),
         (["--parallel", "tp=3"], "tp=3 does not divide"),
-        (["--find", "gpus"], "--find 'gpus': expected one of batch, context"),
+        (["--find", "cards"], "--find 'cards': expected one of batch, context, gpus"),
         (["--budget", "much"], "'much' is not a size in bytes"),
     ],
 )

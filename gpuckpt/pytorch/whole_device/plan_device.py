@@ -99,6 +99,18 @@ class DevicePlan:
             1 if hard else _CONTEXT_STEP,
         )
 
+    def fewest_gpus(self) -> int | None:
+        """The fewest devices that hold the step with this batch on each, FSDP over 1, 2, 4, ... of them; None if not 1,024 do."""
+        layout = self.model.layout
+        for fsdp in (1 << power for power in range(11)):
+            memory = replace(self.memory, layout=replace(layout, fsdp=fsdp))
+            fixed = memory.resident_bytes + memory.set_aside_bytes
+            if fixed + memory.optimizer_peak_bytes > self.budget_bytes:
+                continue
+            if fixed + memory.smallest_moving_bytes() <= self.budget_bytes:
+                return fsdp * layout.tp
+        return None
+
     def levers(self) -> list[Lever]:
         """What recomputing, offloading, an 8-bit optimizer, a fused loss and more ranks would each buy."""
         memory, layout = self.memory, self.model.layout
