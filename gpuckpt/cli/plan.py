@@ -1,6 +1,6 @@
 """`gpuckpt plan`: from a chain file, or the sizes of a transformer, to a plan, its report and the frontier's picture.
 
-Sizes need no such model: it is measured without memory (gpuckpt.pytorch.profiling.fake_run), for the named device.
+Sizes need no such model: it is measured without memory (gpuckpt.pytorch.profiling.measure), for the named device.
 """
 
 from __future__ import annotations

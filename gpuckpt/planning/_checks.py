@@ -92,7 +92,7 @@ def _check_variants(stage: Any, n_storages: int) -> None:
         _check_seconds(variant.forward_s, f"{of_variant}: forward_s")
         _check_seconds(variant.backward_s, f"{of_variant}: backward_s")
         _check_tail(stage.tail_s, variant.forward_s, f"{of_variant}: ")
-        for field in ("saves", "spilled", "remade"):
+        for field in ("saves", "spilled", "remade", "remade_later"):
             _check_ids(getattr(variant, field), n_storages, f"{of_variant}: {field}")
         _check_seconds(variant.again_s, f"{of_variant}: again_s")
         _check_seconds(variant.moved_s, f"{of_variant}: moved_s")

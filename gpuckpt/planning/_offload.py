@@ -154,7 +154,7 @@ def _named(stage: Stage) -> set[int]:
         *stage.saves,
         *stage.inputs,
         *stage.extras,
-        *(i for v in stage.variants for i in (*v.saves, *v.spilled, *v.remade)),
+        *(i for v in stage.variants for i in v.ids),
     }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -28,8 +28,8 @@ __all__ = ["KEEP", "Chain", "Stage", "Variant", "check_chain"]
 
 CHAIN_FORMAT = "gpuckpt.chain/1"
 
-# Stages that `print(chain)` shows; of more those in the middle are left out.
-_MOST_ROWS = 40
+_MOST_ROWS = 40  # of stages that `print(chain)` shows; of more those in the middle are left out
+_IDS = ("saves", "spilled", "remade", "remade_later")  # of a variant
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Variant:
     backward under it, transfers included. `spilled`: ids that go to host memory in its forward and come
     back, into the budget, for its backward; one that others hold in the budget already is held on there instead. `moved_s`: the
     seconds of that, one way, which are part of `forward_s` and of `backward_s`, and overlap other work at a plan's top level.
-    `remade`: ids that are made again when its backward begins, and held till that ends; `again_s`: the seconds of that, which
-    are part of `backward_s`.
+    `remade`: ids that are made again when its backward begins, and held till that ends or, where there are any `remade_later`,
+    till those are made instead; `again_s`: the seconds of both, which are part of `backward_s`.
 
     >>> Variant("spill", saves=(), forward_s=0.5, backward_s=0.5, spilled=(0, 1)).name
     'spill'
@@ -55,6 +55,16 @@ class Variant:
     remade: tuple[int, ...] = ()
     again_s: float = 0.0
     moved_s: float = 0.0
+    remade_later: tuple[int, ...] = ()
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The storages that it names."""
+        return *self.saves, *self.spilled, *self.remade, *self.remade_later
+
+    def renamed(self, name: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Variant:
+        """The same with other ids."""
+        return replace(self, **dict[str, Any]({field: name(getattr(self, field)) for field in _IDS}))
 
 
 @dataclass(frozen=True)
@@ -105,15 +115,12 @@ class Stage:
         """The way to keep this stage called `name`; `KeyError` when it has none of that name."""
         if name == KEEP:
             return Variant(KEEP, self.saves, self.forward_s, self.backward_s)
-        for variant in self.variants:
-            if variant.name == name:
-                return variant
-        raise KeyError(name)
+        return {variant.name: variant for variant in self.variants}[name]
 
     @property
     def ids(self) -> tuple[Any, ...]:
         """The storages that it names and what it does with them, whatever their sizes."""
-        variants = tuple([(v.name, v.saves, v.spilled, v.remade) for v in self.variants])
+        variants = tuple([(v.name, v.saves, v.spilled, v.remade, v.remade_later) for v in self.variants])
         return self.saves, self.inputs, self.extras, self.output, variants
 
     @property
@@ -176,7 +183,8 @@ class Chain:
         """A table of the stages: bytes saved, bytes of the input a frame would hold, seconds, further options."""
         rows = [("", "stage", "saves", "input", "forward", "backward", "also")]
         for number, stage in enumerate(self.stages):
-            also = ", ".join(variant.name for variant in stage.variants)
+            names = [each.name for each in stage.variants] if stage.recomputable else ["kept always"]
+            also = f"{names[0]}, ... ({len(names)})" if len(names) > 2 else ", ".join(names)
             rows.append(
                 (
                     str(number),
@@ -185,7 +193,7 @@ class Chain:
                     format_bytes(self.charge(stage.inputs)),
                     format_seconds(stage.forward_s),
                     format_seconds(stage.backward_s),
-                    also if stage.recomputable else "kept always",
+                    also,
                 )
             )
         step_s = sum(stage.forward_s + stage.backward_s for stage in self.stages)
@@ -198,8 +206,7 @@ class Chain:
     @cached_property
     def footprints(self) -> tuple[int, ...]:
         """Bytes each storage is charged, its size rounded up to the unit."""
-        unit = self.unit_bytes
-        return tuple(-(-size // unit) * unit for size in self.storages)
+        return tuple(-(-size // self.unit_bytes) * self.unit_bytes for size in self.storages)
 
     def charge(self, ids: Sequence[int]) -> int:
         """Bytes that holding `ids` charges, each id once."""
@@ -247,11 +254,7 @@ class Chain:
             made.update((i, maker[i]) for i in stage.extras if maker.get(i, -1) >= 0)
             for i in (*stage.inputs, *stage.extras):
                 maker.setdefault(i, -1)
-            for i in (
-                *stage.output,
-                *stage.saves,
-                *(i for v in stage.variants for i in (*v.saves, *v.spilled, *v.remade)),
-            ):
+            for i in (*stage.output, *stage.saves, *(i for v in stage.variants for i in v.ids)):
                 maker.setdefault(i, number)
         return made
 
@@ -300,7 +303,7 @@ class Chain:
     def _fingerprint(self) -> str:
         record = [CHAIN_FORMAT, self.unit_bytes, self.storages]
         for s in self.stages:
-            variants = [(v.name, v.saves, v.spilled, *((v.remade,) if v.remade else ())) for v in s.variants]
+            variants = [(v.name, v.saves, v.spilled, *filter(None, (v.remade, v.remade_later))) for v in s.variants]
             record.append([s.name, s.saves, s.inputs, s.extras, s.output, s.output_bytes, s.recomputable, variants])
             if s.again_bytes:
                 record.append(s.again_bytes)
@@ -340,11 +343,8 @@ def check_chain(value: object) -> None:
 
 
 def _stage_from(fields: Mapping[str, Any]) -> Stage:
-    known = dict(fields)
-    for key in ("saves", "inputs", "extras", "output"):
-        known[key] = tuple(known.get(key, ()))
-    lists = ("saves", "spilled", "remade")
+    known = {**fields, **{key: tuple(fields.get(key, ())) for key in ("saves", "inputs", "extras", "output")}}
     known["variants"] = tuple(
-        Variant(**{**v, **{key: tuple(v[key]) for key in lists if key in v}}) for v in known.get("variants", ())
+        Variant(**{**v, **{key: tuple(v[key]) for key in _IDS if key in v}}) for v in known.get("variants", ())
     )
     return Stage(**known)

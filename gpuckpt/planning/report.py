@@ -212,7 +212,8 @@ def _why(chain: Chain, stage: Stage, option: Variant, fate: str, recompute_s: fl
             other = f"running it again would take {format_seconds(stage.forward_s)}"
             return f"{moved} to the host and back, {format_seconds(extra_s)} on the link; {other}"
         if option.remade:
-            held, remade = (format_bytes(chain.charge(ids)) for ids in (option.saves, option.remade))
+            ids = (option.saves, (*option.remade, *option.remade_later))
+            held, remade = (format_bytes(chain.charge(each)) for each in ids)
             return f"{held} held till its backward, which makes {remade} again for {format_seconds(extra_s)} more"
         here = format_bytes(chain.charge(option.saves))
         return f"{saves} held as {fate!r}, {here} of it here, for {format_seconds(extra_s)} more"

@@ -4,7 +4,8 @@ The rules, which the runtime follows to the byte:
 - Forward runs the top level in order. `Keep` holds what the stage saves; a frame holds its input and its stages' extras.
 - Backward runs in reverse. Before the backward of a frame's last stage the frame runs its children forward again, up to the
   last thing that is held: a frame that *ends* a sub-plan is then not run, and of a stage that ends one not its tail.
-- What an option makes again is held from before the backward of its stage to the end of that.
+- What an option makes again is held from before the backward of its stage to the end of that; where it does so in two steps, the
+  first half is let go before the second is made.
 - While the backward of a stage runs, what checkpoints inside of it recompute is held as well.
 - When the backward of a stage is done its saves are let go; when that of all stages of a frame is, the frame's input.
 - A storage is charged once however many hold it, and let go with its last holder.
@@ -30,7 +31,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from gpuckpt.planning.chain import KEEP, Chain
+from gpuckpt.planning.chain import KEEP, Chain, Stage
 from gpuckpt.planning.transfers import HostBytes, Traffic, Transfer
 from gpuckpt.planning.tree import Node, Step, check_tree
 
@@ -226,9 +227,14 @@ class _Run:
             self._alive(f"recompute in {stage.name}", stage.output_bytes + self._transient_bytes(step.first))
             self.record(f"recompute in {stage.name} ({option.name})")
         gradients_bytes = stage.output_bytes + (self.chain.stages[step.first - 1].output_bytes if step.first else 0)
-        self._alive(f"backward {stage.name}", gradients_bytes + stage.workspace_bytes + stage.again_bytes)
-        if stage.again_bytes:
-            self.record(f"recompute inside {stage.name}", stage.again_bytes)
+        self._run_back(stage, gradients_bytes)
+        if option.remade_later:
+            self.release(remade)
+            remade = self._anew(option.remade_later, stage.extras, step.first)
+            self.hold(remade)
+            self._alive(f"recompute in {stage.name}", stage.output_bytes + self._transient_bytes(step.first))
+            self.record(f"recompute in {stage.name} ({option.name}, second half)")
+            self._run_back(stage, gradients_bytes)
         self.release(self.kept.pop(node))
         self.traffic.forget(node)
         self.release(remade)
@@ -237,6 +243,12 @@ class _Run:
             self.release(spilled.here)
             self.host.release(spilled.away)
         self.record(f"backward {stage.name}")
+
+    def _run_back(self, stage: Stage, gradients_bytes: int) -> None:
+        """A stage's backward, or half of it."""
+        self._alive(f"backward {stage.name}", gradients_bytes + stage.workspace_bytes + stage.again_bytes)
+        if stage.again_bytes:
+            self.record(f"recompute inside {stage.name}", stage.again_bytes)
 
     def _spill(self, stage: int, saves: tuple[int, ...], spilled: tuple[int, ...]) -> tuple[int, ...]:
         """Send to the host what is `spilled` and nothing else holds; the ids of that. What is held already is held on."""

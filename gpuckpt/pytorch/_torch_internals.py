@@ -13,10 +13,12 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode as innermost_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 __all__ = [
+    "LeanDispatchMode",
     "Sharded",
     "all_ordinary",
     "current_node",
@@ -192,6 +194,19 @@ def untraced(function: F) -> F:
     function._torchdynamo_disable_recursive = True  # type: ignore[attr-defined]
     _frames.set_code_exec_strategy(function.__code__, _SKIP)
     return function
+
+
+class LeanDispatchMode(TorchDispatchMode):
+    """A dispatch mode whose subclasses mark `__torch_dispatch__` as `untraced` themselves, which costs nothing in a call, and see
+    nothing of what compiled code does inside."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
 
 
 @contextmanager

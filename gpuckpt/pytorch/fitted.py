@@ -288,7 +288,7 @@ class Fitted:
         offload = None
         if self.host_budget is not None and (copies := self._maker.copies) is not None:
             offload = Offload(self.budget, self.host_budget, copies, planned.chain.blocks)
-        walk = Walk(tree, self.budget, verify, rng, None, self.host_budget, evictable, offload, unread)
+        walk = Walk(tree, self.budget, verify, rng, None, self.host_budget, evictable, offload, unread, planned.flows)
         spare_bytes = self.budget.max_bytes - self._peaks.held.promised_bytes
         step = StepProgress(planned, walk, frozenset(map(id, given)), spare_bytes)
         self._local.step = step

@@ -156,7 +156,7 @@ def _close(tokens: list[Token], ends: list[int], index: int) -> None:
 
 
 def _ids_of(stage: Stage) -> list[int]:
-    variants = [i for v in stage.variants for i in (*v.saves, *v.spilled, *v.remade)]
+    variants = [i for v in stage.variants for i in v.ids]
     return [*stage.inputs, *stage.extras, *stage.output, *stage.saves, *variants]
 
 
@@ -166,9 +166,7 @@ def _renamed(stage: Stage, name: Callable[[int], tuple[int, ...]]) -> Stage:
     def ids(before: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(dict.fromkeys([now for i in before for now in name(i)]))
 
-    variants = tuple(
-        [replace(v, saves=ids(v.saves), spilled=ids(v.spilled), remade=ids(v.remade)) for v in stage.variants]
-    )
+    variants = tuple([v.renamed(ids) for v in stage.variants])
     return replace(
         stage,
         saves=ids(stage.saves),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -54,12 +54,13 @@ _MOST_NEW_NUMBERS = 16  # more new ints than ones that come again: a counter, an
 @dataclass(frozen=True)
 class Planned:
     """A plan for inputs of one shape, and the measured model that it was made for. `predicted`: the bytes were not measured with
-    inputs of this shape but follow from those of others. `situation`: for which a plan for the whole device was made."""
+    inputs of this shape but follow from those of others. `situation`: of the device, if made for one; `flows`: by stage."""
 
     measured: Measured
     plan: Plan
     predicted: bool = False
     situation: Situation | None = None
+    flows: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def chain(self) -> Chain:
@@ -137,10 +138,10 @@ class PlanMaker:
         planned = self.plans.get(kind)
         if planned is None and self._shared is not None:
             plan = self._shared.plan
-            promise = replace(
-                plan.certificate, peak_bytes=self._bytes_of_one, host_peak_bytes=self._host_bytes_of_one or 0
-            )
-            planned = self._keep(kind, replace(self._shared, plan=replace(plan, certificate=promise), predicted=True))
+            host_bytes = self._host_bytes_of_one or 0
+            held = replace(plan.certificate, peak_bytes=self._bytes_of_one, host_peak_bytes=host_bytes)
+            plan = replace(plan, certificate=held)
+            planned = self._keep(kind, replace(self._shared, plan=plan, predicted=True, flows={}))
         if planned is not None:
             self.plans.move_to_end(kind)
             self._latest = kind

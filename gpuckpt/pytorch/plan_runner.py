@@ -27,8 +27,9 @@ from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.kept.current import paused, reading, recording
-from gpuckpt.pytorch.engine.kept.operations import keeping, returning
-from gpuckpt.pytorch.engine.kept.options import is_option, option_policy
+from gpuckpt.pytorch.engine.kept.flow import Flow
+from gpuckpt.pytorch.engine.kept.options import is_option, part_of
+from gpuckpt.pytorch.engine.kept.parts import asked_for, keeping_part
 from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.offload import SPILL, Offload, Spill
 from gpuckpt.pytorch.engine.unread import is_entry, stand_in
@@ -50,10 +51,8 @@ class _FromStage:
         self.index = index
 
 
-class _NotKept:
-    """Stands among the arguments for a tensor that the stage does not read."""
-
-    __slots__ = ()
+_NOT_KEPT = object()
+"""Stands among the arguments for a tensor that the stage does not read."""
 
 
 class _FromFrame:
@@ -98,6 +97,7 @@ class _Open:
         self._loose: set[int] = set()  # numbers of kept tensors that are cut from their graph
         program, loose, verify, preserve = self.program, self._loose, walk.verify, walk.preserve_rng_state
         budget, host, evictable, unread = walk.budget, walk.host, walk.evictable, walk.unread
+        flows = walk.flows
         self._spill: Spill | None = None  # of its input
         self._offload = offload = walk.offload if isinstance(node, Recompute) and walk.is_top(node) else None
         first = _first(node)
@@ -113,23 +113,25 @@ class _Open:
                 offload.reach(first)
             kept = [connected(tensor) if number in loose else tensor for number, tensor in enumerate(kept)]
             arrivals = [call.rewritten(_FromFrame, lambda leaf: kept[leaf.index]) for call in program]
-            inner = Walk(children, budget, verify, preserve, arrivals, host, evictable, None, unread)
+            inner = Walk(children, budget, verify, preserve, arrivals, host, evictable, None, unread, flows)
             run = reading(record)
-            with returning(run) if option else nullcontext(), run:
+            given = asked_for(run) if option else nullcontext()
+            with run:
                 for call in arrivals:
                     leaves = call.rewritten(_FromStage, lambda leaf: inner.previous.tensors[leaf.index]).leaves
                     count = call.spec.num_leaves
                     inside = count + call.objects.count
                     whole = leaves[:count]
                     if call.objects:
-                        kept_inside = [stand_in() if type(leaf) is _NotKept else leaf for leaf in leaves[count:inside]]
+                        kept_inside = [stand_in() if leaf is _NOT_KEPT else leaf for leaf in leaves[count:inside]]
                         whole = call.objects.rebuilt(whole, kept_inside)
                     args, kwargs = pytree.tree_unflatten(whole, call.spec)
-                    with call.fence.restored(leaves[inside:]):
+                    with call.fence.restored(leaves[inside:]), given:  # one call, under an option
                         inner.step(call.stage, call.module, args, kwargs, call.fence, leaves[inside:])
 
         self.frame = Frame(replay, budget, verify)
         self.frame.evictable = evictable
+        self.frame.partial = bool(option)
 
     def receive(self, calls: Iterable[_Arrival], links: Container[int] = ()) -> None:
         """Save what the replay of the next stages needs besides the output of the stage before each. `links`: ids of what the
@@ -169,6 +171,7 @@ class Walk:
     `host`: holds what stages save that are kept under the option "spill", and inputs of frames; `offload`: lets copies of that
     overlap the work of other stages (None: each is waited for). Not `evictable`: frames recompute what the plan says, and no more
     where the budget is full. `unread`: classes of stages that read no tensor inside of objects among their arguments.
+    `flows`: by stage, of those under an option; filled where they first run.
     """
 
     def __init__(
@@ -182,10 +185,12 @@ class Walk:
         evictable: bool = True,
         offload: Offload | None = None,
         unread: frozenset[type] = frozenset(),
+        flows: dict[int, Flow] | None = None,
     ) -> None:
         self.budget = budget
         self.offload = offload
         self.unread = unread
+        self.flows: dict[int, Flow] = {} if flows is None else flows
         self.evictable = evictable
         self.host = host
         self.verify = verify
@@ -208,7 +213,7 @@ class Walk:
                 if node.variant != SPILL or self.host is None or self.budget is None:
                     raise InvalidPlan(
                         f"the plan keeps stage {node.stage} under the option {node.variant!r}; what can be run is {KEEP!r}, "
-                        f"products that are kept (such as 'products-6'), and {SPILL!r} with a host_budget"
+                        f"what some operations return (such as 'kept-3+7'), and {SPILL!r} with a host_budget"
                     )
                 self._spilled[node.stage] = (
                     Spill(self.budget, self.host) if self.offload is None else self.offload.spill(node.stage)
@@ -258,6 +263,7 @@ class Walk:
                 self.offload.start_stage(stage)
         opening = self._opening(stage)
         learning = None
+        keeping: list[keeping_part] = []
         with ExitStack() as hooks:
             if opening or self._open:
                 leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -267,16 +273,13 @@ class Walk:
                     kept = fence.kept
                 inside: Sequence[Any] = objects.release()
                 if type(module) in self.unread:
-                    inside = [_NotKept() if is_entry(tensor) else tensor for tensor in inside]
+                    inside = [_NOT_KEPT if is_entry(tensor) else tensor for tensor in inside]
                 given = objects.taken_out(leaves) if objects else leaves
                 call = _Arrival(module, stage, [*given, *inside, *kept], spec, objects, fence)
                 with paused():
                     self._announce(call, opening, hooks)
                 hooks.enter_context(recording(*[opened.record for opened in self._open]))
-                for opened in opening:
-                    if opened.option:
-                        policy = option_policy(opened.option)
-                        hooks.enter_context(keeping(opened.record, policy, opened.frame.slots))
+                keeping = [self._keeping(opened, call) for opened in opening if opened.option]
                 del leaves, call, given, inside
             if stage in self._spilled:
                 linked = self.previous.unchanged()
@@ -291,13 +294,27 @@ class Walk:
                 hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
             if learning is not None:
                 hooks.enter_context(learning.watching())
+            for mode in keeping:  # last: they see what the stage does, and nothing else
+                hooks.enter_context(mode)
             with stage_range(stage, recompute=self._ahead is not None):
                 out = run_module(module, args, kwargs)
+        self.flows.update((stage, mode.flow) for mode in keeping)  # noted by now
         if learning is not None:
             learning.learn()
         self.previous = Outputs(tensors_in(out))
         self._calls += 1
         return out
+
+    def _keeping(self, opened: _Open, call: _Arrival) -> keeping_part:
+        """The context in which a stage under an option keeps what that says."""
+        part, flow = part_of(opened.option), self.flows.get(call.stage)
+        known = flow is not None and flow.steady
+        if flow is None or not known:
+            flow = Flow()
+            flow.begin([*tensors_in(call.leaves), *call.module.parameters(), *call.module.buffers()])
+            opened.frame.on_save = flow.save
+        opened.frame.cut = part.cut
+        return keeping_part(opened.record, part, flow, opened.frame.slots, known=known)
 
     def _announce(self, call: _Arrival, opening: list[_Open], hooks: ExitStack) -> None:
         """Tell the open frames and those that open now of a call, and enter their hooks, outermost first."""

@@ -46,8 +46,11 @@ def make_chain(
             if rng.random() < 0.5:  # some of what it may save is made again, with or without what is kept
                 remade = tuple(x for x in saves() if x not in extras)
                 again_s = rng.randint(0, backward)
+            later = tuple(x for x in saves() if x not in extras) if rng.random() < 0.3 else ()
             moved_s = rng.randint(0, min(forward, backward)) if spilled else 0
-            variants.append(Variant(f"v{len(variants)}", kept, forward, backward, spilled, remade, again_s, moved_s))
+            variants.append(
+                Variant(f"v{len(variants)}", kept, forward, backward, spilled, remade, again_s, moved_s, later)
+            )
         stages.append(
             Stage(
                 f"s{i}",
@@ -179,7 +182,10 @@ def play(chain: Chain, tree: tuple) -> Played:
             if x in stage.inputs or x in stage.extras:
                 return None
             if (
-                any(x in (*option.saves, *option.spilled, *option.remade) for option in stage.options)
+                any(
+                    x in (*option.saves, *option.spilled, *option.remade, *option.remade_later)
+                    for option in stage.options
+                )
                 or x in stage.output
             ):
                 return i if any(x in later.extras for later in chain.stages[i + 1 :]) else None
@@ -319,6 +325,12 @@ def play(chain: Chain, tree: tuple) -> Played:
                             start()
                         run_stage(i, chain.stages[i].forward_s, gradient_bytes, again)
 
+    def backward_of(stage: Stage, node: Keep, gradients: int) -> None:
+        alive(set(), gradients + stage.workspace_bytes + stage.again_bytes)
+        if stage.again_bytes:
+            seen.events += [("alloc", ("inside", node), stage.again_bytes), ("free", ("inside", node))]
+        seen.peak_bytes = max(seen.peak_bytes, size(held()) + stage.again_bytes)
+
     def backward(nodes: tuple, outermost: tuple | None = None) -> None:
         for node in reversed(nodes):
             if isinstance(node, Keep):
@@ -330,19 +342,22 @@ def play(chain: Chain, tree: tuple) -> Played:
                 gradients = stage.output_bytes + (chain.stages[node.stage - 1].output_bytes if node.stage else 0)
                 back = [] if at_top else [x for owner, x in on_host if owner is node]
                 hold(node, tuple(back))
-                if option.remade:  # the stage itself runs again, and makes twins of what later stages had from it
+                seen.again_s += option.again_s if option.remade else 0
+                for half, made in enumerate((option.remade, option.remade_later)):
+                    if not made:
+                        continue  # the stage itself runs again, and makes twins of what later stages had from it
+                    if half:
+                        backward_of(stage, node, gradients)
+                        let_go((node, 0), tuple(x for owner, x in holds if owner == (node, 0)))
                     twins = [
-                        x not in stage.extras and (-1 if maker(x) is None else maker(x)) >= node.stage
-                        for x in option.remade
+                        x not in stage.extras and (-1 if maker(x) is None else maker(x)) >= node.stage for x in made
                     ]
-                    hold(node, tuple(("again", x) if twin else x for x, twin in zip(option.remade, twins, strict=True)))
-                    seen.again_s += option.again_s
+                    ids = tuple(("again", x) if twin else x for x, twin in zip(made, twins, strict=True))
+                    hold((node, half), ids)
                     alive_while_it_runs(node.stage, stage.output_bytes)
-                alive(set(), gradients + stage.workspace_bytes + stage.again_bytes)
-                if stage.again_bytes:
-                    seen.events += [("alloc", ("inside", node), stage.again_bytes), ("free", ("inside", node))]
-                seen.peak_bytes = max(seen.peak_bytes, size(held()) + stage.again_bytes)
-                let_go(node, tuple(x for owner, x in holds if owner is node))
+                backward_of(stage, node, gradients)
+                for owner in ((node, 1), (node, 0), node):
+                    let_go(owner, tuple(x for holder, x in holds if holder is owner or holder == owner))
                 forget(node)
             else:
                 if outermost is None:

@@ -61,7 +61,7 @@ class NanoGPT(nn.Module):
         return F.cross_entropy(logits.view(-1, VOCABULARY), targets.view(-1), ignore_index=-1), logits
 
 
-@architecture(0.20, fast=True)
+@architecture(0.13, fast=True)
 def nanogpt():
     return NanoGPT(), {"idx": tokens(), "targets": tokens(seed=6)}
 
@@ -86,7 +86,7 @@ class LSTMModel(nn.Module):
         return F.cross_entropy(self.head(h)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
 
 
-@architecture(0.30, fast=True)
+@architecture(0.29, fast=True)
 def lstm_stack():
     return LSTMModel(stacked=True), {"x": tokens(2, 16)}
 
@@ -193,7 +193,7 @@ def _diffusion() -> dict[str, Tensor]:
     }
 
 
-@architecture(0.26, fast=True)
+@architecture(0.18, fast=True)
 def dit():
     return DiT(), _diffusion() | {"y": torch.tensor([1, 2])}
 

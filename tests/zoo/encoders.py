@@ -30,14 +30,14 @@ def _to_translate() -> dict[str, Any]:
     return padded_text() | {"labels": tokens(2, 16, seed=6)}
 
 
-@architecture(0.28, fast=True)
+@architecture(0.19, fast=True)
 def bert():
     from transformers import BertConfig, BertForSequenceClassification
 
     return BertForSequenceClassification(BertConfig(**TEXT, **WIDE)), _to_classify()
 
 
-@architecture(0.29)
+@architecture(0.19)
 def deberta():
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
@@ -53,7 +53,7 @@ def deberta():
     return DebertaV2ForSequenceClassification(config), _to_classify()
 
 
-@architecture(0.26)
+@architecture(0.19)
 def modernbert():
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
@@ -61,14 +61,14 @@ def modernbert():
     return ModernBertForMaskedLM(config), padded_text()
 
 
-@architecture(0.26)
+@architecture(0.22)
 def albert_shared_layers():
     from transformers import AlbertConfig, AlbertForMaskedLM
 
     return AlbertForMaskedLM(AlbertConfig(**TEXT, **WIDE, embedding_size=16, hidden_dropout_prob=0.1)), padded_text()
 
 
-@architecture(0.27)
+@architecture(0.17)
 def electra():
     from transformers import ElectraConfig, ElectraForTokenClassification
 
@@ -77,7 +77,7 @@ def electra():
     )
 
 
-@architecture(0.19, fast=True)
+@architecture(0.17, fast=True)
 def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -95,7 +95,7 @@ def bart():
     return BartForConditionalGeneration(config), _to_translate()
 
 
-@architecture(0.25)
+@architecture(0.22)
 def whisper():
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -115,7 +115,7 @@ def whisper():
     return WhisperForConditionalGeneration(config), {"input_features": features, "labels": tokens(2, 16)}
 
 
-@architecture(0.27, varies=SKIPPED)
+@architecture(0.21, varies=SKIPPED)
 def wav2vec2():
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 

@@ -22,14 +22,14 @@ COMMON: dict[str, Any] = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
-@architecture(0.25, fast=True)
+@architecture(0.20, fast=True)
 def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(**COMMON)), padded_text()
 
 
-@architecture(0.26)
+@architecture(0.18)
 def llama_eager_attention_dropout():
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,42 +37,42 @@ def llama_eager_attention_dropout():
     return LlamaForCausalLM(config), padded_text()
 
 
-@architecture(0.25)
+@architecture(0.18)
 def qwen3():
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     return Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=8)), padded_text()
 
 
-@architecture(0.25, fast=True)
+@architecture(0.17, fast=True)
 def gemma3():
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     return Gemma3ForCausalLM(Gemma3TextConfig(**COMMON, head_dim=8, sliding_window=8)), padded_text()
 
 
-@architecture(0.26)
+@architecture(0.19)
 def gemma2():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     return Gemma2ForCausalLM(Gemma2Config(**COMMON, head_dim=8, sliding_window=8)), padded_text()
 
 
-@architecture(0.25)
+@architecture(0.20)
 def mistral():
     from transformers import MistralConfig, MistralForCausalLM
 
     return MistralForCausalLM(MistralConfig(**COMMON, sliding_window=8)), padded_text()
 
 
-@architecture(0.25)
+@architecture(0.19)
 def phi3():
     from transformers import Phi3Config, Phi3ForCausalLM
 
     return Phi3ForCausalLM(Phi3Config(**COMMON, resid_pdrop=0.1)), padded_text()
 
 
-@architecture(0.26, fast=True)
+@architecture(0.18, fast=True)
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -82,7 +82,7 @@ def gpt2():
     return GPT2LMHeadModel(config), padded_text()
 
 
-@architecture(0.26)
+@architecture(0.17)
 def gpt_neox():
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -90,7 +90,7 @@ def gpt_neox():
     return GPTNeoXForCausalLM(GPTNeoXConfig(**config, hidden_dropout=0.1)), padded_text()
 
 
-@architecture(0.25, varies=SKIPPED)
+@architecture(0.16, varies=SKIPPED)
 def opt_layerdrop():
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -132,7 +132,7 @@ def deepseek_v3():
     return DeepseekV3ForCausalLM(config), padded_text()
 
 
-@architecture(0.25, fast=True, varies=ROUTED)
+@architecture(0.20, fast=True, varies=ROUTED)
 def mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -140,14 +140,14 @@ def mixtral():
     return MixtralForCausalLM(config), padded_text()
 
 
-@architecture(0.25, varies=ROUTED)
+@architecture(0.16, varies=ROUTED)
 def qwen3_moe():
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, **EXPERTS, head_dim=8)), padded_text()
 
 
-@architecture(0.32, varies=ROUTED)
+@architecture(0.25, varies=ROUTED)
 def qwen3_next():
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
@@ -174,7 +174,7 @@ def _unmasked(batch: int, length: int) -> dict[str, Any]:
     return {"input_ids": found["input_ids"], "labels": found["labels"]}
 
 
-@architecture(0.32, fast=True)
+@architecture(0.29, fast=True)
 def mamba():
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -183,7 +183,7 @@ def mamba():
     )
 
 
-@architecture(0.32)
+@architecture(0.24)
 def mamba2():
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
@@ -216,7 +216,7 @@ def rwkv():
     return RwkvForCausalLM(config), _unmasked(2, 16)
 
 
-@architecture(0.25)
+@architecture(0.15)
 def falcon_h1():
     from transformers import FalconH1Config, FalconH1ForCausalLM
 

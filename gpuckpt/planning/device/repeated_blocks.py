@@ -106,7 +106,7 @@ def _stage_of_block(chain: Chain, blocks: str, block: int) -> int:
 
 
 def _ids(stage: Stage) -> list[int]:
-    of_variants = [(*v.saves, *v.spilled, *v.remade) for v in stage.variants]
+    of_variants = [v.ids for v in stage.variants]
     return [*stage.saves, *stage.inputs, *stage.extras, *stage.output, *concatenated.from_iterable(of_variants)]
 
 
@@ -119,7 +119,7 @@ def _with_ids(stage: Stage, moved: Callable[[int], int]) -> Stage:
     def each(ids: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(map(moved, ids))
 
-    variants = [replace(v, saves=each(v.saves), spilled=each(v.spilled), remade=each(v.remade)) for v in stage.variants]
+    variants = [v.renamed(each) for v in stage.variants]
     return replace(
         stage,
         saves=each(stage.saves),
@@ -132,7 +132,7 @@ def _with_ids(stage: Stage, moved: Callable[[int], int]) -> Stage:
 
 def _bytes(stage: Stage) -> tuple[object, ...]:
     counts = tuple(map(len, (stage.saves, stage.inputs, stage.extras, stage.output)))
-    variants = [(v.name, len(v.saves), len(v.spilled), len(v.remade)) for v in stage.variants]
+    variants = [(v.name, len(v.saves), len(v.spilled), len(v.remade), len(v.remade_later)) for v in stage.variants]
     return (
         counts,
         variants,

@@ -111,7 +111,7 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
             option_covers[1, i, o] = saves | inputs[i] >= following - extras
             option_extras[i, o] = not saves.isdisjoint(extras)
             spilled = frozenset(option.spilled) - saves
-            back = spilled | frozenset(option.remade) - saves
+            backs = [spilled | frozenset(ids) - saves for ids in (option.remade, option.remade_later)]
             for c in (0, 1):
                 before = inputs[i] - extras if c else frozenset[int]()
                 alive_bytes = stage.again_bytes
@@ -121,10 +121,13 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
                     option_need[c, i, o] = away_bytes + stage.workspace_bytes + chain.running_bytes(i, held)
                     gradients_bytes = stage.output_bytes + (stages[i - 1].output_bytes if i else 0)
                     alive_bytes += stage.workspace_bytes + gradients_bytes
-                    if option.remade:
+                for back in backs:
+                    need_bytes = alive_bytes
+                    if objective == "total" and (option.remade or option.remade_later):
                         again_bytes = stage.workspace_bytes + chain.running_bytes(i, held | back)
-                        alive_bytes = max(alive_bytes, stage.output_bytes + again_bytes)
-                back_need[c, i, o] = chain.charge(tuple(back - before)) + alive_bytes
+                        need_bytes = max(need_bytes, stage.output_bytes + again_bytes)
+                    need_bytes += chain.charge(tuple(back - before))
+                    back_need[c, i, o] = max(back_need[c, i, o], need_bytes)
         uses_extras[i] |= bool(option_extras[i].any()) or not inputs[i].isdisjoint(extras)
 
     first_need, run_need, gradient_bytes = (np.zeros(n, np.int64) for _ in range(3))
@@ -176,9 +179,9 @@ def _charges_once(chain: Chain, inputs: list[frozenset[int]], extras: frozenset[
             if not (saves >= following or saves.isdisjoint(following)):
                 return False
             spilled = frozenset(option.spilled)
-            if not extras.isdisjoint((*spilled, *option.remade)):
+            if not extras.isdisjoint((*spilled, *option.remade, *option.remade_later)):
                 return False
-            for x in (saves | spilled | frozenset(option.remade)) - extras:
+            for x in frozenset(option.ids) - extras:
                 boundary = boundary_of.get(x)
                 if boundary is None:
                     if owner_of.setdefault(x, i) != i:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,18 +17,28 @@ from torch import Tensor
 
 from gpuckpt.pytorch._torch_internals import top_saved_tensors_hooks
 
-__all__ = ["Replay", "about_to_save", "replaying"]
+__all__ = ["Replay", "RunsOtherwise", "about_to_save", "replaying", "running"]
 
 _current = threading.local()
 
 
 class Replay(Protocol):
     """Work that is run again: what autograd saves arrives at `pack`. `arrive` stands for several such calls where these end the
-    replay, and raises what ends it."""
+    replay, and raises what ends it. `waits_for()`: the numbers of what is waited for; None where everything has to run. `check`:
+    where set, it is called with what arrives and is waited for."""
+
+    check: Callable[[Sequence[Tensor]], None] | None
 
     def pack(self, tensor: Tensor) -> Any: ...
 
     def arrive(self, tensors: Sequence[Tensor]) -> None: ...
+
+    def waits_for(self) -> Collection[int] | None: ...
+
+
+class RunsOtherwise(BaseException):
+    """A recompute that leaves out what nobody needs met work that is not what it was in forward: it is run again as a whole. A
+    BaseException, so that user code does not catch it."""
 
 
 class replaying:
@@ -55,8 +65,7 @@ def about_to_save(saved: Callable[[Any, Sequence[bool]], Sequence[Tensor | None]
     """
     if torch.compiler.is_compiling():
         return
-    running = getattr(_current, "replay", None)
-    replay: Replay | None = None if running is None else running()
+    replay = running()
     if replay is None or not torch.is_grad_enabled():
         return
     pack, _ = top_saved_tensors_hooks(True) or (None, None)
@@ -65,3 +74,9 @@ def about_to_save(saved: Callable[[Any, Sequence[bool]], Sequence[Tensor | None]
     needs = [isinstance(given, Tensor) and given.requires_grad for given in inputs]
     if any(needs):
         replay.arrive([tensor for tensor in saved(inputs, needs) if tensor is not None])
+
+
+def running() -> Replay | None:
+    """The replay that this thread runs."""
+    ref = getattr(_current, "replay", None)
+    return None if ref is None else ref()

@@ -13,31 +13,40 @@ Bytes held are exact: those of the storages autograd saves, parameters and buffe
 seen to bring to life (see live.py), gradients of parameters left out. Seconds are medians after a warm-up, shared by stages
 of one kind (same code, same shapes); the prefix is timed once, and its backward taken as twice its forward. The model, its
 gradients and buffers and the random number generators are afterwards as before.
+
+With `fake` a model is measured that need not exist: under FakeTensorMode tensors have shapes and no memory.
+Parameters and buffers are stood in for by fakes on the CPU device while the model runs (also those of a model on the meta
+device), and what autograd saves is what it saves on the CPU. Saved bytes are exact there; on CUDA a few operators save a
+little otherwise (attention its random state, for one). Seconds come from the roofline of a named device.
+
+A model that asks whether it is being traced gets a yes: Hugging Face's do so where they make masks, and then make them all.
+Give such a model its four-dimensional attention mask, and it saves the same under fakes as in earnest.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from gpuckpt.checks import check_flag, check_int, shown
+from gpuckpt.kernels.audit.roofline import Device
 from gpuckpt.kernels.audit.roofline import device as device_called
 from gpuckpt.planning import Chain
 from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.fence.randomness import capturing
-from gpuckpt.pytorch.profiling.clock import Clock, WallClock
-from gpuckpt.pytorch.profiling.fake_run import run_fake
+from gpuckpt.pytorch.profiling.clock import Clock, Roofline, WallClock
 from gpuckpt.pytorch.profiling.isolation import ModelState, cut, random_states, set_random_states, unchanged
-from gpuckpt.pytorch.profiling.roofline_clock import Roofline
 from gpuckpt.pytorch.profiling.runner import Measured, run_chain
 from gpuckpt.pytorch.profiling.save_recorder import residents_of
 
-__all__ = ["MOST_REPEATS", "call_of", "check_model", "measure", "run_measured"]
+__all__ = ["MOST_REPEATS", "call_of", "check_model", "measure", "run_fake", "run_measured"]
 
 MOST_REPEATS = 10_000
 
@@ -59,7 +68,7 @@ def measure(
             Or the arguments themselves, one by one. If the model returns its loss, the loss is part of the chain.
         unit_bytes: the granule of the pool that the plan is for (512 on CUDA).
         repeats: timed runs of the first stage of each kind; the others of its kind add one each, up to three times as many.
-        fake: measure without memory or device; model and inputs may be on the meta device. See fake.py.
+        fake: measure without memory or device; model and inputs may be on the meta device. See above.
         device: with `fake`, the device whose roofline gives the seconds.
 
     Raises:
@@ -132,3 +141,46 @@ def run_measured(
             set_random_states(random)
             measured = run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies, stages, residents)
         return measured
+
+
+def run_fake(model: nn.Module, args: tuple, kwargs: dict[str, Any], unit_bytes: int, device: Device) -> Measured:
+    """`gpuckpt.measure(fake=True)`. The model and its inputs are only looked at."""
+    made = next((tensor for tensor in [*model.parameters(), *model.buffers()] if isinstance(tensor, FakeTensor)), None)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if made is None else made.fake_mode
+    clock = Roofline(device)
+    with _faked(model, mode) as fake, mode, clock:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, fake, (args, kwargs))
+        return run_chain(model, args, kwargs, unit_bytes, clock, repeats=1)
+
+
+@contextmanager
+def _faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[Any]:
+    """Within the context the model's parameters and buffers are fakes; gives the function that makes fakes."""
+    made: dict[int, torch.Tensor] = {}  # tied tensors stay tied
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        known = made.get(id(tensor))
+        if known is None:
+            with mode:
+                known = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+                if isinstance(tensor, nn.Parameter):
+                    known = nn.Parameter(known, tensor.requires_grad)
+                else:
+                    known.requires_grad_(tensor.requires_grad)
+            made[id(tensor)] = known
+        return known
+
+    places: list[dict[str, Any]] = [
+        held for module in model.modules() for held in (module._parameters, module._buffers)
+    ]
+    before = [dict(held) for held in places]
+    try:
+        for held in places:
+            held.update({name: None if tensor is None else fake(tensor) for name, tensor in held.items()})
+        yield fake
+    finally:
+        for held, tensors in zip(places, before, strict=True):
+            held.clear()
+            held.update(tensors)

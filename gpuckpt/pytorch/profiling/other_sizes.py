@@ -64,6 +64,7 @@ def predict(observed: Sequence[Observed], sizes: tuple[int, ...]) -> Measured | 
 
     Bytes of storages are exact if the laws are; seconds and temporaries are those of the most similar measurement, in proportion.
     """
+    observed = _with_common_options(observed)
     first, *others = [
         (_structure(each.measured.chain), each.measured.modules, each.measured.owned, each.measured.random)
         for each in observed
@@ -104,6 +105,27 @@ def _scaled(stage: Stage, ratio: float, again_bytes: int) -> Stage:
             ]
         ),
     )
+
+
+def _with_common_options(observed: Sequence[Observed]) -> list[Observed]:
+    """Of each stage only options that it was offered at all sizes: what is cheap to bring back depends on them."""
+    counts = {len(each.measured.chain) for each in observed}
+    if len(counts) > 1:
+        return list(observed)
+    chains = [each.measured.chain for each in observed]
+    common = [
+        set.intersection(*[{(v.name, v.ids) for v in stage.variants} for stage in stages])
+        for stages in zip(*[chain.stages for chain in chains], strict=True)
+    ]
+    found = []
+    for each in observed:
+        stages = [
+            replace(stage, variants=tuple([v for v in stage.variants if (v.name, v.ids) in names]))
+            for stage, names in zip(each.measured.chain.stages, common, strict=True)
+        ]
+        chain = replace(each.measured.chain, stages=tuple(stages))
+        found.append(Observed(each.sizes, replace(each.measured, chain=chain)))
+    return found
 
 
 def _structure(chain: Chain) -> list[Any]:

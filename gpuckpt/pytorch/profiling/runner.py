@@ -2,7 +2,7 @@
 
 What lies before the first stage, after the last, or between two becomes a stage that can only be kept. A call that changes in
 place what the one before returned (ReLU(inplace=True)) is one stage with it: run again from the input of the first, both do the
-same. `measure` runs this on real tensors, `fake_run` on fake ones.
+same. `measure` runs this on real tensors, or on fake ones.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.planning import Chain, Stage
-from gpuckpt.pytorch._torch_internals import intercept_checkpoints, untraced, version_number
+from gpuckpt.pytorch._torch_internals import intercept_checkpoints, sharded_parameters, untraced, version_number
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.hooks import enter
 from gpuckpt.pytorch.engine.kept.current import in_checkpoint, recording
-from gpuckpt.pytorch.engine.kept.options import ProductTrace
 from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.residency import is_resident, mark_computed
 from gpuckpt.pytorch.engine.unread import Unread, is_entry
@@ -33,8 +32,10 @@ from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, i
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints, refuse_checkpoints
 from gpuckpt.pytorch.profiling.isolation import ParameterWrites, cut, cut_call, fresh, have_drawn, random_states
+from gpuckpt.pytorch.profiling.op_trace import OpTrace
+from gpuckpt.pytorch.profiling.sample import Sample
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, residents_of, unpack
-from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Measured, Sample, StageKind, joined, kind_key, offered
+from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Measured, StageKind, joined, kind_key
 
 __all__ = ["Measured", "run_chain"]
 
@@ -113,13 +114,13 @@ class _Measurement:
         torch.clear_autocast_cache()
 
         self.inside = True
-        saved = SaveRecorder(self.storages.stamp)
+        trace = OpTrace(record := Record())
+        saved = SaveRecorder(self.storages.stamp, trace.flow)
         cut_args, cut_kwargs, hand_on = (args, kwargs, None) if self.whole else cut_call(args, kwargs)
         given = tensors_in((cut_args, cut_kwargs))
         before, states = list(map(version_number, given)), random_states()
         self.inner.watch()
-        record = Record()
-        trace = ProductTrace(record, saved.shapes)
+        trace.flow.begin([*given, *Objects(given).tensors, *inside, *module.parameters(), *module.buffers()])
         reads = self.unread.watching(module, self.position, entries, of_entries)
         with saved.hooks(), recording(record), fence.watching(), reads, trace:
             out = run_module(module, cut_args, cut_kwargs)
@@ -132,7 +133,8 @@ class _Measurement:
             )
         if hand_on is not None:
             hand_on()
-        saved.loads = 0  # its own derivatives are its own affair
+        trace.flow.close(fence.kept)
+        differentiates, saved.loads = bool(saved.loads), 0  # its own derivatives are its own affair
         self.recorded.append(saved)
         changed = [
             tensor
@@ -160,20 +162,21 @@ class _Measurement:
                 recomputable=not changed,  # an input that is changed in place cannot be read again as it was
             )
         )
-        if not (changed or saved.dropped or self.whole or self.inner.any()):
-            self.stages[-1] = replace(self.stages[-1], variants=offered(self.stages[-1], trace, self.storages))
-        options = tuple([variant.name for variant in self.stages[-1].variants])
+        sharded = any(map(sharded_parameters, module.modules()))  # gathered at other times in a recompute
+        if not (changed or saved.dropped or self.whole or self.inner.any() or differentiates or sharded):
+            variants = trace.options(self.stages[-1], saved.slots, self.storages)
+            self.stages[-1] = replace(self.stages[-1], variants=variants)
         if changed and linked.issuperset(map(id, changed)):
             self.join(set(self.storages.of(changed)))
         key = kind_key(module, again, [self.storages.sizes[i] for i in saves])
-        kind = self.kinds.get(key)
-        if kind is None:
-            kind = self.kinds[key] = StageKind(len(saved.shapes))
+        kind = self.kinds.setdefault(key, StageKind(len(saved.shapes)))
         kind.calls.append(self.position)
         if len(kind.samples) <= MOST_SAMPLES * self.repeats:
             if kind.samples and not record.choices:
                 again = kind.samples[0].inputs  # one copy for all of a kind
-            kind.samples.append(Sample(module, again, fence, record, saved.shapes, name, self.inner.any(), options))
+            options, alive = [option.name for option in self.stages[-1].variants], frozenset(n for n, _ in saved.slots)
+            seen = fence, record, saved.shapes
+            kind.samples.append(Sample(module, again, *seen, name, self.inner.any(), tuple(options), alive))
         self.position += 1
         self.previous = Outputs(outputs)
         self.inner.share((*tensors, *outputs))

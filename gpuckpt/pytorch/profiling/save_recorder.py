@@ -14,6 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from gpuckpt.pytorch._torch_internals import untraced, version_number
+from gpuckpt.pytorch.engine.kept.current import paused
+from gpuckpt.pytorch.engine.kept.flow import Flow
 from gpuckpt.pytorch.engine.residency import charged_bytes, is_copied, is_movable, is_resident
 from gpuckpt.pytorch.engine.saved_storage import flat_bytes
 from gpuckpt.pytorch.engine.subclasses import parts_of
@@ -65,7 +67,8 @@ class Storages:
         """What tells a tensor as it is now from what it was before and will be, as far as that counts."""
         if not (self._copies and is_copied(tensor)):
             return 0
-        return version_number(tensor), checksum(flat_bytes(tensor.untyped_storage(), tensor.device))
+        with paused():
+            return version_number(tensor), checksum(flat_bytes(tensor.untyped_storage(), tensor.device))
 
     def of_stamped(self, tensors: Sequence[tuple[torch.Tensor, Any]]) -> tuple[int, ...]:
         """The same for tensors as they were when they got their stamps."""
@@ -95,6 +98,10 @@ class Storages:
         found = (self._first.get(part.untyped_storage()._cdata) for tensor in tensors for part in parts_of(tensor))
         return frozenset([number for number in found if number is not None])
 
+    def known_id(self, ref: StorageWeakRef) -> int | None:
+        """The id of a storage as it was made; None where it has none so far."""
+        return self._first.get(ref.cdata)
+
     def of_gone(self, storages: Iterable[tuple[StorageWeakRef, int]]) -> tuple[int, ...]:
         """The same of storages that may be gone, given with their bytes, as they were when they were made."""
         ids: dict[int, None] = {}
@@ -122,7 +129,12 @@ class SaveRecorder:
     """What a piece of code saves: the tensors that are nobody's parameters, and the shapes of all. `stamp`: that of the
     `Storages` which are to number them."""
 
-    def __init__(self, stamp: Callable[[torch.Tensor], Any] = lambda tensor: 0) -> None:
+    def __init__(self, stamp: Callable[[torch.Tensor], Any] = lambda tensor: 0, flow: Flow | None = None) -> None:
+        self.slots: list[
+            tuple[int, tuple[int, ...]]
+        ] = []  # of what was saved last: its number among `shapes`, and storages
+        self._flow = flow
+        self._numbers: list[int] = []
         self.tensors: list[tuple[torch.Tensor, Any]] = []  # with their stamps
         self._stamp = stamp
         self.shapes: list[tuple[int, ...]] = []
@@ -142,13 +154,20 @@ class SaveRecorder:
     @untraced
     def pack(self, tensor: torch.Tensor) -> _Token:
         self.shapes.append(tuple(tensor.shape))
+        if self._flow is not None:
+            self._flow.save(tensor)
         token = _Token(tensor.detach())
         if not is_resident(tensor):
             number, events = len(self.tensors), self._events
+            self._numbers.append(len(self.shapes) - 1)
             self.tensors.append((token.tensor, self._stamp(tensor)))
             events.append((number, True))
             self._refs.append(weakref.ref(token, lambda _: events.append((number, False))))
         return token
+
+    def numbered(self) -> list[tuple[int, torch.Tensor]]:
+        """The tensors that are nobody's parameters, each with its number among all."""
+        return [(number, tensor) for number, (tensor, _) in zip(self._numbers, self.tensors, strict=True)]
 
     def storages(self, numbers: Storages, held: set[int]) -> tuple[int, ...]:
         """Ids of what is saved now, and forgets all.
@@ -158,6 +177,8 @@ class SaveRecorder:
         the whole time, so that it is part of no peak.
         """
         storages = [numbers.of_stamped([pair]) for pair in self.tensors]
+        alive = [ref() is not None for ref in self._refs]
+        self.slots = [(n, ids) for n, ids, lives in zip(self._numbers, storages, alive, strict=True) if lives]
         kept: Counter[int] = Counter()
         for number, saved in self._events:
             kept.update(dict.fromkeys(storages[number], 1 if saved else -1))

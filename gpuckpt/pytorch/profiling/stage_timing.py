@@ -7,35 +7,27 @@ share one median time, so that a planner sees N equal blocks as equal.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.planning import Chain, Stage, Variant
-from gpuckpt.pytorch._torch_internals import untraced
-from gpuckpt.pytorch.engine.early_stop import replaying
-from gpuckpt.pytorch.engine.fence.fence import Fence
-from gpuckpt.pytorch.engine.kept.current import reading, recording
-from gpuckpt.pytorch.engine.kept.operations import keeping, returning
-from gpuckpt.pytorch.engine.kept.options import OPTIONS, ProductTrace, option_policy
-from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
 from gpuckpt.pytorch.profiling.isolation import fresh
-from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, identity
-from gpuckpt.pytorch.profiling.sharding import gathered_around, sharding_unchanged
+from gpuckpt.pytorch.profiling.sample import Sample, option_seconds, recompute_s
+from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder
+from gpuckpt.pytorch.profiling.sharding import gathered_around
 
-__all__ = ["MOST_SAMPLES", "Measured", "Sample", "StageKind", "joined", "kind_key", "offered", "run_again"]
+__all__ = ["MOST_SAMPLES", "Measured", "StageKind", "joined", "kind_key", "run_again"]
 
 MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
 
@@ -60,26 +52,6 @@ class Measured:
     trained: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
 
-class Sample(NamedTuple):
-    """A call of a stage that can be run again: its inputs, what it saw, what it decided, and the shapes of what it saved.
-    `checkpoints`: whether it made some of its own; `options`: names of those that keep some of its products."""
-
-    module: nn.Module
-    inputs: Any
-    fence: Fence
-    record: Record
-    shapes: list[tuple[int, ...]]
-    name: str
-    checkpoints: bool
-    options: tuple[str, ...] = ()
-
-    @contextmanager
-    def as_it_was(self) -> Iterator[None]:
-        """The context to run it in again."""
-        with self.fence.restored(self.fence.kept), reading(self.record):
-            yield
-
-
 @dataclass
 class StageKind:
     """Stages of the same code and shapes: what is known of one holds for all."""
@@ -93,7 +65,7 @@ class StageKind:
     forward_s: list[float] = field(default_factory=list)
     backward_s: list[float] = field(default_factory=list)
     # By option: seconds beyond a plain forward, and of the recompute.
-    option_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    option_s: dict[str, tuple[float, float]] = field(default_factory=dict)
     stopped_s: list[float] = field(default_factory=list)  # of the forward up to the last saved tensor
 
     def measure(self, model: nn.Module, clock: Clock, repeats: int, inner: InnerCheckpoints) -> None:
@@ -110,9 +82,8 @@ class StageKind:
             with gathered_around(model, sample.module, tensors_in(sample.inputs)) as gather:
                 self.time(sample, gather, clock, repeats)
         with gathered_around(model, first.module, tensors_in(first.inputs)) as gather:
-            for option in first.options:
-                seconds = [self._option_s(first, option, gather, clock) for _ in range(repeats)]
-                self.option_s[option] = tuple(map(statistics.median, zip(*seconds, strict=True)))
+            if first.options:
+                self.option_s = option_seconds(first, gather, clock, repeats)
 
     def measured(self, stage: Stage, *, last: bool) -> Stage:
         """`stage` with a call of this kind more, its `last`, and what is known of that."""
@@ -143,31 +114,6 @@ class StageKind:
                 )
         return tuple(found)
 
-    def _option_s(self, sample: Sample, option: str, gather: Callable[[], None], clock: Clock) -> tuple[float, float]:
-        """Seconds by which a forward that keeps what `option` does takes longer than others, and of the recompute that is given
-        it back."""
-        record, saved = Record(), SaveRecorder()
-        plain_s = self.forward_s[0]
-        if not clock.exact:
-            args, kwargs = fresh(sample.inputs)
-            gather()
-            with sample.as_it_was():
-                began_s = clock.now()
-                run_module(sample.module, args, kwargs)
-                plain_s = clock.now() - began_s
-        args, kwargs = fresh(sample.inputs)
-        gather()
-        with sample.as_it_was(), saved.hooks(), recording(record), keeping(record, option_policy(option), saved.shapes):
-            began_s = clock.now()
-            out = run_module(sample.module, args, kwargs)
-            more_s = clock.now() - began_s - plain_s
-        del out
-        saved.tensors.clear()
-        gather()
-        again = reading(record)
-        with sample.fence.restored(sample.fence.kept), again, returning(again):
-            return more_s, _stopped_s(sample.module, sample.inputs, clock, self.saved)
-
     @property
     def tail_s(self) -> float:
         """Seconds of the forward that a recompute is spared; none where the two medians differ by noise the other way."""
@@ -191,42 +137,7 @@ class StageKind:
             self.backward_s.append(clock.now() - began_s)
             gather()
             with sample.as_it_was():
-                self.stopped_s.append(_stopped_s(sample.module, sample.inputs, clock, self.saved))
-
-
-class _Stop(BaseException):
-    """The last tensor has been saved."""
-
-
-class _StopWatch:
-    """Stops a run of a stage where a recompute would: at the last of `saved` tensors. Only the stage itself goes backward."""
-
-    def __init__(self, saved: int) -> None:
-        self.left = saved
-
-    @untraced
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.left -= 1
-        if self.left <= 0:
-            raise _Stop
-        return tensor.detach()
-
-    def arrive(self, tensors: Sequence[torch.Tensor]) -> None:
-        if self.left <= len(tensors):
-            raise _Stop
-
-
-def _stopped_s(module: nn.Module, inputs: Any, clock: Clock, saved: int) -> float:
-    """Seconds until the last of `saved` tensors is saved; none where nothing is, since then nothing has to be run again."""
-    if not saved:
-        return 0.0
-    args, kwargs = fresh(inputs)
-    watch = _StopWatch(saved)
-    with sharding_unchanged(module):
-        began_s = clock.now()
-        with suppress(_Stop), saved_tensors_hooks(watch.pack, identity), replaying(watch):
-            run_module(module, args, kwargs)
-        return clock.now() - began_s
+                self.stopped_s.append(recompute_s(sample.module, sample.inputs, range(self.saved), clock))
 
 
 def run_again(sample: Sample, unit_bytes: int) -> tuple[int, int]:
@@ -283,19 +194,6 @@ def _ends(module: nn.Module, inputs: Any, out: Any) -> tuple[list[torch.Tensor],
     given = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return roots, list({id(tensor): tensor for tensor in [*given, *trained]}.values())
-
-
-def offered(stage: Stage, trace: ProductTrace, storages: Storages) -> tuple[Variant, ...]:
-    """What the stage may keep of its products, its input held and the rest made again; without their seconds."""
-    found: dict[tuple[int, ...], Variant] = {}
-    for option in OPTIONS:
-        name, outputs = trace.kept_by(option)
-        kept = storages.of_gone(outputs)
-        held = tuple(dict.fromkeys((*stage.inputs, *stage.extras, *kept)))
-        remade = tuple([i for i in stage.saves if i not in held])
-        if name and remade and not set(stage.output).intersection(kept):
-            found.setdefault(held, Variant(name, held, 0.0, 0.0, remade=remade))
-    return tuple(found.values())
 
 
 def joined(first: Stage, last: Stage, *, recomputable: bool) -> Stage:

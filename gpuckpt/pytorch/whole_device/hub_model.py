@@ -24,7 +24,7 @@ from gpuckpt.planning import Chain
 from gpuckpt.planning.device.layout import ParallelLayout
 from gpuckpt.planning.device.parameters import ParameterShape, rounded_bytes
 from gpuckpt.planning.device.repeated_blocks import extend_chain, fewest_blocks, find_period
-from gpuckpt.pytorch.profiling.fake_run import run_fake
+from gpuckpt.pytorch.profiling.measure import run_fake
 from gpuckpt.pytorch.whole_device.fused_loss import FusedLossModel
 from gpuckpt.pytorch.whole_device.hub_config import (
     DEPTHS,

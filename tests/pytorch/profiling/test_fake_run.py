@@ -12,7 +12,7 @@ from gpuckpt import measure, plan_chain
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.errors import InvalidChain
 from gpuckpt.kernels.audit.roofline import DEVICES
-from gpuckpt.pytorch.profiling.roofline_clock import Roofline
+from gpuckpt.pytorch.profiling.clock import Roofline
 
 
 class Residual(nn.Module):

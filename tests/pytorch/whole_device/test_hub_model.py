@@ -11,8 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from gpuckpt.planning.device.layout import ParallelLayout
-from gpuckpt.pytorch.profiling.fake_run import run_fake
-from gpuckpt.pytorch.profiling.measure import measure
+from gpuckpt.pytorch.profiling.measure import measure, run_fake
 from gpuckpt.pytorch.profiling.runner import Measured
 from gpuckpt.pytorch.whole_device import hub_model
 from gpuckpt.pytorch.whole_device.hub_config import example_inputs, one_sequence_a_sample

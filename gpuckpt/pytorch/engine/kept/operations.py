@@ -23,14 +23,13 @@ from gpuckpt.errors import RecomputeMismatch, SavedTensorModified
 from gpuckpt.pytorch._torch_internals import sharing_versions
 from gpuckpt.pytorch.engine.fence.randomness import Draws
 from gpuckpt.pytorch.engine.kept.current import is_open, paused, reader, reading
+from gpuckpt.pytorch.engine.kept.flow import UNWATCHED, changed_by
 from gpuckpt.pytorch.engine.kept.policy import MUST, NEVER, Policy, can_be_kept
 from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.saved_storage import Geometry, flat_bytes
 from gpuckpt.pytorch.engine.subclasses import detached, parts_of
 
-__all__ = ["changed_by", "keeping", "returning"]
-
-_UNWATCHED = frozenset({torch.ops.aten.detach.default})  # of which autograd calls as many as it likes
+__all__ = ["Operation", "draws_of", "keeping", "returning", "shapes_of"]
 
 
 class _Output:
@@ -60,7 +59,7 @@ class _Output:
         return tensor.clone if self._copied else tensor.detach
 
 
-class _Operation:
+class Operation:
     """An operation that ran in forward; of one that is kept, what it returned."""
 
     __slots__ = ("_spec", "_values", "_wanted", "draws", "op", "saved_before", "shapes")
@@ -149,7 +148,7 @@ class keeping(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         record = self._record
-        if op in _UNWATCHED or not isinstance(op, OpOverload) or not is_open(record):
+        if op in UNWATCHED or not isinstance(op, OpOverload) or not is_open(record):
             return op(*args, **kwargs)
         if can_be_kept(op) is not None:
             if op._schema.is_mutable:
@@ -161,30 +160,23 @@ class keeping(TorchDispatchMode):
             with paused():
                 self._policy(op, output, args, kwargs)  # which may refuse
             return output
-        random = torch.Tag.nondeterministic_seeded in op.tags
-        draws = Draws(args, [kwargs["generator"]] if kwargs.get("generator") is not None else ()) if random else None
-        shapes = _shapes(args)
+        draws = draws_of(op, args, kwargs)
+        shapes = shapes_of(args)
         output = op(*args, **kwargs)
         with paused():
             wanted = self._policy(op, output, args, kwargs)
-        call = _Operation(op, shapes, wanted, len(self._saved))
+        call = Operation(op, shapes, wanted, len(self._saved))
         if wanted is not NEVER:
             call.keep(output, record, draws if draws is not None and draws.were_made() else None)
         record.operations.append(call)
         return output
 
 
-def changed_by(op: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> list[torch.UntypedStorage]:
-    """The storages that `op` writes into, as far as its schema tells."""
-    found = []
-    for position, argument in enumerate(op._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = args[position] if position < len(args) else kwargs.get(argument.name)
-        for tensor in pytree.tree_leaves(given):
-            if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
-                found += [part.untyped_storage() for part in parts_of(tensor)]
-    return found
+def draws_of(op: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> Draws | None:
+    """What `op` is about to draw; None where it is no random operation."""
+    if torch.Tag.nondeterministic_seeded not in op.tags:
+        return None
+    return Draws(args, [kwargs["generator"]] if kwargs.get("generator") is not None else ())
 
 
 class returning(TorchDispatchMode):
@@ -194,7 +186,7 @@ class returning(TorchDispatchMode):
     def __init__(self, run: reading) -> None:
         super().__init__()
         self._run = run
-        calls: Sequence[_Operation] = run.record.operations  # type: ignore[attr-defined]
+        calls: Sequence[Operation] = run.record.operations  # type: ignore[attr-defined]
         self._ops = {call.op for call in calls if call.kept}
         self._calls = iter([_Given(call, call.load() if call.kept else None) for call in calls if call.op in self._ops])
 
@@ -207,7 +199,7 @@ class returning(TorchDispatchMode):
         if op not in self._ops or reader() is not self._run:
             return op(*args, **kwargs)
         call, output = next(self._calls, _NONE)
-        shapes = _shapes(args)
+        shapes = shapes_of(args)
         if call is None or call.op is not op or call.shapes != shapes:
             before = "no such call" if call is None else f"{call.op} of tensors of shapes {_text(call.shapes)}"
             raise RecomputeMismatch(
@@ -222,14 +214,14 @@ class returning(TorchDispatchMode):
 
 
 class _Given(NamedTuple):
-    call: _Operation | None
+    call: Operation | None
     output: Callable[[], Any] | None
 
 
 _NONE = _Given(None, None)
 
 
-def _shapes(args: tuple) -> tuple:
+def shapes_of(args: tuple) -> tuple:
     return tuple([given.shape for given in args if isinstance(given, torch.Tensor)])
 
 

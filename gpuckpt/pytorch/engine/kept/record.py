@@ -40,13 +40,17 @@ class KeptTensor:
 class Record:
     """What a piece of work keeps; `begin` is called where its frame saves its inputs, under the same hooks."""
 
-    __slots__ = ("__weakref__", "_pack", "_unpack", "choices", "operations")
+    __slots__ = ("__weakref__", "_pack", "_unpack", "choices", "draws", "flow", "operations", "part")
 
     def __init__(self) -> None:
         self._pack: Callable[[torch.Tensor], Any] = index_of(None).hold
         self._unpack: Callable[[Any], torch.Tensor] = HeldTensor.load
         self.choices: list[Any] = []
         self.operations: list[Any] = []
+        # Under an option, by number among all operations: those that are kept, and what random ones drew.
+        self.part: dict[int, Any] = {}
+        self.draws: dict[int, Any] = {}
+        self.flow: Any = None  # None where the work is to be run again as a whole
 
     def begin(self) -> Record:
         """Keep tensors in what the active hooks make of them."""
