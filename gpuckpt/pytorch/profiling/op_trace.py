@@ -35,7 +35,7 @@ class OpTrace(TorchDispatchMode):
 
     def __init__(self, record: Record) -> None:
         super().__init__()
-        self.flow = Flow()
+        self.flow = record.flow = Flow()
         self._record = record
         self._costs: list[float] = []
         self._outputs: dict[int, list[_Storage]] = {}  # of operations that can be kept

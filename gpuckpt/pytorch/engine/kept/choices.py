@@ -93,6 +93,9 @@ class Choice:
 
     def __init__(self, fn: Any, value: Any, draws: Draws | None, record: Record) -> None:
         leaves, self._spec = pytree.tree_flatten(value)
+        for leaf in leaves:
+            if record.flow is not None and isinstance(leaf, torch.Tensor):
+                record.flow.given(leaf)
         self._values = [record.keep(leaf, exact=True) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.code, self.name, self.draws = _code(fn), _name(fn), draws
 

@@ -94,6 +94,7 @@ class Flow:
         self.seen = True
         self.steady = True
         self.decided: int | None = None
+        self._closed = False
         self._given: set[int] = set()
         self._writers: dict[int, tuple[int, ...]] = {}
         self._unwritten: set[int] = set()  # memory that no operation has written into
@@ -106,8 +107,9 @@ class Flow:
 
     def given(self, tensor: torch.Tensor) -> None:
         """`tensor` is there, whichever way it came about."""
-        self._given.update(self._addresses([tensor]))
-        self._refs += _refs([tensor])
+        if not self._closed:
+            self._given.update(self._addresses([tensor]))
+            self._refs += _refs([tensor])
 
     def hide(self) -> None:
         """Something ran that cannot be seen."""
@@ -173,6 +175,7 @@ class Flow:
     def close(self, given: Iterable[torch.Tensor] = ()) -> None:
         """The work is done. `given`: what was there besides, as was found out meanwhile."""
         self._given.update(self._addresses(given))
+        self._closed = True
         if not self._unknown <= self._given:
             self.hide()
         for each in (self._given, self._writers, self._unwritten, self._unknown, self._refs):
