@@ -137,8 +137,7 @@ class PlanMaker:
         """The plan for a kind of call, if it was made already; that call is the latest from now on."""
         planned = self.plans.get(kind)
         if planned is None and self._shared is not None:
-            plan = self._shared.plan
-            host_bytes = self._host_bytes_of_one or 0
+            plan, host_bytes = self._shared.plan, self._host_bytes_of_one or 0
             held = replace(plan.certificate, peak_bytes=self._bytes_of_one, host_peak_bytes=host_bytes)
             plan = replace(plan, certificate=held)
             planned = self._keep(kind, replace(self._shared, plan=plan, predicted=True, flows={}))
