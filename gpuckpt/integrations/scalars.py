@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpuckpt.checks import check_int, shown
 from gpuckpt.pytorch.fit import Fitted
 
 __all__ = ["step_scalars", "write_scalars"]
@@ -25,6 +26,8 @@ def step_scalars(fitted: Fitted) -> dict[str, float]:
     >>> found["gpuckpt/held_gib"] == found["gpuckpt/promised_gib"] <= found["gpuckpt/budget_gib"]
     True
     """
+    if not isinstance(fitted, Fitted):
+        raise TypeError(f"fitted is {shown(fitted)}; expected what gpuckpt.fit returned")
     certificate = fitted.plan.certificate
     found = {
         "gpuckpt/held_gib": fitted.measured_peak_bytes / _GIB,
@@ -56,6 +59,7 @@ def write_scalars(writer: Any, fitted: Fitted, step: int) -> None:
     7 gpuckpt/held_gib
     ...
     """
+    step = check_int(step, "step", None)
     scalars = step_scalars(fitted)
     if callable(add := getattr(writer, "add_scalar", None)):
         for name, value in scalars.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory.budget import Budget
 from gpuckpt.memory.ledger import Event
@@ -41,7 +42,15 @@ def replay(events: Iterable[Event | list[Any]], budget: Budget) -> int:
     Traceback (most recent call last):
     gpuckpt.errors.BudgetExceeded: memory budget exceeded: need 300, available 200; event 1 of the log (charge of 'b')...
     """
-    log = [_event(number, row) for number, row in enumerate(events)]
+    if not isinstance(budget, Budget):
+        raise TypeError(f"budget is {shown(budget)}; expected a Budget")
+    try:
+        rows = list(events)
+    except (TypeError, NotImplementedError):  # the second: a tensor without elements in memory
+        raise TypeError(
+            f"events is {shown(events)}; expected the rows of a log, as budget.events() gives them"
+        ) from None
+    log = [_event(number, row) for number, row in enumerate(rows)]
     held_bytes = peak_bytes = 0
     label = budget.ledger.step
     try:
@@ -72,13 +81,13 @@ def replay(events: Iterable[Event | list[Any]], budget: Budget) -> int:
 def _event(number: int, row: Any) -> Event:
     if not isinstance(row, list | tuple) or len(row) != _FIELDS:
         raise ValueError(
-            f"event {number} of the log is {row!r:.80}; expected {_FIELDS} values, as budget.events() gives them"
+            f"event {number} of the log is {shown(row)}; expected {_FIELDS} values, as budget.events() gives them"
         )
     event = Event(*row)
     numbers = event.nbytes, event.used_bytes
     if not isinstance(event.kind, str) or any(type(each) is not int or each < 0 for each in numbers):
         raise ValueError(
-            f"event {number} of the log is {row!r:.80}; expected a kind, what it was of, and bytes of at least 0"
+            f"event {number} of the log is {shown(row)}; expected a kind, what it was of, and bytes of at least 0"
         )
     return event
 

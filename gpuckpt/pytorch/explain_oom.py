@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gpuckpt.checks import shown
 from gpuckpt.errors import BudgetExceeded, CheckpointError
 from gpuckpt.planning.tables import cut_text, text_table
 from gpuckpt.pytorch.fit import fitted
@@ -49,6 +51,8 @@ class explain_oom(StepLedger):
 
     def __init__(self, model: nn.Module, optimizer: Any = None, *, save: str | Path | None = None) -> None:
         super().__init__(model, optimizer)
+        if save is not None and not isinstance(save, str | os.PathLike):
+            raise TypeError(f"save is {shown(save)}; expected the name of a file, or None")
         self.save = None if save is None else Path(save)
         self.facts: dict[str, Any] | None = None
 
@@ -62,7 +66,12 @@ class explain_oom(StepLedger):
         error.add_note(page)
         sys.stderr.write(page + "\n")
         if self.save is not None:
-            self.save.write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
+            try:
+                self.save.write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
+            except (OSError, ValueError) as problem:  # the second: a name that no file can have
+                # The error that is on its way says more than this one, and must not be hidden by it.
+                why = getattr(problem, "strerror", None) or problem
+                sys.stderr.write(f"the facts were not saved to {shown(str(self.save))}: {why}\n")
 
     def _facts(self, error: BaseException) -> dict[str, Any]:
         alive = self.alive_at_last()

@@ -13,6 +13,7 @@ import gpuckpt
 from gpuckpt.errors import CheckpointError
 from gpuckpt.integrations import scalars
 from gpuckpt.integrations.scalars import step_scalars, write_scalars
+from tests.inputs import Call
 from tests.pytorch.steps import batch, blocks
 
 
@@ -90,3 +91,16 @@ def test_the_examples_print_what_they_say() -> None:
     found = doctest.testmod(scalars, optionflags=doctest.ELLIPSIS)
     assert found.failed == 0
     assert found.attempted > 8
+
+
+@pytest.mark.parametrize("parameter", ["fitted", "step"])
+def test_a_parameter_with_inputs_of_every_kind(fitted: Any, parameter: str) -> None:
+    """See tests/inputs.py."""
+
+    class Board:
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            assert type(step) is int
+
+    call = Call(write_scalars, writer=Board(), fitted=fitted, step=1)
+    call.works()
+    call.check(parameter)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpuckpt import CheckpointBudget
-from gpuckpt.memory import Budget, MemoryUsageTracker, exchange, format_bytes, parse_bytes
+from gpuckpt.memory import Budget, MemoryUsageTracker, exchange, format_bytes, parse_bytes, replay
 from tests.inputs import Call, Make, rows_of
 
 
@@ -71,6 +71,12 @@ CALLS = {
     "owns": Call(with_budget("owns"), address=10),
     "step": Call(with_budget("step"), label="x"),
     "exchange": Call(exchange, array=Make(lambda: np.zeros(3)), library="torch"),
+    "replay": Call(
+        replay,
+        names={"events": "event 0 of the log"},
+        events=Make(lambda: [("charge", "x", 10, 10, 0.0, None)]),
+        budget=Make(lambda: Budget(1000, device="cpu")),
+    ),
     "parse_bytes": Call(parse_bytes, size="1MiB"),
     "format_bytes": Call(format_bytes, nbytes=10),
     **{

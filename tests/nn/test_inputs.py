@@ -40,7 +40,7 @@ CALLS = {
         **OPTIONS,
     ),
     "FusedMLP": Call(made(gnn.FusedMLP), names=DEVICE, activation="gelu", **WIDTHS, **OPTIONS),
-    "fuse": Call(gnn.fuse, model=Make(nn.Identity)),
+    "fuse": Call(gnn.fuse, model=Make(nn.Identity), loss=False),
     "GatedMLP": Call(
         made(gnn.GatedMLP),
         names=DEVICE,

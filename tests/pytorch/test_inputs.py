@@ -48,6 +48,8 @@ FIT = {
     "group": None,
     "plan": None,
     "stages": (),
+    "scope": "saved",
+    "optimizer": None,
 }
 CALLS = {
     "fit": Call(fit_used, names={"example_inputs": OWN}, model=Make(model), **FIT),
@@ -71,6 +73,15 @@ CALLS = {
         repeats=1,
         fake=False,
         device="H100 SXM",
+    ),
+    "fit(scope='device')": Call(
+        lambda **arguments: fit(scope="device", **arguments).unfit(),
+        model=Make(model),
+        example_inputs=Make(rows),
+        budget="1MiB",
+        optimizer=None,
+        repeats=1,
+        names={"example_inputs": OWN},
     ),
     "fitted": Call(fitted, model=Make(model)),
     "unfit": Call(unfit, model=Make(model)),

@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from gpuckpt import StepLedger, plan_device
+from gpuckpt import StepLedger, explain_oom, plan_device
 from tests.inputs import Call, Make, rows_of
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Some of the values are names of files."""
+    monkeypatch.chdir(tmp_path)
+
 
 CONFIG = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 2, "vocab_size": 11, "n_positions": 16}
 
@@ -18,6 +25,12 @@ def ledger_used(model: Any, optimizer: Any) -> None:
     with StepLedger(model, optimizer) as ledger:
         model(torch.ones(2, 8, requires_grad=True)).sum().backward()
     assert sum(ledger.at_peak().values()) == ledger.peak_total_bytes() > 0
+
+
+def explained(model: Any, optimizer: Any, save: Any) -> None:
+    """Whatever `save` is, what goes on is the error of the step."""
+    with pytest.raises(MemoryError), explain_oom(model, optimizer, save=save):
+        raise MemoryError("full")
 
 
 def with_ledger(method: str) -> Any:
@@ -32,6 +45,7 @@ def with_ledger(method: str) -> Any:
 
 CALLS = {
     "StepLedger": Call(ledger_used, model=Make(lambda: nn.Linear(8, 4)), optimizer=None),
+    "explain_oom": Call(explained, model=Make(lambda: nn.Linear(8, 4)), optimizer=None, save=None),
     "at_peak": Call(with_ledger("at_peak"), unit_bytes=512),
     "peak_total_bytes": Call(with_ledger("peak_total_bytes"), unit_bytes=512),
 }
