@@ -314,8 +314,13 @@ class Budget:
 
     def _held_beside_pool(self) -> int:
         """Bytes that are held or pending, less those in the pool's live blocks."""
-        live_bytes = 0 if self._pool is None else self._pool.live_bytes
-        return max(self.ledger.used_bytes + self.ledger.pending_bytes - live_bytes, 0)
+        pool = self._pool
+        while True:
+            live_bytes = 0 if pool is None else pool.live_bytes
+            held_bytes = self.ledger.used_bytes + self.ledger.pending_bytes
+            # A block that dies in between (a collection may start anywhere) would be in one figure and not in the other.
+            if pool is None or pool.live_bytes == live_bytes:
+                return max(held_bytes - live_bytes, 0)
 
     def _charge_beside_pool(self, nbytes: int, what: str, handle: Charge | None) -> None:
         """Charge bytes outside of the pool: together with all that the pool has, cached blocks included, they fit the cap."""
@@ -325,9 +330,11 @@ class Budget:
             return
         with self._pool_lock:
             room_bytes = self.max_bytes - self.ledger.used_bytes - self.ledger.pending_bytes - nbytes
-            if room_bytes >= 0:
-                pool.trim(room_bytes)
-            if 0 <= room_bytes < (stuck_bytes := pool.cached_bytes):
+            if room_bytes < 0:
+                # Refused here: a collection on the way to the ledger could let it pass, with nothing trimmed.
+                self.ledger.refuse(nbytes, what)
+            pool.trim(room_bytes)
+            if room_bytes < (stuck_bytes := pool.cached_bytes):
                 self.ledger.check_open()
                 raise BudgetExceeded(
                     nbytes,

@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections import deque
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from gpuckpt.errors import BudgetClosed, BudgetExceeded
 from gpuckpt.memory.fork import renew_after_fork
@@ -159,7 +159,7 @@ class Ledger:
                 self._book_dead()
             used = self._used_bytes + nbytes
             if used + self._pending_bytes > self._limit_bytes:
-                self._refuse(nbytes, what)
+                self.refuse(nbytes, what)
             self._used_bytes = used
             if used > self.peak_bytes:
                 self.peak_bytes = used
@@ -192,7 +192,7 @@ class Ledger:
             if self._dead:
                 self._book_dead()
             if self._used_bytes + self._pending_bytes + nbytes > self._limit_bytes:
-                self._refuse(nbytes, handle.what)
+                self.refuse(nbytes, handle.what)
             self._pending_bytes += nbytes
             handle._claim.pending_bytes += nbytes
 
@@ -299,7 +299,8 @@ class Ledger:
             self._closed_because = because
             self._limit_bytes = -1
 
-    def _refuse(self, nbytes: int, what: str) -> None:
+    def refuse(self, nbytes: int, what: str) -> NoReturn:
+        """Raise for a request that does not fit, and count it."""
         if self._closed_because is not None:
             raise BudgetClosed(self._closed_because)
         self.refusals += 1

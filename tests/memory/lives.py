@@ -177,7 +177,8 @@ class Life:
                 spilled = entry.nbytes > 0 and entry.handle.nbytes == 0
                 if not spilled:
                     assert entry.source() is not None, "charged, and not there"
-                elif not self.views:
+                elif not self.views and entry.source() is not None:
+                    gc.collect()  # tracebacks of what was injected
                     assert entry.source() is None, "spilled, and still there"
         elif pool is not None:
             loose_bytes = sum(h.nbytes for h in self.handles if isinstance(h._block, LooseBlock))

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from gpuckpt import CheckpointBudget
+from gpuckpt.errors import BudgetExceeded
+from gpuckpt.memory import Ledger
 from tests.memory.lives import KINDS, live
 from tests.memory.places import Allocator, CupyPlace, HostPlace, Interrupt
 
@@ -55,6 +57,26 @@ def test_a_million_operations(pool, request, record_property):
     record_property("pool", pool)
     record_property("seconds", round(time.monotonic() - begin_s, 1))
     record_property("counts", dict(sorted(counts.items())))
+
+
+def test_a_collection_on_the_way_to_the_ledger_lets_no_charge_pass_beside_what_is_cached(monkeypatch):
+    """It freed a block, which stayed cached, and the charge beside it fitted the ledger and not the cap."""
+    allocator = Allocator()
+    budget = CheckpointBudget(1000, device="cpu", hold="pool", allocator=allocator)
+    held = [budget.save(torch.zeros(150))]
+    charge = Ledger.charge
+
+    def collected(ledger: Ledger, *arguments: Any) -> None:
+        held.clear()
+        charge(ledger, *arguments)
+
+    monkeypatch.setattr(Ledger, "charge", collected)
+    with pytest.raises(BudgetExceeded):
+        budget.charge(700)
+    assert budget.snapshot().refusals == 1
+    held.clear()
+    charged = budget.charge(700)
+    assert allocator.held_bytes() + charged.nbytes <= 1000
 
 
 @pytest.mark.parametrize("fault", [MemoryError, Interrupt])
