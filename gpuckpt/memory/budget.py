@@ -313,35 +313,28 @@ class Budget:
             ask()  # raises for the reason that holds now
 
     def _held_beside_pool(self) -> int:
-        """Bytes that are held or pending, less those in the pool's live blocks."""
-        pool = self._pool
-        while True:
-            live_bytes = 0 if pool is None else pool.live_bytes
+        """Bytes held or pending, less those in the pool's live blocks; both read again where a block died in between."""
+        live_bytes, held_bytes = -1, 0
+        while live_bytes != (live_bytes := 0 if self._pool is None else self._pool.live_bytes):
             held_bytes = self.ledger.used_bytes + self.ledger.pending_bytes
-            # A block that dies in between (a collection may start anywhere) would be in one figure and not in the other.
-            if pool is None or pool.live_bytes == live_bytes:
-                return max(held_bytes - live_bytes, 0)
+        return max(held_bytes - live_bytes, 0)
 
     def _charge_beside_pool(self, nbytes: int, what: str, handle: Charge | None) -> None:
         """Charge bytes outside of the pool: together with all that the pool has, cached blocks included, they fit the cap."""
-        pool = self._pool
-        if pool is None:
-            self.ledger.charge(nbytes, what, handle)
-            return
+        if (pool := self._pool) is None:
+            return self.ledger.charge(nbytes, what, handle)
         with self._pool_lock:
             room_bytes = self.max_bytes - self.ledger.used_bytes - self.ledger.pending_bytes - nbytes
-            if room_bytes < 0:
-                # Refused here: a collection on the way to the ledger could let it pass, with nothing trimmed.
+            if room_bytes < 0:  # refused here: a collection on the way to the ledger could let it pass, nothing trimmed
                 self.ledger.refuse(nbytes, what)
             pool.trim(room_bytes)
             if room_bytes < (stuck_bytes := pool.cached_bytes):
                 self.ledger.check_open()
-                raise BudgetExceeded(
-                    nbytes,
-                    max(room_bytes + nbytes - stuck_bytes, 0),
+                hint = (
                     f"{what!r} would fit, but {stuck_bytes} free bytes of the pool lie in pieces between held blocks and "
-                    "cannot be given back (fragmentation); run under a plan, whose layout has no gaps, or raise the budget",
+                    "cannot be given back (fragmentation); run under a plan, whose layout has no gaps, or raise the budget"
                 )
+                raise BudgetExceeded(nbytes, max(room_bytes + nbytes - stuck_bytes, 0), hint)
             self.ledger.charge(nbytes, what, handle)
 
     def _make_pool(self) -> Any:

@@ -95,7 +95,7 @@ class Terms:
         """What the whole step of `model` has to fit in; None where the budget is for what autograd saves alone."""
         if self.scope == "saved":
             return None
-        assert isinstance(self.budget, int | str), "checked by _check_scope"
+        assert not isinstance(self.budget, Budget), "refused by _check_scope"
         return DeviceScope(model, optimizers_of(self.optimizer), parse_bytes(self.budget, "budget"))
 
     def budget_for(self, model: nn.Module, plain_bytes: int | None = None, device: DeviceScope | None = None) -> Budget:

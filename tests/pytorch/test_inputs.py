@@ -28,6 +28,12 @@ def fit_used(**arguments: Any) -> None:
     made.unfit()
 
 
+def device_used(*, model: Any, optimizer: Any, **arguments: Any) -> None:
+    if optimizer is torch.optim.SGD and isinstance(model, nn.Module):
+        optimizer = optimizer([*model.parameters()] or [torch.zeros(1)], lr=0.1)
+    fit(model, optimizer=optimizer, scope="device", **arguments).unfit()
+
+
 def checkpoint_used(*, fn: Any, x: Any, **options: Any) -> None:
     out = checkpoint(fn, x, **options)
     if isinstance(out, torch.Tensor) and out.requires_grad and not out.is_complex():
@@ -75,11 +81,11 @@ CALLS = {
         device="H100 SXM",
     ),
     "fit(scope='device')": Call(
-        lambda **arguments: fit(scope="device", **arguments).unfit(),
+        device_used,
         model=Make(model),
         example_inputs=Make(rows),
         budget="1MiB",
-        optimizer=None,
+        optimizer=torch.optim.SGD,
         repeats=1,
         names={"example_inputs": OWN},
     ),

@@ -51,6 +51,9 @@ __all__ = ["MOST_REPEATS", "call_of", "check_model", "measure", "run_fake", "run
 MOST_REPEATS = 10_000
 
 
+_MOST_UNIT_BYTES = 1 << 30
+
+
 def measure(
     model: nn.Module,
     *inputs: Any,
@@ -81,7 +84,7 @@ def measure(
     [0, 32, 64, 64, 0]
     """
     check_model(model)
-    check_int(unit_bytes, "unit_bytes", 1)
+    check_int(unit_bytes, "unit_bytes", 1, _MOST_UNIT_BYTES)
     check_int(repeats, "repeats", 1, MOST_REPEATS)
     check_flag(fake, "fake")
     if len(inputs) == 1 and not kwargs:

@@ -6,7 +6,7 @@ That tells the state of an optimizer that has not stepped yet, of any class whos
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -57,13 +57,10 @@ def dry_step(optimizer: torch.optim.Optimizer, unit_bytes: int = 1) -> Optimizer
 
 def optimizers_of(value: Any) -> list[torch.optim.Optimizer]:
     """The optimizers that `fit` was given: one, several, or a mapping of them. Raises `TypeError` for anything else."""
-    found = (
-        list(value.values())
-        if isinstance(value, Mapping)
-        else [value]
-        if not isinstance(value, Iterable)
-        else list(value)
-    )
+    try:
+        found = list(value.values() if isinstance(value, Mapping) else value)
+    except TypeError:  # one that is no container
+        found = [value]
     if not found or not all(isinstance(each, torch.optim.Optimizer) for each in found):
         raise TypeError(
             f"optimizer is a {type(value).__name__}; expected a torch.optim.Optimizer, or a list of them where several step"
