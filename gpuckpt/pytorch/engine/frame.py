@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from gpuckpt.errors import RecomputeMismatch
+from gpuckpt.errors import BudgetExceeded, RecomputeMismatch
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, queue_callback, untraced
 from gpuckpt.pytorch.engine.early_stop import RunsOtherwise, replaying
@@ -143,7 +143,8 @@ class Frame:
         except BaseException as error:
             drop_stale_nodes_after(error)
             replay.drop()
-            raise
+            if replay.check is None or not isinstance(error, Exception) or isinstance(error, BudgetExceeded):
+                raise  # else part of the work may have met what stood for the rest: the whole of it tells
         finally:
             self._wanted = outer
             replay.close()

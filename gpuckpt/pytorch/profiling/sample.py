@@ -143,7 +143,7 @@ def option_seconds(
         for option, part in list(parts.items()):
             gather()
             found: dict[int, int] | None = {} if checks and not turn else None
-            with suppress(RunsOtherwise):
+            with suppress(RunsOtherwise, Exception):  # whatever fails with what stands for the rest is no option
                 again_s[option].append(_option_s(sample, record, part, clock, found))
             if len(again_s[option]) <= turn or (found is not None and found != sums):
                 del parts[option]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from gpuckpt.pytorch._torch_internals import LeanDispatchMode, untraced
@@ -27,6 +28,35 @@ from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
 __all__ = ["asked_for", "keeping_part", "making_part"]
+
+
+class _SeeReads(TorchFunctionMode):
+    """Within the context `flow` is hidden where Python is given the contents of a tensor without an operator: what they decide,
+    or are multiplied with, cannot be followed."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self._flow = flow
+
+    @untraced
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in _READS:
+            self._flow.hide()
+        return func(*args, **(kwargs or {}))
+
+
+_READS = frozenset(
+    {
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        torch.Tensor.__array__,
+        torch.Tensor.__dlpack__,
+        torch.Tensor.data_ptr,
+        torch.Tensor.untyped_storage,
+        torch.Tensor.storage,
+        torch.Tensor.__cuda_array_interface__.__get__,
+    }
+)
 
 
 class keeping_part(LeanDispatchMode):
@@ -44,9 +74,17 @@ class keeping_part(LeanDispatchMode):
         self._known = known
         self._saved = saved
         self._number = self._keepable = 0
+        self._reads = None if known else _SeeReads(flow)
+
+    def __enter__(self) -> Any:
+        if self._reads is not None:
+            self._reads.__enter__()
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        if self._reads is not None:
+            self._reads.__exit__(*error)
         record = self._record
         for number, call in list(record.part.items()):
             if call.saved_before >= len(self._saved) or not call.kept or not self._follows:
@@ -160,8 +198,7 @@ class making_part(LeanDispatchMode):
         output = ran.empty()
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
         for tensor in tensors if self._poison else ():
-            if tensor.dtype.is_floating_point:
-                tensor.fill_(torch.nan)
+            tensor.fill_(torch.nan if tensor.is_floating_point() or tensor.is_complex() else 1)
         refs = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         self._refs += refs
         self._empty.update(ref.cdata for ref in refs)

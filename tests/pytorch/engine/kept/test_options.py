@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpuckpt import Chain, CheckpointBudget, InvalidPlan, Keep, Recompute, fit, measure, once, plan_chain
 from gpuckpt.planning import Node, tree_text
 from gpuckpt.planning.planner import certify
-from gpuckpt.pytorch.engine.kept.options import is_option, option_name, part_of
+from gpuckpt.pytorch.engine.kept.current import recording
+from gpuckpt.pytorch.engine.kept.flow import Flow
+from gpuckpt.pytorch.engine.kept.options import KeptPart, is_option, option_name, part_of
+from gpuckpt.pytorch.engine.kept.parts import keeping_part
+from gpuckpt.pytorch.engine.kept.record import Record
 from tests.pytorch.steps import bits
 
 D = 16
@@ -292,6 +298,11 @@ class Odd(nn.Module):
         y, z = self.one(x).sin(), self.two(x).cos()
         if self.kind == "read behind torch's back":
             z = z * float(y.detach().numpy().sum())
+        elif self.kind == "integers that Python reads":
+            z = z * (1 + y.detach().abs().mul(10).long().sum(0).tolist()[0] / 100)
+        elif self.kind == "sizes that Python reads":
+            count = y.detach().gt(0).sum(0).tolist()[0]
+            z = torch.cat([part * n for n, part in enumerate(z.split([count, len(z) - count]), 1)])
         elif self.kind == "written behind torch's back":
             made = torch.empty_like(y.detach())
             made.numpy()[:] = y.detach().numpy() * 2
@@ -314,6 +325,8 @@ class Odd(nn.Module):
     "kind",
     [
         "read behind torch's back",
+        "integers that Python reads",
+        "sizes that Python reads",
         "written behind torch's back",
         "other operations in later steps",
         "other tensors in later steps",
@@ -344,3 +357,40 @@ def test_what_no_operation_shows(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
             assert fitted.budget.used_bytes == 0
         fitted.unfit()
     assert names or kind in ("differentiates inside", "read behind torch's back", "written behind torch's back")
+
+
+class Reads(nn.Module):
+    """Multiplies by a number that Python reads out of what the block made."""
+
+    def __init__(self, read: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.read = read
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        largest = (100 * h.detach().abs().amax(0)).long()
+        return x + self.down((torch.tanh(h) * (1 + self.read(largest) / 1000)).sin())
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.tolist()[0],
+        lambda t: int(t.numpy()[0]),
+        lambda t: int(np.asarray(t)[0]),
+        lambda t: int(np.from_dlpack(t)[0]),
+        lambda t: ctypes.c_int64.from_address(t.data_ptr()).value,
+        lambda t: t.untyped_storage()[0],
+    ],
+    ids=["tolist", "numpy", "asarray", "dlpack", "data_ptr", "storage"],
+)
+def test_numbers_that_python_reads_are_not_those_of_memory_left_as_it_was(read):
+    """What stands for an operation that is left out has any contents: no operator says that Python looked at them."""
+    for number, block in enumerate((Reads(read), Reads(lambda t: 3), Reads(lambda t: int(t[0])))):
+        flow, record, x = Flow(), Record().begin(), torch.randn(8, D)
+        flow.begin([x, *block.parameters()])
+        with recording(record), keeping_part(record, KeptPart(frozenset()), flow, [], known=False):
+            block(x)
+        assert len(flow.ran) > 10
+        assert flow.seen == bool(number), "an operator that hands out a number is seen, and always runs"
