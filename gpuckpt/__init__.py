@@ -26,7 +26,6 @@ _CORE = {
     "gpuckpt.pytorch.checkpoint": ("checkpoint",),
     "gpuckpt.pytorch.engine.kept.choices": ("once",),
     "gpuckpt.pytorch.engine.kept.current": ("is_recomputing",),
-    "gpuckpt.pytorch.explain_oom": ("explain_oom",),
     "gpuckpt.pytorch.fit": ("Fitted", "fit", "fitted", "unfit"),
     "gpuckpt.pytorch.graph": ("checkpoint_graph",),
     "gpuckpt.pytorch.profiling.measure": ("measure",),
@@ -34,6 +33,7 @@ _CORE = {
     "gpuckpt.pytorch.whole_device.step_ledger": ("StepLedger",),
 }
 _NAMES = {name: home for home, names in _CORE.items() for name in names}
+_UNSHOWN = {"explain_oom": "gpuckpt.pytorch.explain_oom"}
 _ROOMS = ("errors", "functional", "kernels", "memory", "nn", "planning", "segments")
 _OPEN_ROOMS = ("errors", "memory", "segments", "units", "planning")
 """What these show can be imported from here too. Here it is not shown."""
@@ -67,8 +67,8 @@ def __getattr__(name: str) -> Any:
 
 
 def _find(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(importlib.import_module(_NAMES[name]), name)
+    if (home := _NAMES.get(name) or _UNSHOWN.get(name)) is not None:
+        return getattr(importlib.import_module(home), name)
     if name in _ROOMS:
         return importlib.import_module(f"gpuckpt.{name}")
     for room in _OPEN_ROOMS if name[0].isalpha() else ():

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import gpuckpt
 from gpuckpt import CheckpointBudget, backend, functional
 from gpuckpt.backend import multiply_by_triton, use_triton
+from gpuckpt.kernels import gated as gated_kernels
+from gpuckpt.kernels import linear as linear_kernels
+from gpuckpt.kernels import mlp as mlp_kernels
 from gpuckpt.memory.adapters.torch import TorchForm
 from gpuckpt.memory.devices import choose_device
 from gpuckpt.memory.uncapped import uncapped
@@ -20,6 +24,7 @@ from gpuckpt.pytorch.engine.copies import CopySide, copies_for
 from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.fence.randomness import Draws, Generators
 from gpuckpt.pytorch.ops._weight_grads import CUDA_BLOCK, WeightGrad, bias_scratch, sum_rows, weight_scratch
+from gpuckpt.pytorch.peak_check import DevicePeak, StepPeaks
 from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.isolation import have_drawn, random_states
 from gpuckpt.pytorch.profiling.link_speed import Link
@@ -201,8 +206,9 @@ def test_products_of_float32_are_left_to_cublas(dtype, by_triton, cuda_tensors, 
 @pytest.mark.parametrize("name", ["linear", "mlp", "gated_mlp"])
 def test_float32_is_multiplied_and_differentiated_without_a_kernel(name, cuda_tensors, monkeypatch):
     monkeypatch.delenv("GPUCKPT_BACKEND")
-    for module in ("linear", "mlp", "gated"):
-        monkeypatch.setitem(sys.modules, f"gpuckpt.kernels.{module}", None)
+    for module in (linear_kernels, mlp_kernels, gated_kernels):
+        for launcher in module.__all__:
+            monkeypatch.setattr(module, launcher, None)
     x, a, b, c = (torch.randn(n, 8, requires_grad=True) for n in (5, 16, 16, 16))
     down = torch.randn(8, 16, requires_grad=True)
     if name == "linear":
@@ -221,9 +227,25 @@ def test_float32_is_multiplied_and_differentiated_without_a_kernel(name, cuda_te
 
 def test_a_mask_of_float32_is_made_by_the_kernel(cuda_tensors, monkeypatch):
     monkeypatch.delenv("GPUCKPT_BACKEND")
-    monkeypatch.setitem(sys.modules, "gpuckpt.kernels.linear", None)
-    with pytest.raises(ImportError, match=r"gpuckpt\.kernels"):
-        functional.linear(torch.ones(2, 3), torch.ones(4, 3), dropout=0.5)
+    given = []
+    monkeypatch.setattr(linear_kernels, "linear_fwd", lambda x, *rest, **options: given.append(options["dropout"].p))
+    functional.linear(torch.ones(2, 3), torch.ones(4, 3), dropout=0.5)
+    assert given == [0.5]
+
+
+def test_what_a_step_took_of_a_device_is_what_its_allocator_counted(monkeypatch):
+    counted = iter([100, 900, 900, 700])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(counted))
+    scope = SimpleNamespace(after_backward=lambda: None, unit_bytes=512, unforeseen_bytes=0)
+    steps = StepPeaks(CheckpointBudget(1000, device="cpu"), None, strict=False)
+    peak = DevicePeak(nn.Linear(2, 2), scope, [], steps.check)
+    peak._device, peak.next_bytes = CUDA, 500
+    peak.begin()
+    assert peak.broken()
+    assert (peak.measured_bytes, scope.unforeseen_bytes) == (900, 400)
+    peak.next_bytes = 900
+    peak.begin()
+    assert not peak.broken(), "an earlier step took as much"
 
 
 def test_copies_on_a_stream_of_their_own_are_ordered_with_the_step(cuda_tensors, monkeypatch):

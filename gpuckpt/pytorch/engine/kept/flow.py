@@ -152,6 +152,8 @@ class Flow:
         self._writers.update(dict.fromkeys(made, (number,)))
         if op._schema.name in _EMPTY:
             self._unwritten |= made
+        if any(t.layout is not torch.strided for t in tensors):
+            return  # which was hidden
         ran.made = [
             _EmptyTensor(t.size(), t.stride(), t.dtype, t.device) if isinstance(t, torch.Tensor) else t for t in outputs
         ]
