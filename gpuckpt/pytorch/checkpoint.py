@@ -23,11 +23,11 @@ from gpuckpt.errors import StateModified
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import innermost_transform, untraced
 from gpuckpt.pytorch.engine.arguments import Objects
-from gpuckpt.pytorch.engine.fence.fence import Fence
+from gpuckpt.pytorch.engine.fence.fence import Fates, Fence
 from gpuckpt.pytorch.engine.fence.scope import reaches_anything
 from gpuckpt.pytorch.engine.frame import Frame
 from gpuckpt.pytorch.engine.hooks import current_budget, enter, plain_call
-from gpuckpt.pytorch.engine.kept.current import by_hand, paused, reading, recording
+from gpuckpt.pytorch.engine.kept.current import by_hand, open_records, paused, reader, reading, recording
 from gpuckpt.pytorch.engine.kept.operations import keeping, returning
 from gpuckpt.pytorch.engine.kept.policy import Keep, policy_of
 from gpuckpt.pytorch.engine.kept.record import Record
@@ -107,8 +107,13 @@ def checkpoint(
         with plain_call("gpuckpt.checkpoint", budget):
             return fn(*args, **kwargs)
 
+    # Of a checkpoint within others.
+    around, again = open_records(), reader()
+    fates = None if again is None else again.next_fates()
     with paused():
-        frame, record, fence = _framed(fn, args, kwargs, budget, preserve_rng_state, verify, policy is not None)
+        frame, record, fence = _framed(fn, args, kwargs, budget, preserve_rng_state, verify, policy is not None, fates)
+    for outer in around:
+        outer.fates.append(fence.fates)
     kept = _NOTHING if policy is None else keeping(record, policy, frame.slots)
     with frame.hooks(), recording(record), by_hand(), kept, fence.watching():
         out = fn(*args, **kwargs)
@@ -125,15 +130,16 @@ def _framed(
     preserve_rng_state: bool,
     verify: Verify | None,
     keeps: bool,
+    fates: Fates | None,
 ) -> tuple[Frame, Record, Fence]:
     """The frame to call `fn` in, which has kept what it takes to call it again; its record, and what `fn` will see. `keeps`: the
-    record will have operations."""
+    record will have operations; `fates`: of what `fn` reaches, where it is run again within a recompute."""
     # Nearly every call has tensors alone, for which taking them apart would be a tenth of its cost.
     bare = not kwargs and all(type(arg) is torch.Tensor for arg in args)
     leaves, spec = (list(args), None) if bare else pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     others = [_HERE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    fence = Fence(fn, leaves, preserve_rng_state)
+    fence = Fence(fn, leaves, preserve_rng_state, fates)
     objects = Objects(others)
     if objects:
         others = objects.taken_out(others)

@@ -126,6 +126,39 @@ def test_hooks_on_leaves_fire_once_with_the_right_gradient() -> None:
         torch.testing.assert_close(gradient, cos * factor, rtol=1e-12, atol=0)
 
 
+class Averaging(torch.nn.Module):
+    """Writes a buffer and reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(3, 3, dtype=torch.float64)
+        self.register_buffer("average", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        self.average.mul_(0.5).add_(y.detach())
+        return y * self.average.clone()
+
+
+def reads_a_global() -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: (x @ MIX).sin()
+
+
+@pytest.mark.parametrize("make", [Averaging, reads_a_global])
+def test_what_is_learned_between_changes_no_recompute_of_a_checkpoint_within(make: Callable[[], Any]) -> None:
+    work, plain = make(), make()
+    for step in range(4):
+        x, y = leaf(1.0, 2.0, step), leaf(1.0, 2.0, step)
+        inner = lambda x: gpuckpt.checkpoint(work, x) * 2  # noqa: E731
+        gpuckpt.checkpoint(lambda x: gpuckpt.checkpoint(inner, x).sin(), x).sum().backward()  # noqa: B023
+        (plain(y) * 2).sin().sum().backward()
+        assert torch.equal(x.grad, y.grad)
+    if isinstance(work, Averaging):
+        assert torch.equal(work.average, plain.average)
+        assert torch.equal(work.linear.weight.grad, plain.linear.weight.grad)
+
+
 def test_no_inputs_raise() -> None:
     with pytest.raises(TypeError, match="at least one input"):
         gpuckpt.checkpoint(lambda: torch.ones(1))

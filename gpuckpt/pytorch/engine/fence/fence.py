@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
@@ -23,20 +23,31 @@ from gpuckpt.pytorch.engine.fence.module_state import ModuleState
 from gpuckpt.pytorch.engine.fence.randomness import Generators, other_states, same_states
 from gpuckpt.pytorch.engine.fence.scope import Scope, scope_of
 from gpuckpt.pytorch.engine.fence.switches import Switches
+from gpuckpt.pytorch.engine.fence.tensors import TensorFate
 from gpuckpt.pytorch.engine.fence.watched import watch
 
-__all__ = ["Fence"]
+__all__ = ["Fates", "Fence"]
+
+
+class Fates(NamedTuple):
+    """What becomes of tensors, and of modules' buffers, that a call reaches."""
+
+    tensors: tuple[TensorFate, ...]
+    states: tuple[tuple[bool, frozenset[int]], ...]
 
 
 class Fence:
-    """What a call of `function` that begins now sees. `leaves`: its arguments, flattened.
+    """What a call of `function` that begins now sees. `leaves`: its arguments, flattened. `fates`: those of the call of forward
+    that is run again within a recompute, which has to keep as many tensors; more may be known by now.
 
     `kept`: tensors that the caller has to keep for `restored`.
     """
 
-    __slots__ = ("_before", "_generators", "_reached", "_scope", "_states", "_switches", "kept")
+    __slots__ = ("_before", "_fates", "_generators", "_reached", "_scope", "_states", "_switches", "kept")
 
-    def __init__(self, function: Callable[..., Any], leaves: Sequence[Any], preserve_rng_state: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], leaves: Sequence[Any], preserve_rng_state: bool, fates: Fates | None = None
+    ) -> None:
         devices = {
             leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and not (leaf.is_cpu or leaf.is_meta)
         }
@@ -56,10 +67,11 @@ class Fence:
             )
         self._reached = scope.reached
         self._states: list[ModuleState] = []
+        self._fates = fates
         self._look(scope.roots)
         if scope.reached.leads_on(len(scope.roots)):
             self._look_further()
-        self._reached.begin()
+        self._reached.begin(None if fates is None else fates.tensors)
         self.kept: list[torch.Tensor] = [
             *self._reached.kept,
             *(tensor for state in self._states for tensor in state.kept),
@@ -78,7 +90,10 @@ class Fence:
         if roots:
             for root in roots:
                 self._scope.lead(scope_of(root).lead, whole=True)
-            self._states.append(ModuleState(watch(roots, self._scope.roots), self._reached))
+            given = () if self._fates is None else self._fates.states[len(self._states) :]
+            self._states.append(
+                ModuleState(watch(roots, self._scope.roots), self._reached, given[0] if given else None)
+            )
 
     def _look_further(self) -> None:
         """Where objects and functions lead that were met, and modules that stand in attributes without being submodules."""
@@ -108,6 +123,11 @@ class Fence:
         self._reached.learn()
         for state in self._states:
             state.learn(for_good)
+
+    @property
+    def fates(self) -> Fates:
+        """What becomes of what it reaches, for a call that does the same again."""
+        return Fates(self._reached.fates, tuple([state.fates for state in self._states]))
 
     def watching(self) -> AbstractContextManager[object]:
         """The context in which forward runs."""

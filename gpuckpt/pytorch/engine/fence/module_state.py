@@ -50,7 +50,8 @@ __all__ = ["ModuleState"]
 
 
 class ModuleState:
-    """What a forward that begins now sees. `kept`: tensors that belong to no model, which a frame has to keep with its inputs."""
+    """What a forward that begins now sees. `kept`: tensors that belong to no model, which a frame has to keep with its inputs;
+    `fates`: whether it is still learned which buffers are written, and those that are known; given where work is run again."""
 
     __slots__ = (
         "_adjusted",
@@ -68,11 +69,13 @@ class ModuleState:
         "_trained",
         "_versions",
         "_watched",
+        "fates",
         "kept",
     )
 
-    def __init__(self, watched: Watched, reached: Reached) -> None:
+    def __init__(self, watched: Watched, reached: Reached, fates: tuple[bool, frozenset[int]] | None) -> None:
         self._watched = watched
+        self.fates = on_trial, written = fates or (watched.trials > 0, frozenset(watched.written))
         self._modules: list[Any] = [part.ref() for part in watched.parts]
         # Nearly all attributes are plain, and none of them changes: each loop here costs every checkpoint.
         held_by = [module.__dict__ for module in self._modules]
@@ -90,16 +93,16 @@ class ModuleState:
         self._trained = [tensor is not None and tensor.requires_grad for tensor in tensors]
         self._sharded = [_version_of(ref) for ref, _, _ in watched.sharded]
         self._copies: dict[int, torch.Tensor] = {}  # of buffers that may be written; while that is not known, of all
-        if watched.trials or watched.written:
+        if on_trial or written:
             with torch.no_grad():
-                for number in range(len(tensors)) if watched.trials else sorted(watched.written):
+                for number in range(len(tensors)) if on_trial else sorted(written):
                     tensor = tensors[number]
                     if tensor is not None and watched.places[number].is_state and not tensor.requires_grad:
                         self._copies[number] = tensor.detach().clone()
         # Of other parameters, what their bytes add up to, and which of them a forward changed unseen (through `.data`).
-        self._sums: list[int | None] = []
-        if watched.trials:
-            self._sums = [None if number in self._copies else sum_of(tensor) for number, tensor in enumerate(tensors)]
+        self._sums = [
+            None if n in self._copies else sum_of(tensor) for n, tensor in enumerate(tensors if on_trial else ())
+        ]
         self._adjusted = watched.adjusted
         # A leaf belongs to a model or to the caller. Anything else was computed, and lives by being kept.
         computed = [number for number, tensor in enumerate(tensors) if tensor is not None and not tensor.is_leaf]
@@ -108,7 +111,7 @@ class ModuleState:
         for index, number in enumerate(computed):
             self._tensors[number] = index
         self._again: dict[int, int] = {}  # of buffers that are known to be written: where among `kept` their copies are
-        if not watched.trials:
+        if not on_trial:
             self._again = {number: len(self.kept) + place for place, number in enumerate(self._copies)}
             self.kept += self._copies.values()
             self._copies = {}
@@ -159,7 +162,7 @@ class ModuleState:
     def learn(self, for_good: bool = False) -> None:
         """The forward is over: which buffers has it written? `for_good`: it will be the same ones from now on."""
         watched = self._watched
-        if not watched.trials:
+        if not self.fates[0]:
             return
         dicts = self._dicts()
         watched.rewritten = None

@@ -36,7 +36,7 @@ from gpuckpt.pytorch.engine.fence.holders import (
     is_foreign,
     kind_of,
 )
-from gpuckpt.pytorch.engine.fence.tensors import ReachedTensor, ReachedTuple, ReadsOf, TensorUse, gone
+from gpuckpt.pytorch.engine.fence.tensors import ReachedTensor, ReachedTuple, ReadsOf, TensorFate, TensorUse, gone
 from gpuckpt.pytorch.engine.residency import is_resident
 
 __all__ = ["Reached"]
@@ -52,7 +52,8 @@ class Reached:
     """What is reached, as it is now. `modules`, `generators`: those that were met on the way, by id; `callables`, `classes`:
     functions, and of which classes objects were met, which lead to more, with whether they are found `whole`.
 
-    `variable`, `names` and `look` are called for all of it, then `begin`. `kept`: tensors that a frame has to keep for `enter`.
+    `variable`, `names` and `look` are called for all of it, then `begin`. `kept`: tensors that a frame has to keep for `enter`;
+    `fates`: of each tensor what becomes of it, in the order in which they were met.
     What is found `whole` is put back whoever changed it.
     """
 
@@ -62,6 +63,7 @@ class Reached:
         self.callables: list[tuple[Any, bool]] = []
         self.classes: dict[type, bool] = {}
         self.kept: list[torch.Tensor] = []
+        self.fates: tuple[TensorFate, ...] = ()
         self._entries: list[tuple[Any, dict[Any, Any], bool]] = []  # holder, content, whether all of it is put back
         self._unstable: list[frozenset[Any]] = []  # of each the keys that forward changed itself
         self._noted: dict[int, Any] = {}
@@ -149,20 +151,23 @@ class Reached:
             # What can be called is like a function: a count of its calls counts recomputes.
             self._entries.append((holder, content, whole or (holder is not value and not callable(value))))
 
-    def begin(self) -> Reached:
-        """All has been met: settle which tensors are kept."""
+    def begin(self, fates: tuple[TensorFate, ...] | None) -> Reached:
+        """All has been met: settle which tensors are kept, as `fates` say where work is run again."""
         watched = {}
-        for key, tensor in self._tensors.items():
+        if fates is None or len(fates) != len(self._tensors):
+            fates = tuple([tensor.fate() for tensor in self._tensors.values()])
+        self.fates = fates
+        for (key, tensor), fate in zip(self._tensors.items(), fates, strict=True):
             value = tensor.strong
             assert value is not None
             if value.is_leaf and value.requires_grad:
-                continue  # trained: somebody keeps it, and what it was is compared
-            if any(use.trials for use in tensor.uses):
+                continue
+            if fate is TensorFate.WATCHED:
                 watched[key] = tensor
                 if value.grad_fn is None:
                     with torch.no_grad():
                         tensor.copy = value.detach().clone()
-            elif any(use.read for use in tensor.uses):
+            elif fate is TensorFate.KEPT:
                 tensor.index = len(self.kept)
                 if any(use.written for use in tensor.uses) and value.grad_fn is None:
                     with torch.no_grad():

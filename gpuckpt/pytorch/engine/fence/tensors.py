@@ -7,6 +7,7 @@ nobody may read.
 
 from __future__ import annotations
 
+import enum
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from gpuckpt.errors import RecomputeMismatch
 from gpuckpt.pytorch._torch_internals import version_number
 
-__all__ = ["ReachedTensor", "ReachedTuple", "ReadsOf", "TensorUse", "gone"]
+__all__ = ["ReachedTensor", "ReachedTuple", "ReadsOf", "TensorFate", "TensorUse", "gone"]
 
 _OVERWRITES = (torch.Tensor.__setitem__, torch.Tensor.copy_, torch.Tensor.fill_, torch.Tensor.zero_)
 
@@ -40,6 +41,14 @@ class TensorUse:
         return self._inside.setdefault(key, TensorUse()) if isinstance(key, str) else self
 
 
+class TensorFate(enum.Enum):
+    """What a call does with a tensor that its work reaches."""
+
+    LEFT = enum.auto()
+    WATCHED = enum.auto()  # and held until the call has shown whether it reads it
+    KEPT = enum.auto()  # with what the frame starts from
+
+
 class ReachedTensor:
     """A tensor as it was. `strong`, `copy`: what this holds itself; `index`: where it, or its copy, is in what a frame keeps."""
 
@@ -53,6 +62,15 @@ class ReachedTensor:
         self.strong: torch.Tensor | None = tensor
         self.copy: torch.Tensor | None = None
         self.index: int | None = None
+
+    def fate(self) -> TensorFate:
+        """By what is known now of those who reach it."""
+        value = self.ref()
+        if value is None or (value.is_leaf and value.requires_grad):
+            return TensorFate.LEFT  # trained: somebody keeps it, and what it was is compared
+        if any(use.trials for use in self.uses):
+            return TensorFate.WATCHED
+        return TensorFate.KEPT if any(use.read for use in self.uses) else TensorFate.LEFT
 
 
 class ReachedTuple:

@@ -30,6 +30,7 @@ class Writable(Protocol):
     """A record, as this module knows it; see record.py."""
 
     choices: list[Any]
+    fates: list[Any]
 
 
 class recording:
@@ -52,11 +53,11 @@ class recording:
 class reading:
     """Within the context, work of this thread is run again, and reads `record` from its beginning."""
 
-    __slots__ = ("__weakref__", "_before", "_next", "record")
+    __slots__ = ("__weakref__", "_before", "_next", "_next_fates", "record")
 
     def __init__(self, record: Writable) -> None:
         self.record = record
-        self._next = 0
+        self._next = self._next_fates = 0
 
     def __enter__(self) -> None:
         self._before = getattr(_current, "open", ()), getattr(_current, "reader", None)
@@ -75,6 +76,11 @@ class reading:
             )
         self._next += 1
         return choices[self._next - 1]
+
+    def next_fates(self) -> Any:
+        """Those of the next checkpoint within; None where forward had no more."""
+        self._next_fates += 1
+        return self.record.fates[self._next_fates - 1] if self._next_fates <= len(self.record.fates) else None
 
 
 class paused:

@@ -40,12 +40,13 @@ class KeptTensor:
 class Record:
     """What a piece of work keeps; `begin` is called where its frame saves its inputs, under the same hooks."""
 
-    __slots__ = ("__weakref__", "_pack", "_unpack", "choices", "draws", "flow", "operations", "part")
+    __slots__ = ("__weakref__", "_pack", "_unpack", "choices", "draws", "fates", "flow", "operations", "part")
 
     def __init__(self) -> None:
         self._pack: Callable[[torch.Tensor], Any] = index_of(None).hold
         self._unpack: Callable[[Any], torch.Tensor] = HeldTensor.load
         self.choices: list[Any] = []
+        self.fates: list[Any] = []  # of what checkpoints within reach (`Fence.fates`)
         self.operations: list[Any] = []
         # Under an option, by number among all operations: those that are kept, and what random ones drew.
         self.part: dict[int, Any] = {}
