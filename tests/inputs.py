@@ -22,7 +22,7 @@ import torch
 from gpuckpt.errors import CheckpointError
 from gpuckpt.memory import Budget
 
-SECONDS = 20  # far more than any of them takes, on a machine with other work too
+SECONDS = 60  # far more than any of them takes, on a machine with other work, traced line by line
 
 
 def closed_budget() -> Budget:

@@ -17,7 +17,6 @@ budgets and other hooks compose without a special case.
 
 from __future__ import annotations
 
-import contextvars
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, queue_callback, untraced
 from gpuckpt.pytorch.engine.early_stop import RunsOtherwise, replaying
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
+from gpuckpt.pytorch.engine.fence.contexts import ContextValues
 from gpuckpt.pytorch.engine.hooks import enter, redirect_saves
 from gpuckpt.pytorch.engine.kept.current import paused
 from gpuckpt.pytorch.engine.replay import EarlyStop, FrameReplay, Recomputed, Replayed, Slot
@@ -74,7 +74,7 @@ class Frame:
         self._wanted: Slot | None = None
         self._reached = 0  # how many tensors the latest replay saw saved
         self._lock = threading.RLock()
-        self._context = contextvars.copy_context()  # backward may run elsewhere: on CUDA, in a thread of autograd's
+        self._context = ContextValues()  # backward may run elsewhere: on CUDA, in a thread of autograd's
 
     def save(self, tensors: Sequence[torch.Tensor]) -> None:
         """Keep `tensors` to start from, in whatever the active hooks save into. Raises `BudgetExceeded`."""
@@ -127,7 +127,7 @@ class Frame:
                 replaying(replay),
                 paused(),
             ):
-                self._context.copy().run(self._replay, tensors)
+                self._context.run(self._replay, tensors)
             if to_the_end and replay.count == len(self.slots):
                 self._reached = replay.count + _MOST_LATE
                 return
