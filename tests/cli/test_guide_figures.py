@@ -34,8 +34,13 @@ def test_the_table_of_llama() -> None:
         "left",
         "gradients",
         "activations",
+        "last_stage_saved",
+        "last_stage_workspace",
+        "held",
+        "forward_and_backward",
     )
-    assert stated == {facts[f"{name}_bytes"] for name in (*names, "last_stage_saved")}
+    assert stated == {facts[f"{name}_bytes"] for name in names}
+    assert f"({facts['recompute_ms']:.0f} ms of {facts['step_ms']:.0f} ms, by the\nroofline)" in page
     assert facts["weights_bytes"] == 2 * 8_030_261_248
 
 

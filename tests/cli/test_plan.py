@@ -50,9 +50,9 @@ def test_a_chain_file_under_a_budget_as_json(tmp_path: Path) -> None:
     report = json.loads(text)
     assert report["budget_bytes"] == half
     assert report["promised_peak_bytes"] <= half
-    fates = {stage["fate"].partition("-")[0] for stage in report["stages"]}
+    fates = {stage["fate"] for stage in report["stages"]}
     assert "kept" in fates
-    assert fates & {"recomputed", "attention", "narrow", "products"}
+    assert any(fate == "recomputed" or fate.startswith("kept-") for fate in fates)
     assert not (tmp_path / "half" / "frontier.svg").exists()
     total = json.loads(run(file, "--budget", half * 4, "--total", "--json", "--points", 0, out=tmp_path))
     assert total["budget_bytes"] == half * 4
@@ -69,8 +69,9 @@ def test_spilling_over_a_link_is_an_option(tmp_path: Path) -> None:
 
 def test_a_host_budget_bounds_what_is_spilled(tmp_path: Path) -> None:
     # So wide that running a block's attention again takes longer than the way to the host and back; its MLP is not run again.
+    # The smallest budget has no room for what is on its way while a block goes back; half as much again has.
     sizes = (*SIZES, "--width", 32768, "--heads", 64, "--context", 2048)
-    budget = json.loads(run(*sizes, "--json", out=tmp_path))["smallest_budget_bytes"]
+    budget = json.loads(run(*sizes, "--json", out=tmp_path))["smallest_budget_bytes"] * 3 // 2
     wanted = (*sizes, "--spill", "nvlink-c2c", "--budget", budget, "--json")
     free = json.loads(run(*wanted, out=tmp_path))
     assert free["promised_host_peak_bytes"] > 0

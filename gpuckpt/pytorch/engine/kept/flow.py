@@ -26,7 +26,8 @@ from gpuckpt.pytorch.engine.subclasses import parts_of
 __all__ = ["UNWATCHED", "Flow", "Ran", "SavedFrom", "Way", "casts_weight", "changed_by", "tensors_of"]
 
 
-UNWATCHED = frozenset({torch.ops.aten.detach.default})  # of which autograd calls as many as it likes
+# No part of the flow: autograd detaches as often as it likes, and only tensors without memory are asked for their device by an operator.
+UNWATCHED = frozenset({torch.ops.aten.detach.default, torch.ops.prim.device.default})
 
 
 def casts_weight(op: Any, args: tuple) -> bool:
