@@ -86,8 +86,9 @@ def checksum(tensor: torch.Tensor) -> int:
     """64 bits that change with any byte of the tensor and, unlike an exclusive or, with their order."""
     if tensor.is_meta:
         return 0
-    if tensor.layout is not torch.strided:
-        return hash(tuple(map(checksum, parts_of(tensor))))
+    parts = parts_of(tensor)
+    if len(parts) != 1 or parts[0] is not tensor:
+        return hash(tuple(map(checksum, parts)))
     with paused():
         flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)

@@ -100,9 +100,8 @@ class ModuleState:
                     if tensor is not None and watched.places[number].is_state and not tensor.requires_grad:
                         self._copies[number] = tensor.detach().clone()
         # Of other parameters, what their bytes add up to, and which of them a forward changed unseen (through `.data`).
-        self._sums = [
-            None if n in self._copies else sum_of(tensor) for n, tensor in enumerate(tensors if on_trial else ())
-        ]
+        looked_at = tensors if on_trial else ()
+        self._sums = [None if number in self._copies else sum_of(each) for number, each in enumerate(looked_at)]
         self._adjusted = watched.adjusted
         # A leaf belongs to a model or to the caller. Anything else was computed, and lives by being kept.
         computed = [number for number, tensor in enumerate(tensors) if tensor is not None and not tensor.is_leaf]
@@ -161,10 +160,9 @@ class ModuleState:
 
     def learn(self, for_good: bool = False) -> None:
         """The forward is over: which buffers has it written? `for_good`: it will be the same ones from now on."""
-        watched = self._watched
         if not self.fates[0]:
             return
-        dicts = self._dicts()
+        watched, dicts = self._watched, self._dicts()
         watched.rewritten = None
         adjusted = []
         for number, place in enumerate(watched.places):
