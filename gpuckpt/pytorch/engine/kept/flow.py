@@ -26,7 +26,8 @@ from gpuckpt.pytorch.engine.subclasses import parts_of
 __all__ = ["UNWATCHED", "Flow", "Ran", "SavedFrom", "Way", "casts_weight", "changed_by", "tensors_of"]
 
 
-# No part of the flow: autograd detaches as often as it likes, and only tensors without memory are asked for their device by an operator.
+# No part of the flow: autograd detaches as often as it likes, and only tensors without memory are asked for their device by an
+# operator.
 UNWATCHED = frozenset({torch.ops.aten.detach.default, torch.ops.prim.device.default})
 
 
