@@ -35,6 +35,7 @@ from gpuckpt.pytorch.profiling.isolation import ParameterWrites, cut, cut_call, 
 from gpuckpt.pytorch.profiling.op_trace import OpTrace
 from gpuckpt.pytorch.profiling.sample import Sample
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, residents_of, unpack
+from gpuckpt.pytorch.profiling.sharding import sharding_unchanged
 from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Measured, StageKind, joined, kind_key
 
 __all__ = ["Measured", "run_chain"]
@@ -53,7 +54,7 @@ class _Measurement:
         repeats: int,
         unit_bytes: int,
     ) -> None:
-        self.parameters = list(model.parameters())
+        self.model, self.parameters = model, list(model.parameters())
         self.given = given  # ids of the model's own arguments
         self.expected = found.modules
         self.whole = found.differentiates  # stages stay connected: the model's forward goes backward through them
@@ -62,8 +63,7 @@ class _Measurement:
         self.inner = InnerCheckpoints(unit_bytes)
         self.outside_again = False  # whether code outside of stages made checkpoints
         self.storages = storages
-        self.clock = clock
-        self.repeats = repeats
+        self.clock, self.repeats = clock, repeats
         self.trained: dict[str, frozenset[int]] = {}
         self.stages: list[Stage] = []
         self.position = 0
@@ -204,8 +204,7 @@ class _Measurement:
                 self.stages[number] = replace(self.stages[number], recomputable=False)
 
     def close_outside(self, name: str, ends: Sequence[torch.Tensor] = ()) -> None:
-        """Turn what was saved outside stages since the last one, on the way to `ends`, into a stage of its own that is always
-        kept."""
+        """Turn what was saved outside of stages since the last one, on the way to `ends`, into a stage that is always kept."""
         seconds, again_bytes = self.clock.now() - self.outside_began_s, 0
         forward_bytes = self.live.made_since(self.outside_began, [tensor for tensor, _ in self.outside.tensors])
         workspace_bytes = gradients_bytes = 0
@@ -223,7 +222,8 @@ class _Measurement:
 
     def backward(self, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> Gradients:
         """Go backward from `roots` to the end of the stage before, or to the model's parameters."""
-        return gradients_of(roots, self.previous.tensors, self.parameters, retain_graph=retain_graph)
+        with sharding_unchanged(self.model):  # forward may be under way: what it has gathered stays
+            return gradients_of(roots, self.previous.tensors, self.parameters, retain_graph=retain_graph)
 
     def backward_bytes(self, name: str, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> tuple[int, int]:
         """Go backward through the stage `name`: bytes that operators make on the way, and what gradients of parameters add."""
