@@ -308,9 +308,9 @@ class Walk:
     def _keeping(self, opened: _Open, call: _Arrival) -> keeping_part:
         """The context in which a stage under an option keeps what that says."""
         part, flow = part_of(opened.option), self.flows.get(call.stage)
-        known = flow is not None and flow.steady
+        known = flow is not None and flow.steady and flow.repeated
         if flow is None or not known:
-            flow = Flow()
+            flow = Flow(flow)
             flow.begin([*tensors_in(call.leaves), *call.module.parameters(), *call.module.buffers()])
             opened.frame.on_save = flow.save
         opened.frame.cut = part.cut

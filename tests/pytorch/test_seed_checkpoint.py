@@ -159,6 +159,23 @@ def test_what_is_learned_between_changes_no_recompute_of_a_checkpoint_within(mak
         assert torch.equal(work.linear.weight.grad, plain.linear.weight.grad)
 
 
+class Counting(torch.nn.Module):
+    """Registers a count in its first forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "count" not in self._buffers:
+            self.register_buffer("count", torch.zeros(()))
+        self.count.add_(1)
+        return x.sin()
+
+
+def test_a_buffer_that_forward_registers_is_written_once() -> None:
+    model, x = Counting(), leaf(1.0, 2.0)
+    for step in range(3):
+        gpuckpt.checkpoint(model, x).sum().backward()
+        assert model.count.item() == step + 1
+
+
 def test_no_inputs_raise() -> None:
     with pytest.raises(TypeError, match="at least one input"):
         gpuckpt.checkpoint(lambda: torch.ones(1))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gpuckpt.checks import shown
 from gpuckpt.errors import RecomputeMismatch
@@ -14,7 +15,7 @@ from gpuckpt.pytorch._torch_internals import version_number
 from gpuckpt.pytorch.engine.kept.current import paused
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
-__all__ = ["Verify", "check_verify", "checksum", "compare", "seen", "sum_of", "unread", "version_of"]
+__all__ = ["Verify", "check_verify", "checksum", "compare", "differ", "seen", "sum_of", "unread", "version_of"]
 
 Verify = Literal["metadata", "bitwise"]
 
@@ -114,3 +115,8 @@ def sum_of(tensor: torch.Tensor | None) -> int | None:
     ):
         return None
     return int(tensor.detach().view(_INTEGERS[tensor.element_size()]).sum())
+
+
+def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have other contents; False for what has none that could be compared."""
+    return one.layout is torch.strided and not isinstance(one, FakeTensor) and not torch.equal(one, other)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ __all__ = [
     "refill",
     "restore",
     "restore_hooks",
+    "take_new",
 ]
 
 INTERNAL = (frozenset(nn.Module().__dict__) - {"training"}) | {"_compiled_call_impl"}
@@ -101,3 +102,9 @@ def _same_items(container: Any, content: Any) -> bool:
     if isinstance(container, dict):
         return all(container.get(key, ABSENT) is value for key, value in content.items())
     return container == content
+
+
+def take_new(held: Iterable[tuple[dict[str, Any], Sequence[str]]]) -> list[tuple[dict[str, Any], str, Any]]:
+    """Take out of dicts whose names were known what has come since, such as buffers that forward registers; where, and what."""
+    grown = [(each, known) for each, known in held if len(each) > len(known)]
+    return [(each, name, each.pop(name)) for each, known in grown for name in list(each) if name not in known]

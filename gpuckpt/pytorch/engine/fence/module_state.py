@@ -25,7 +25,6 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from gpuckpt.errors import StateModified
 from gpuckpt.pytorch._torch_internals import forward_inside, keep_sharding_state, version_number
@@ -38,13 +37,14 @@ from gpuckpt.pytorch.engine.fence.attributes import (
     refill,
     restore,
     restore_hooks,
+    take_new,
 )
 from gpuckpt.pytorch.engine.fence.holders import PLAIN, Variable
 from gpuckpt.pytorch.engine.fence.norms import freeze
 from gpuckpt.pytorch.engine.fence.reached import Reached
 from gpuckpt.pytorch.engine.fence.tensors import TensorUse
 from gpuckpt.pytorch.engine.fence.watched import Watched
-from gpuckpt.pytorch.engine.verify import sum_of, unread
+from gpuckpt.pytorch.engine.verify import differ, sum_of, unread
 
 __all__ = ["ModuleState"]
 
@@ -181,7 +181,7 @@ class ModuleState:
             if (
                 tensor is not self._tensors[number]
                 or version_number(tensor) != self._versions[number]
-                or _differ(tensor, self._copies[number])  # through `.data`
+                or differ(tensor, self._copies[number])  # through `.data`
             ):
                 watched.written.add(number)
             else:
@@ -230,6 +230,7 @@ class ModuleState:
         copies = [self._tensors[number].detach().clone() for number in adjusted]
         stopped = [keep_sharding_state(self._modules[number]) for number in watched.with_shards]
         frozen = freeze(self._modules[number] for number in watched.norms)
+        new = take_new((held, part.buffers) for (_, held), part in zip(dicts, watched.parts, strict=True))
         compared = unread(buffer for norm, _, _ in frozen for buffer in norm._buffers.values() if buffer is not None)
 
         def leave() -> None:
@@ -249,6 +250,8 @@ class ModuleState:
                         held.pop(name, None)
                     else:
                         held[name] = tensor
+            for held, name, buffer in new:
+                held[name] = buffer
             for held, was in zip(held_by, attributes, strict=True):
                 if len(held) != len(was) or not all(map(is_, held.values(), was.values())):
                     held.clear()
@@ -258,7 +261,7 @@ class ModuleState:
             for held, before_hooks in zip(held_by, hooks, strict=True):
                 restore_hooks(held, before_hooks)
             pairs = zip(adjusted, copies, strict=True)
-            again = [(number, were) for number, were in pairs if _differ(self._tensors[number], were)]
+            again = [(number, were) for number, were in pairs if differ(self._tensors[number], were)]
             for number, were in again:
                 self._tensors[number].data.copy_(were)
             if again:
@@ -343,8 +346,3 @@ def _modified(kind: str, name: str, owner: str, tensor: torch.Tensor | None) -> 
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
-
-
-def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one shape have other contents; False for what has none that could be compared."""
-    return one.layout is torch.strided and not isinstance(one, FakeTensor) and not torch.equal(one, other)

@@ -25,6 +25,7 @@ class _Part:
 
     __slots__ = (
         "_values",
+        "buffers",
         "child_names",
         "children",
         "count",
@@ -47,6 +48,7 @@ class _Part:
         self.count = len(held)
         self.children = list(map(id, module._modules.values()))
         self.child_names = tuple(module._modules)
+        self.buffers = tuple(module._buffers)
         self.tensors = len(module._parameters), len(module._buffers)
         self.names = tuple(name for name in held if name not in INTERNAL)
         self._values: list[Any] | None = None

@@ -88,13 +88,16 @@ class SavedFrom(NamedTuple):
 class Flow:
     """The flow of one run of work. `ran`: its operations in order; `saved`: the tensors
     that autograd saved; `seen`: whether nothing was hidden, once it is over; `decided`: the first operation whose results
-    decide what runs after it, or how large that is; `steady`: whether another run can be expected to do the same."""
+    decide what runs after it, or how large that is; `steady`: whether another run can be expected to do the same;
+    `repeated`: whether the run `before` did, which a first forward that makes tables for later ones does not."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Flow | None = None) -> None:
         self.ran: list[Ran] = []
         self.saved: list[SavedFrom] = []
         self.seen = True
         self.steady = True
+        self.repeated = False
+        self._before = [] if before is None else [ran.op for ran in before.ran]
         self.decided: int | None = None
         self._closed = False
         self._given: set[int] = set()
@@ -180,9 +183,10 @@ class Flow:
         """The work is done. `given`: what was there besides, as was found out meanwhile."""
         self._given.update(self._addresses(given))
         self._closed = True
+        self.repeated = self._before == [ran.op for ran in self.ran]
         if not self._unknown <= self._given:
             self.hide()
-        for each in (self._given, self._writers, self._unwritten, self._unknown, self._refs):
+        for each in (self._given, self._writers, self._unwritten, self._unknown, self._refs, self._before):
             each.clear()
 
     def needed(self, slots: Iterable[int], kept: Collection[int]) -> set[int]:
