@@ -325,7 +325,7 @@ def run_chain(
         # Not in the middle of the model's forward, whose hooks would see every stage several times.
         with torch.enable_grad():
             for kind in run.kinds.values():
-                kind.measure(model, clock, repeats, run.inner)
+                kind.measure(model, clock, repeats, run.inner, options=not found.groups)
     if run.position != len(found.modules):
         raise InvalidChain(
             f"{type(model).__name__} called {run.position} of {len(found.modules)} stages with autograd on; a chain runs the "

@@ -68,8 +68,9 @@ class StageKind:
     option_s: dict[str, tuple[float, float]] = field(default_factory=dict)
     stopped_s: list[float] = field(default_factory=list)  # of the forward up to the last saved tensor
 
-    def measure(self, model: nn.Module, clock: Clock, repeats: int, inner: InnerCheckpoints) -> None:
-        """Run the samples, calls in `model`, again: the first for its workspace, all for their time."""
+    def measure(self, model: nn.Module, clock: Clock, repeats: int, inner: InnerCheckpoints, *, options: bool) -> None:
+        """Run the samples, calls in `model`, again: the first for its workspace, all for their time. Not `options` where ranks
+        meet inside of the work: one that drops an option alone would leave the others waiting."""
         first = self.samples[0]
         with gathered_around(model, first.module, tensors_in(first.inputs)):
             self.workspace_bytes, self.gradients_bytes = run_again(first, inner.budget.unit_bytes)
@@ -82,7 +83,7 @@ class StageKind:
             with gathered_around(model, sample.module, tensors_in(sample.inputs)) as gather:
                 self.time(sample, gather, clock, repeats)
         with gathered_around(model, first.module, tensors_in(first.inputs)) as gather:
-            if first.options:
+            if options and first.options:
                 self.option_s = option_seconds(first, gather, clock, repeats)
 
     def measured(self, stage: Stage, *, last: bool) -> Stage:
