@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-__all__ = ["check_choice", "check_flag", "check_function", "check_int", "check_number", "shown"]
+__all__ = ["check_choice", "check_flag", "check_function", "check_int", "check_number", "check_sequence", "shown"]
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
@@ -92,3 +92,19 @@ def check_flag(value: object, name: str) -> None:
     """
     if value is not True and value is not False:
         raise TypeError(f"{name} is {shown(value)} ({type(value).__name__}); expected True or False")
+
+
+def check_sequence(value: Any, name: str, kind: type, expected: str) -> list[Any]:
+    """The elements of `value`, all of them of `kind`. Raises `TypeError` for what is no container, and for another element.
+
+    >>> check_sequence((1, 2), "numbers", int, "ints in a sequence")
+    [1, 2]
+    """
+    try:
+        found = list(value)
+    except (TypeError, NotImplementedError):  # the second: a tensor without elements in memory
+        raise TypeError(f"{name} is {shown(value)}; expected {expected}") from None
+    for number, each in enumerate(found):
+        if not isinstance(each, kind):
+            raise TypeError(f"{name}[{number}] is {shown(each)}; expected a {kind.__name__}")
+    return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpuckpt.checks import check_int, shown
+from gpuckpt.checks import check_int, check_sequence, shown
 
 __all__ = ["GraphCheckpointConfig", "GraphSegment", "plan_recomputation"]
 
@@ -106,14 +106,7 @@ class GraphCheckpointConfig:
 
 
 def _sorted(segments: Iterable[GraphSegment]) -> tuple[GraphSegment, ...]:
-    try:
-        found = list(segments)
-    except (TypeError, NotImplementedError):  # the second: a tensor without elements in memory
-        raise TypeError(f"segments is {shown(segments)}; expected GraphSegments in a sequence") from None
-    for k, segment in enumerate(found):
-        if not isinstance(segment, GraphSegment):
-            raise TypeError(f"segments[{k}] is {shown(segment)}; expected a GraphSegment")
-    return tuple(sorted(found))
+    return tuple(sorted(check_sequence(segments, "segments", GraphSegment, "GraphSegments in a sequence")))
 
 
 def plan_recomputation(num_nodes: int, config: GraphCheckpointConfig) -> list[bool]:

@@ -33,7 +33,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from gpuckpt.checks import check_function, check_int, check_number, shown
+from gpuckpt.checks import check_function, check_int, check_number, check_sequence, shown
 
 from ..audit.compile import cache_dir as reports_dir
 from ..device.casts import INTERPRETED
@@ -150,7 +150,7 @@ def tune(
         raise TypeError(f"device is {shown(device)}; expected a torch.device or its name")
     if arch is not None:
         arch = check_int(arch, "arch")
-    tiles = None if tiles is None else _tiles(tiles)
+    tiles = None if tiles is None else check_sequence(tiles, "tiles", TileConfig, "TileConfigs in a sequence, or None")
     if timer is None:
         _need_gpu(device)
         timer = _EventTimer(torch.device(device), flush_bytes)
@@ -188,17 +188,6 @@ def tune(
     )  # fmt: skip
     _keep(result)
     return result
-
-
-def _tiles(tiles: Sequence[TileConfig]) -> list[TileConfig]:
-    try:
-        found = list(tiles)
-    except (TypeError, NotImplementedError):  # the second: a tensor without elements in memory
-        raise TypeError(f"tiles is {shown(tiles)}; expected TileConfigs in a sequence, or None") from None
-    for number, tile in enumerate(found):
-        if not isinstance(tile, TileConfig):
-            raise TypeError(f"tiles[{number}] is {shown(tile)}; expected a TileConfig")
-    return found
 
 
 def load(directory: str | Path | None = None) -> Mapping[TunedKey, TileConfig]:
