@@ -59,8 +59,9 @@ def ledger_plot(
             for nbytes, name, dash in lines
         )
         + f"<path d='M{turn:.2f} 0V100' stroke='var(--line)'/></svg><i class=cursor hidden></i></div>"
-        f"<div class=along><span>forward</span><span style='position:absolute;left:{min(turn, 70):.1f}%;padding-left:.3rem'>"
-        f"backward</span><span>{escape(format_seconds(end_ms / 1e3))}</span></div></div>"
+        # "backward" stands where backward begins, or as near to it as the words beside it leave room.
+        f"<div class=along style='display:grid;grid-template-columns:minmax(max-content,{turn:.1f}%) 1fr max-content;gap:.5rem'>"
+        f"<span>forward</span><span>backward</span><span>{escape(format_seconds(end_ms / 1e3))}</span></div></div>"
     )
     return picture, moments
 

@@ -23,8 +23,12 @@ class Unavailable(Exception):
     """The stand-in cannot be built here; the message says why."""
 
 
-def library() -> Path:
-    """The built libcuda.so.1, from the cache or built now. Raises `Unavailable`."""
+def library(name: str = "libcuda.so.1") -> Path:
+    """The stand-in, from the cache or built now, under the name by which loaders find it. Raises `Unavailable`.
+
+    A process that has loaded it as libcuda.so.1 gets it from then on for the real one, so a process that is to go on as it was
+    loads it under another name.
+    """
     import importlib.util
 
     spec = importlib.util.find_spec("triton")
@@ -37,7 +41,7 @@ def library() -> Path:
     text = (HERE / "libcuda.c").read_bytes() + Path(__file__).read_bytes() + str(headers).encode()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpuckpt" / "drivercuda"
     folder = root / hashlib.sha256(text).hexdigest()[:16]
-    built = folder / "libcuda.so.1"
+    built = folder / name
     if not built.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"part{os.getpid()}"
@@ -47,7 +51,7 @@ def library() -> Path:
             "-fPIC",
             "-O1",
             "-w",
-            "-Wl,-soname,libcuda.so.1",
+            f"-Wl,-soname,{name}",
             f"-I{headers}",
             str(HERE / "libcuda.c"),
             "-o",

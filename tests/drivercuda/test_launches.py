@@ -109,9 +109,20 @@ class TensorMap(ctypes.Structure):
 @pytest.fixture
 def driver():
     try:
-        return ctypes.CDLL(str(library()))
+        return ctypes.CDLL(str(library("libdrivercuda.so")))
     except Unavailable as reason:
         pytest.skip(str(reason))
+
+
+def test_the_stand_in_is_not_taken_for_a_driver(driver: Any):
+    """It is in this process, and who asks for CUDA finds what was there before: a driver or none."""
+    assert hasattr(driver, "drivercuda_launches")
+    try:
+        found = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    assert hasattr(found, "cuInit")
+    assert not hasattr(found, "drivercuda_launches")
 
 
 def encode(driver: Any, *, address=0, sizes=(64, 64), stride=128, box=(64, 64), swizzle=3) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -102,8 +103,20 @@ def centre(of: list[float]) -> tuple[float, float]:
     return of[0] + of[2] / 2, of[1] + of[3] / 2
 
 
+@pytest.mark.parametrize("forward", [None, 0.001, 0.5, 0.95], ids=["as it ran", "at once", "half", "nearly all"])
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=list(WIDTHS))
-def test_nothing_is_cut_and_nothing_overlaps(browser: Browser, page: Path, width: int) -> None:
+def test_nothing_is_cut_and_nothing_overlaps(
+    browser: Browser, data: dict[str, Any], tmp_path: Path, width: int, forward: float | None
+) -> None:
+    """`forward`: the share of the step's time that it takes."""
+    data = copy.deepcopy(data)
+    if forward is not None:
+        events = data["events"]
+        turn = next(i for i, e in enumerate(events) if e[3] == "step" and e[4] == "backward")
+        for i, event in enumerate(events):
+            event[0] = forward * i / turn if i < turn else forward + (1 - forward) * (i - turn) / (len(events) - turn)
+    page = tmp_path / "page.html"
+    page.write_text(to_page(data), encoding="utf-8")
     browser.open(page, width)
     assert browser.js("document.documentElement.scrollWidth") <= width
     cut = """[...document.querySelectorAll('h1, h2, p, li, b, td, th, span, output')].filter(e => e.offsetParent &&
