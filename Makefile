@@ -45,7 +45,7 @@ docs: setup
 
 nightly: setup
 	$(BIN)/python -m pytest -m slow -q -s
-	$(BIN)/python -m benchmarks.zoo --page docs/zoo.md
+	$(BIN)/python benchmarks/zoo.py --page docs/zoo.md
 
 # The tests with the oldest torch that is supported and with the newest there is; constraints.txt pins the one between.
 torches:

@@ -1,18 +1,20 @@
 """A million operations in whole lives of a budget (tests/memory/lives.py) on each pool; a line of their counts is added to
 results/budget_lives.jsonl.
 
-    python -m benchmarks.budget_lives [--seconds S]    S: what each pool may take, where a million take longer
+    python benchmarks/budget_lives.py [--seconds S]    S: what each pool may take, where a million take longer
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_record import RESULTS, append
 
-from benchmarks.bench_record import RESULTS, append
+TESTS = Path(__file__).resolve().parent.parent / "tests"
 
 
 class Collected:
@@ -34,7 +36,7 @@ def main() -> None:
     if seconds is not None:
         os.environ["GPUCKPT_LIVES_SECONDS"] = str(seconds)
     collected = Collected()
-    code = pytest.main(["-q", "-m", "slow", "tests/memory/test_whole_lives.py"], plugins=[collected])
+    code = pytest.main(["-q", "-m", "slow", str(TESTS / "memory" / "test_whole_lives.py")], plugins=[collected])
     append(RESULTS / "budget_lives.jsonl", {"seconds_allowed": seconds, "runs": collected.runs})
     raise SystemExit(code)
 

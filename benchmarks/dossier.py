@@ -7,7 +7,7 @@ broken.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from gpuckpt.report.audit import run_audit
@@ -15,10 +15,9 @@ from gpuckpt.report.audit import run_audit
 HERE = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
-    if unknown := set(sys.argv[1:]) - {"--quick"}:
-        raise SystemExit(f"unknown arguments {sorted(unknown)}; expected --quick or none")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the preferred configuration of each kernel alone")
+    quick = parser.parse_args().quick
     out = HERE.parent / "out"
     page = HERE / "results" / "dossier.md"
-    raise SystemExit(
-        run_audit([], out / "audit.json", out / "audit.html", markdown_path=page, quick="--quick" in sys.argv)
-    )
+    raise SystemExit(run_audit([], out / "audit.json", out / "audit.html", markdown_path=page, quick=quick))

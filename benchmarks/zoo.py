@@ -1,6 +1,6 @@
 """Every architecture of tests/zoo: its smallest budget, and its step vs. a plain one and the library's own checkpointing.
 
-    python -m benchmarks.zoo [NAME ...] [--rounds 5] [--page docs/zoo.md]
+    python benchmarks/zoo.py [NAME ...] [--rounds 5] [--page docs/zoo.md]
 
 Writes the table of the page with --page; prints it otherwise. Steps take turns round by round; ratios are medians of the ratios
 within a round, of the thread's CPU seconds. Models are tiny, so that most of a step is Python and not arithmetic: a recompute
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.bench_record import arguments
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the models are those of the tests
+from bench_record import arguments
+
 from gpuckpt import fit, format_bytes
 from tests.pytorch.beside_plain import default_loss, plain_peak_bytes
 from tests.zoo.checks import seed_all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -133,3 +134,13 @@ def test_a_benchmark_without_figures_is_told(compare, tmp_path) -> None:
     script.write_text("print('100 stages in 0.01 s')\n")
     with pytest.raises(RuntimeError, match=r"talk\.py neither added a record"):
         compare.run(tmp_path, "talk", [])
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in sorted(BENCHMARKS.glob("*.py")) if "__main__" in path.read_text()], ids=lambda p: p.stem
+)
+def test_each_runs_by_its_path_from_anywhere(path: Path, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert path.name in done.stdout

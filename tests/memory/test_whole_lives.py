@@ -1,5 +1,5 @@
 """Whole lives of a budget in both holds and on CuPy's pool; see lives.py. `make nightly` runs a million operations on each, and
-`python -m benchmarks.budget_lives` notes what they came to."""
+`python benchmarks/budget_lives.py` notes what they came to."""
 
 from __future__ import annotations
 
