@@ -72,6 +72,7 @@ def checkpoint(
         TypeError: an iterator among the arguments or in a variable of `fn`, which it would use up; no arguments, and nothing that
             `fn` reaches by itself; a `budget` that is none; a `keep` that is no policy; options of torch.utils.checkpoint that
             ask for something else than what is done here.
+        NotImplementedError: `fn` uses a `torch.jit.ScriptModule`, or runs inside of `parametrize.cached()`.
         ValueError: `keep` names what cannot be kept, such as views and in-place operations.
 
     >>> x = torch.linspace(0, 1, 3, requires_grad=True)

@@ -10,6 +10,7 @@ from torch import nn
 
 from gpuckpt.memory import Budget
 from gpuckpt.planning import Plan
+from gpuckpt.pytorch.engine.fence.watched import refuse_scripted
 from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.fitted import Fitted
 from gpuckpt.pytorch.plan_maker import Planned
@@ -80,6 +81,7 @@ def fit(
         BudgetExceeded: no plan fits; the error names the smallest budget that would do, and with scope="device" what takes how
             much. The model is untouched.
         InvalidChain: the model has no chain of stages, or calls torch.utils.checkpoint itself.
+        NotImplementedError: a part of the model is a `torch.jit.ScriptModule`.
         InvalidPlan: `plan` was made for other stages, or stages that save other bytes.
         TypeError: a `plan` that is none, a `group` that is none or has no part for this rank.
         ValueError: a name in `stages` that no module has; a host budget that is not on the host, or is `budget` itself; an
@@ -102,6 +104,7 @@ def fit(
     True
     """
     check_model(model)
+    refuse_scripted(model.modules())
     terms = Terms(
         budget,
         strategy,

@@ -128,6 +128,9 @@ class Frame:
                 paused(),
             ):
                 self._context.run(self._replay, tensors)
+            if replay.ended:
+                self._reached = replay.count
+                return
             if to_the_end and replay.count == len(self.slots):
                 self._reached = replay.count + _MOST_LATE
                 return
@@ -142,6 +145,9 @@ class Frame:
             replay.drop()
         except BaseException as error:
             drop_stale_nodes_after(error)
+            if replay.ended and isinstance(error, Exception):
+                self._reached = replay.count
+                return
             replay.drop()
             if replay.check is None or not isinstance(error, Exception) or isinstance(error, BudgetExceeded):
                 raise  # else part of the work may have met what stood for the rest: the whole of it tells

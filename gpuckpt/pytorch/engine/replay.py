@@ -87,7 +87,10 @@ class Slot:
 
 
 class FrameReplay:
-    """One more run of a frame's work: what autograd saves arrives in the order of forward and fills the slots that wait."""
+    """One more run of a frame's work: what autograd saves arrives in the order of forward and fills the slots that wait.
+
+    `ended`: all that was waited for has arrived. `EarlyStop` says so as well, but TorchScript makes another error of it.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -101,6 +104,7 @@ class FrameReplay:
         "_wanted",
         "check",
         "count",
+        "ended",
     )
 
     def __init__(self, frame: Replayed, wanted: Slot, to_the_end: bool) -> None:
@@ -122,9 +126,12 @@ class FrameReplay:
         evicts = budget is not None and frame.evictable and "recompute" in budget.over_cap
         self._budget = budget if evicts else None  # to offer slots to
         self.count = 0
+        self.ended = False
 
     @untraced
     def pack(self, tensor: torch.Tensor) -> Recomputed:
+        if self.ended:  # the work has caught what was to end it
+            raise EarlyStop
         index = self.count
         self.count += 1
         slot = self._slots.get(index)
@@ -148,10 +155,12 @@ class FrameReplay:
             except BudgetExceeded:
                 if self._budget is None or self._wanted.held is None or self._last == len(self._frame.slots):
                     raise
+                self.ended = True
                 raise EarlyStop from None  # the rest when it is wanted
             if self._budget is not None and waited_for:
                 self._budget.offer(slot)
         if index == self._last:
+            self.ended = True
             raise EarlyStop
         made = Recomputed(slot)
         self._made.append(weakref.ref(made))

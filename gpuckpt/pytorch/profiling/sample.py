@@ -80,9 +80,13 @@ class _Watch:
         if self._sums is not None and self._count in self._slots:
             self._sums[self._count] = checksum(tensor)
         self._count += 1
-        if self._count > self._last:
+        if self.ended:
             raise _Done
         return tensor.detach()
+
+    @property
+    def ended(self) -> bool:
+        return self._count > self._last
 
     def arrive(self, tensors: Sequence[torch.Tensor]) -> None:
         if self._count + len(tensors) > self._last:
@@ -109,8 +113,14 @@ def recompute_s(
     watch = _Watch(slots, sums)
     with sharding_unchanged(module), given or nullcontext():
         began_s = clock.now()
-        with suppress(_Done), saved_tensors_hooks(watch.pack, identity), replaying(watch):
-            run_module(module, args, kwargs)
+        try:
+            with saved_tensors_hooks(watch.pack, identity), replaying(watch):
+                run_module(module, args, kwargs)
+        except _Done:
+            pass
+        except Exception:
+            if not watch.ended:
+                raise  # else what ended it, of which TorchScript's interpreter makes another error
         return clock.now() - began_s
 
 

@@ -17,7 +17,7 @@ from gpuckpt.pytorch.engine.fence.holders import PLAIN
 from gpuckpt.pytorch.engine.fence.norms import is_norm
 from gpuckpt.pytorch.engine.fence.tensors import TensorUse
 
-__all__ = ["Watched", "watch"]
+__all__ = ["Watched", "refuse_scripted", "watch"]
 
 
 class _Part:
@@ -94,6 +94,17 @@ def _is_state(parameter: torch.Tensor) -> bool:
     )
 
 
+def refuse_scripted(modules: Iterable[nn.Module]) -> None:
+    """Raise `NotImplementedError` for a module of TorchScript."""
+    scripted = next((module for module in modules if isinstance(module, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise NotImplementedError(
+            f"checkpointed work uses {scripted.original_name!r} as a torch.jit.ScriptModule, whose flags and buffers lie where a "
+            "recompute cannot put them back; use the module that it was made from, or torch.compile (functions of "
+            "torch.jit.script are fine)"
+        )
+
+
 class Watched:
     """The modules below some roots, looked up once.
 
@@ -120,6 +131,7 @@ class Watched:
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+        refuse_scripted(modules)
         self.parts = [_Part(module) for module in modules]
         self.norms = [number for number, part in enumerate(self.parts) if part.is_norm]
         self.with_shards = [number for number, part in enumerate(self.parts) if part.is_sharded]
