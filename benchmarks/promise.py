@@ -34,7 +34,7 @@ from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.functional import mlp
 from gpuckpt.nn import FusedLinear, FusedMLP
 from gpuckpt.pytorch.engine.residency import mark_resident
-from gpuckpt.pytorch.profiling.link_speed import Link
+from gpuckpt.pytorch.link_speed import Link
 
 Inputs = dict[str, torch.Tensor]
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

@@ -13,7 +13,7 @@ from gpuckpt.planning import Plan
 from gpuckpt.pytorch.engine.fence.watched import refuse_scripted
 from gpuckpt.pytorch.engine.verify import Verify
 from gpuckpt.pytorch.fitted import Fitted
-from gpuckpt.pytorch.plan_maker import Planned
+from gpuckpt.pytorch.planned import Planned
 from gpuckpt.pytorch.profiling.measure import call_of, check_model
 from gpuckpt.pytorch.terms import Terms
 

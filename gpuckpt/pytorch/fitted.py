@@ -29,8 +29,9 @@ from gpuckpt.pytorch.engine.kept.current import in_checkpoint
 from gpuckpt.pytorch.engine.offload import Offload
 from gpuckpt.pytorch.engine.residency import mark_computed, mark_given
 from gpuckpt.pytorch.peak_check import Deviation, StepPeaks
-from gpuckpt.pytorch.plan_maker import PlanMaker, Planned
+from gpuckpt.pytorch.plan_maker import PlanMaker
 from gpuckpt.pytorch.plan_runner import Walk
+from gpuckpt.pytorch.planned import Planned
 from gpuckpt.pytorch.profiling.call_hooks import Bypass, Interception, run_module, set_call
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.signature import Fingerprint
@@ -290,7 +291,7 @@ class Fitted:
             offload = Offload(self.budget, self.host_budget, copies, planned.chain.blocks)
         walk = Walk(tree, self.budget, verify, rng, None, self.host_budget, evictable, offload, unread, planned.flows)
         spare_bytes = self.budget.max_bytes - self._peaks.held.promised_bytes
-        step = StepProgress(planned, walk, frozenset(map(id, given)), spare_bytes)
+        step = StepProgress(planned, walk, frozenset(map(id, given)), spare_bytes, self.budget.used_bytes)
         self._local.step = step
         failed = True
         try:
@@ -336,14 +337,14 @@ class Fitted:
             return self._recomputed(module, args, kwargs)
         stage = measured.owned[number]
         self.budget.step(measured.chain.stages[stage].name)
+        recompute = not self._maker.shared and step.is_behind(number, self.budget.used_bytes)
         step.running = True
         try:
-            return step.walk.step(stage, module, args, kwargs)
+            return step.walk.step(stage, module, args, kwargs, recompute=recompute)
         finally:
             step.running = False
 
     def _recomputed(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call that was not planned, in a frame of its own."""
-        terms = self._terms
-        rng, verify = terms.preserve_rng_state, terms.verify
+        rng, verify = self._terms.preserve_rng_state, self._terms.verify
         return checkpoint(partial(run_module, module), args, kwargs, preserve_rng_state=rng, verify=verify)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from gpuckpt.planning import Chain, Keep, Node, Stage
 from gpuckpt.planning.tree import Token, build_tree, flatten
 from gpuckpt.pytorch.profiling.runner import Measured
 
-__all__ = ["ExtraCall", "call_like", "skipped_calls", "with_calls", "without"]
+__all__ = ["ExtraCall", "at_most", "call_like", "skipped_calls", "with_calls", "without"]
 
 
 class ExtraCall(NamedTuple):
@@ -95,10 +95,10 @@ def _with_call(
         if i not in renamed and i not in known:
             renamed[i] = len(storages)
             storages.append(chain.storages[i])
-    new = _renamed(template, lambda i: (renamed.get(i, i),))
+    new = _with_ids(template, renamed)
     follows = dict(zip(handed, new.output, strict=False))
     if after + 1 < len(stages):
-        stages[after + 1] = _renamed(stages[after + 1], lambda i: (follows.get(i, i),))
+        stages[after + 1] = _with_ids(stages[after + 1], follows)
     stages.insert(after + 1, new)
     calls = [number + (number > after) for number in owned]
     calls.insert(max(position, 1), after + 1)
@@ -111,6 +111,40 @@ def _with_call(
     staying = measured.staying | {new for old, new in renamed.items() if old in measured.staying}
     longer = replace(chain, stages=tuple(stages), storages=tuple(storages))
     return replace(measured, chain=longer, modules=tuple(modules), owned=tuple(calls), staying=staying)
+
+
+def at_most(measured: Measured) -> Measured:
+    """`measured` as if each block held what the one that held most of those like it did: what a block saves depends on contents
+    or chance, and another step may save as much in any of them."""
+    stages, storages = list(measured.chain.stages), list(measured.chain.storages)
+    staying = set(measured.staying)
+    alike: dict[Any, list[int]] = {}
+    for number, module in enumerate(measured.modules):
+        stage = measured.owned[number]
+        if measured.owned.count(stage) == 1:
+            sizes = tuple([tensor.shape for tensor in module.parameters()])
+            given = tuple([storages[i] for i in stages[stage].inputs])
+            alike.setdefault((type(module), sizes, given), []).append(stage)
+    for numbers in alike.values():
+        most = max(numbers, key=lambda stage: measured.chain.charge(measured.chain.stages[stage].saves))
+        template = measured.chain.stages[most]
+        known = {i for stage in measured.chain.stages[:most] for i in _ids_of(stage)} | set(template.extras)
+        for number in numbers:
+            quiet = stages[number]
+            if measured.chain.charge(quiet.saves) == measured.chain.charge(template.saves):
+                continue
+            if len(quiet.output) != len(template.output) or set(quiet.output) & {*quiet.inputs, *quiet.extras}:
+                continue
+            renamed = dict(zip(template.inputs, quiet.inputs, strict=True))
+            renamed.update(zip(template.output, quiet.output, strict=True))
+            for i in _ids_of(template):
+                if i not in renamed and i not in known:
+                    renamed[i] = len(storages)
+                    storages.append(storages[i])
+            stages[number] = replace(_with_ids(template, renamed), name=quiet.name)
+            staying |= {new for old, new in renamed.items() if old in staying}
+    chain = replace(measured.chain, stages=tuple(stages), storages=tuple(storages))
+    return replace(measured, chain=chain, staying=frozenset(staying))
 
 
 def without(chain: Chain, tree: Iterable[Node], skipped: Collection[int]) -> tuple[Chain, tuple[Node, ...]]:
@@ -158,6 +192,10 @@ def _close(tokens: list[Token], ends: list[int], index: int) -> None:
 def _ids_of(stage: Stage) -> list[int]:
     variants = [i for v in stage.variants for i in v.ids]
     return [*stage.inputs, *stage.extras, *stage.output, *stage.saves, *variants]
+
+
+def _with_ids(stage: Stage, names: Mapping[int, int]) -> Stage:
+    return _renamed(stage, lambda i: (names.get(i, i),))
 
 
 def _renamed(stage: Stage, name: Callable[[int], tuple[int, ...]]) -> Stage:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,12 +28,13 @@ from gpuckpt.pytorch._torch_internals import sharded_parameters
 from gpuckpt.pytorch.engine.copies import Copies, copies_for
 from gpuckpt.pytorch.engine.offload import SPILL
 from gpuckpt.pytorch.engine.residency import mark_given, mark_resident
-from gpuckpt.pytorch.other_calls import ExtraCall, skipped_calls, with_calls
+from gpuckpt.pytorch.link_speed import Link, measure_link
+from gpuckpt.pytorch.other_calls import ExtraCall, at_most, skipped_calls, with_calls
 from gpuckpt.pytorch.parallel.agree import Ranks, ranks_of
 from gpuckpt.pytorch.peak_check import DevicePeak, StepPeaks
+from gpuckpt.pytorch.planned import Planned
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.clock import WallClock
-from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
 from gpuckpt.pytorch.profiling.measure import run_measured
 from gpuckpt.pytorch.profiling.other_sizes import Observed, predict, without_sizes
 from gpuckpt.pytorch.profiling.runner import Measured
@@ -49,22 +50,6 @@ _MOST_REPLANS = 2  # of one kind of call
 _MOST_OBSERVED = 8  # sizes that others are predicted from
 _MOST_DEVIANTS = 1024  # kinds of calls that are remembered to hold other bytes than expected
 _MOST_NEW_NUMBERS = 16  # more new ints than ones that come again: a counter, and no number that decides bytes
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan for inputs of one shape, and the measured model that it was made for. `predicted`: the bytes were not measured with
-    inputs of this shape but follow from those of others. `situation`: of the device, if made for one; `flows`: by stage."""
-
-    measured: Measured
-    plan: Plan
-    predicted: bool = False
-    situation: Situation | None = None
-    flows: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def chain(self) -> Chain:
-        return self.measured.chain
 
 
 class PlanMaker:
@@ -176,6 +161,8 @@ class PlanMaker:
             if not self._planned_before and not ranks.inside:  # the others have measured, and wait
                 ranks.plan(error, 0, partial(plan_chain))
             raise
+        if kind in self._unpredictable:
+            measured = at_most(measured)
         if not self._planned_before and self._terms.share is not None:
             plain_bytes = simulate(measured.chain, keep_all(measured.chain)).peak_bytes
             self.budget = self._terms.budget_for(self._model, plain_bytes)

@@ -89,7 +89,7 @@ class _Open:
 
     def __init__(self, node: Node, walk: Walk) -> None:
         self.program: list[_Arrival] = []
-        self.last = _last(node)
+        self.last = _end(node, -1)
         self.option = option = "" if isinstance(node, Recompute) else node.variant  # of the one stage that it covers
         # By id and version: what is kept already, and its number.
         self._known: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int]] = {}
@@ -100,7 +100,7 @@ class _Open:
         flows = walk.flows
         self._spill: Spill | None = None  # of its input
         self._offload = offload = walk.offload if isinstance(node, Recompute) and walk.is_top(node) else None
-        first = _first(node)
+        first = _end(node, 0)
         if isinstance(node, Recompute) and node.variant == SPILL:
             assert offload is not None, "a walk was given all that its nodes need"
             self._spill = offload.spill(first)
@@ -220,7 +220,7 @@ class Walk:
                 )
             elif isinstance(node, Recompute) and node.variant != KEEP and self.offload is None:
                 raise InvalidPlan(
-                    f"the plan has the input of stage {_first(node)} on the host, which needs a host_budget, and a frame "
+                    f"the plan has the input of stage {_end(node, 0)} on the host, which needs a host_budget, and a frame "
                     "that is in no other"
                 )
         waiting = list(nodes[::-1])
@@ -235,9 +235,9 @@ class Walk:
     def _opening(self, stage: int) -> list[_Open]:
         """The frames that begin with a call of `stage`, outermost first: also where stages before it were skipped."""
         found = []
-        while self._opens and _first(self._opens[0]) <= stage:
+        while self._opens and _end(self._opens[0], 0) <= stage:
             node = self._opens.popleft()
-            if _last(node) >= stage:
+            if _end(node, -1) >= stage:
                 found.append(_Open(node, self))
         return found
 
@@ -253,15 +253,20 @@ class Walk:
         kwargs: dict[str, Any],
         fence: Fence | None = None,
         kept: Sequence[torch.Tensor] = (),
+        recompute: bool = False,
     ) -> Any:
         """Run the next call, which is part of stage number `stage`: `module` with these arguments. A stage may be several
-        calls in a row. In a replay everything is as forward saw it: `fence` is forward's, and `kept` what that wanted kept."""
+        calls in a row. In a replay everything is as forward saw it: `fence` is forward's, and `kept` what that wanted kept.
+        `recompute`: this first call of a stage, and what follows of it, in a frame where the plan keeps it here."""
         while self._open and self._open[-1].last < stage:
             self._open.pop()
         if self.offload is not None:
             with paused():
                 self.offload.start_stage(stage)
         opening = self._opening(stage)
+        kept_here = not self._open and stage not in self._spilled and all(opened.option for opened in opening)
+        if recompute and kept_here and self.offload is None:
+            opening = [_Open(Recompute((Keep(stage),)), self)]
         learning = None
         keeping: list[keeping_part] = []
         with ExitStack() as hooks:
@@ -298,7 +303,8 @@ class Walk:
                 hooks.enter_context(mode)
             with stage_range(stage, recompute=self._ahead is not None):
                 out = run_module(module, args, kwargs)
-        self.flows.update((stage, mode.flow) for mode in keeping)  # noted by now
+        # Noted by now. A call that returned at once says nothing of others.
+        self.flows.update((stage, mode.flow) for mode in keeping if mode.flow.saved)
         if learning is not None:
             learning.learn()
         self.previous = Outputs(tensors_in(out))
@@ -337,13 +343,8 @@ class Walk:
         self._open += opening
 
 
-def _first(node: Node) -> int:
+def _end(node: Node, which: int) -> int:
+    """The first (0) or last (-1) stage that a node covers."""
     while isinstance(node, Recompute):
-        node = node.children[0]
-    return node.stage
-
-
-def _last(node: Node) -> int:
-    while isinstance(node, Recompute):
-        node = node.children[-1]
+        node = node.children[which]
     return node.stage

@@ -6,27 +6,44 @@ from torch import nn
 
 from gpuckpt.planning import Simulation, simulate
 from gpuckpt.pytorch.other_calls import ExtraCall, call_like, without
-from gpuckpt.pytorch.plan_maker import Planned
 from gpuckpt.pytorch.plan_runner import Walk
+from gpuckpt.pytorch.planned import Planned
 
 __all__ = ["StepProgress"]
+
+_SMALL_SHARE = 0.01  # of the peak: so much more says nothing of what comes
 
 
 class StepProgress:
     """`position`: how many of the planned calls have come, or were skipped; `running`: whether one is going on; `count`: how many
-    have come; `extra`: calls that were not planned. `spare_bytes`: what the plan leaves of the budget."""
+    have come; `extra`: calls that were not planned. `spare_bytes`: what the plan leaves of the budget; `began_bytes`: what was
+    held of that when the forward began."""
 
-    __slots__ = ("count", "extra", "given", "planned", "position", "running", "skipped", "spare_bytes", "walk")
+    __slots__ = (
+        "_behind",
+        "began_bytes",
+        "count",
+        "extra",
+        "given",
+        "planned",
+        "position",
+        "running",
+        "skipped",
+        "spare_bytes",
+        "walk",
+    )
 
-    def __init__(self, planned: Planned, walk: Walk, given: frozenset[int], spare_bytes: int) -> None:
+    def __init__(self, planned: Planned, walk: Walk, given: frozenset[int], spare_bytes: int, began_bytes: int) -> None:
         self.planned = planned
         self.walk = walk
         self.given = given  # ids of the model's own arguments
         self.spare_bytes = spare_bytes
+        self.began_bytes = began_bytes
         self.position = self.count = 0
         self.skipped: list[int] = []
         self.extra: list[ExtraCall] = []
         self.running = False
+        self._behind = False
 
     def planned_call(self, module: nn.Module) -> int | None:
         """The number of the planned call that a call of `module` is; blocks that are skipped leave a gap. None: it is none."""
@@ -37,6 +54,21 @@ class StepProgress:
             self.position = number + 1
             self.count += 1
         return number
+
+    def is_behind(self, number: int, used_bytes: int) -> bool:
+        """Whether planned call `number` begins a stage that had better be recomputed, whatever the plan says: earlier ones hold
+        more than in the first step of the plan (another branch within a block, other routes), and if the rest does so by the same
+        factor, the plan's peak is out of reach."""
+        measured = self.planned.measured
+        stage = measured.owned[number]
+        if not measured.chain.stages[stage].recomputable or (number and measured.owned[number - 1] == stage):
+            return False
+        held_bytes, peak_bytes = used_bytes - self.began_bytes, self.planned.plan.certificate.peak_bytes
+        planned_bytes = self.planned.held_before.setdefault(stage, held_bytes)
+        if held_bytes - planned_bytes > _SMALL_SHARE * peak_bytes:
+            room_bytes = peak_bytes + self.spare_bytes
+            self._behind = self._behind or held_bytes * peak_bytes > planned_bytes * room_bytes
+        return self._behind
 
     def extra_call(self, module: nn.Module) -> bool:
         """Note a call that was not planned. Whether to recompute it: where keeping it takes more than the plan leaves."""

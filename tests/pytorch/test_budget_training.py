@@ -14,7 +14,7 @@ import gpuckpt
 from gpuckpt import BudgetExceeded, CheckpointBudget
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.memory.pools.host import aligned_buffer
-from gpuckpt.pytorch.profiling.link_speed import Link
+from gpuckpt.pytorch.link_speed import Link
 from tests.pytorch.steps import HOLDS, batch, bits, blocks, run
 
 both = pytest.mark.parametrize("hold", HOLDS)

@@ -23,11 +23,11 @@ from gpuckpt.memory.uncapped import uncapped
 from gpuckpt.pytorch.engine.copies import CopySide, copies_for
 from gpuckpt.pytorch.engine.fence.fence import Fence
 from gpuckpt.pytorch.engine.fence.randomness import Draws, Generators
+from gpuckpt.pytorch.link_speed import Link
 from gpuckpt.pytorch.ops._weight_grads import CUDA_BLOCK, WeightGrad, bias_scratch, sum_rows, weight_scratch
 from gpuckpt.pytorch.peak_check import DevicePeak, StepPeaks
 from gpuckpt.pytorch.profiling.clock import WallClock
 from gpuckpt.pytorch.profiling.isolation import have_drawn, random_states
-from gpuckpt.pytorch.profiling.link_speed import Link
 from gpuckpt.segments.fused import runs_fused
 from tests.hostcuda.torch_on_host import TorchStream
 from tests.pytorch.steps import batch, blocks, gradients, run

@@ -106,18 +106,32 @@ def test_room_is_made_for_a_step_that_holds_more_than_the_cap_has() -> None:
     assert gradients(ours, rows()) == gradients(plain, rows())
 
 
-def test_a_step_that_does_not_fit_is_refused_whole_and_measured_again() -> None:
-    class Gated(Block):
-        """Saves much more for large inputs, in forward already where it is kept."""
+class Gated(Block):
+    """Saves much more for large inputs, in forward already where it is kept."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            out = super().forward(x)
-            for _ in range(6 if bool((x.abs() > 4).any()) else 0):
-                out = out.exp().log()
-            return out
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        for _ in range(6 if bool((x.abs() > 12).any()) else 0):
+            out = out.exp().log()
+        return out
 
+
+def test_blocks_are_recomputed_once_the_first_ones_hold_more_than_planned() -> None:
     torch.manual_seed(0)
     ours = nn.Sequential(*[Gated(16) for _ in range(6)])
+    plain = copy.deepcopy(ours)
+    fitted = fit(ours, rows(), certificate_of(ours).peak_bytes)
+    assert gradients(ours, rows()) == gradients(plain, rows())
+    large = rows() * 10
+    assert gradients(ours, large) == gradients(plain, large), "kept as planned it would exceed the cap in forward"
+    assert fitted.budget.used_bytes == 0
+    assert gradients(ours, large) == gradients(plain, large)
+    assert fitted.measured_peak_bytes <= fitted.promised_peak_bytes <= fitted.budget.max_bytes
+
+
+def test_a_step_that_does_not_fit_is_refused_whole_and_measured_again() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(*[Block(16) for _ in range(5)], Gated(16))  # nothing comes after it that could be recomputed
     plain = copy.deepcopy(ours)
     everything = certificate_of(ours).peak_bytes
     fitted = fit(ours, rows(), everything)

@@ -11,7 +11,7 @@ import torch
 from gpuckpt import Keep, Recompute, fit, simulate
 from gpuckpt.planning import Node, tree_text
 from gpuckpt.pytorch.fitted import Fitted
-from gpuckpt.pytorch.plan_maker import Planned
+from gpuckpt.pytorch.planned import Planned
 from tests.pytorch.mixed_blocks import COUNT, Model
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch._torch_internals import forward_inside, group_of, version_number
 from gpuckpt.pytorch.engine.kept.current import in_checkpoint
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module
+from gpuckpt.pytorch.profiling.call_paths import SHARE, Call, covered, disjoint_calls, heaviest_path, outermost
 from gpuckpt.pytorch.profiling.sharding import around_gathering
 
 __all__ = ["Outputs", "find_chain", "idle_siblings", "tensors_in"]
@@ -52,7 +52,9 @@ class Outputs:
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_SHARE = 0.9  # of a call's work: calls inside of it that cover as much stand for it
+_NEXT_TO_NOTHING = (
+    0.01  # of what calls of the same class do: enough to draw a random number and hand back what was given
+)
 
 
 def candidates(model: nn.Module) -> dict[nn.Module, str]:
@@ -68,7 +70,8 @@ def candidates(model: nn.Module) -> dict[nn.Module, str]:
 
 def idle_siblings(model: nn.Module, found: Found) -> tuple[nn.Module, ...]:
     """Modules that did not run, of the class of a stage that is called from the same container: another step may call them
-    (LayerDrop, early exits). One that ran without being a stage, such as a block that is planned call by call, is none."""
+    (LayerDrop, early exits), or they return at once (stochastic depth within blocks). One that ran without being a stage, such as
+    a block that is planned call by call, is none."""
     stages = set(found.modules)
     idle: dict[nn.Module, None] = {}
     for container in model.modules():
@@ -104,30 +107,6 @@ def named(model: nn.Module, patterns: Sequence[str]) -> dict[nn.Module, str]:
             )
         found.update((names[name], name) for name in matching)
     return found
-
-
-def outermost(calls: Sequence[Call]) -> list[Call]:
-    """Calls that are not part of others."""
-    found: list[Call] = []
-    begun = 0
-    for number, call in enumerate(calls):
-        if number >= begun:
-            found.append(call)
-            begun = call.begun
-    return found
-
-
-@dataclass
-class Call:
-    """One call of a candidate module: where in the run it began and ended, by bytes produced; numbers of the tensors in and
-    out; how many calls had begun when it ended."""
-
-    module: nn.Module
-    begin: int
-    inputs: frozenset[int]
-    end: int = -1
-    outputs: frozenset[int] = frozenset()
-    begun: int = 0
 
 
 class _TensorNumbers:
@@ -180,7 +159,7 @@ class _CountBytes(TorchDispatchMode):
 class Found(NamedTuple):
     """The modules whose calls are a model's stages, in calling order (one module may occur several times), whether the forward
     goes backward itself (forces, gradient penalties), the process groups of the collectives that it calls, and all modules that
-    were seen to run, as stages or not."""
+    were seen to do any work, as stages or not."""
 
     modules: list[nn.Module]
     differentiates: bool
@@ -219,10 +198,10 @@ def _find(
 ) -> list[nn.Module]:
     calls, work, inside = _watch(model, candidates(model), args, kwargs, groups, ran)
     chain, cut = heaviest_path(calls), disjoint_calls(calls)
-    finer = len(cut) >= 2 * len(chain) and covered(cut) >= _SHARE * covered(chain)
-    if finer or covered(cut) * _SHARE > covered(chain):
+    finer = len(cut) >= 2 * len(chain) and covered(cut) >= SHARE * covered(chain)
+    if finer or covered(cut) * SHARE > covered(chain):
         chain = cut
-    if len(chain) < 2 or covered(chain) < (1 - _SHARE) * work:
+    if len(chain) < 2 or covered(chain) < (1 - SHARE) * work:
         calls, _, inside = _watch(model, {**attributes(model), **candidates(model)}, args, kwargs, groups, ran)
         cut = disjoint_calls(calls)
         if len(cut) >= 2 and covered(cut) > covered(chain):
@@ -253,88 +232,32 @@ def _watch(
     ran: set[nn.Module],
 ) -> tuple[list[Call], int, list[nn.Module]]:
     """The calls of `modules` in one forward, how much work that was, and those among them that checkpoints made by hand cover.
-    `groups` takes up those of collectives, by name, and `ran` all modules that were called."""
+    `groups` takes up those of collectives, by name, and `ran` all modules that did any work."""
     calls: list[Call] = []
     numbers = _TensorNumbers()
     counter = _CountBytes(groups)
     inside: list[nn.Module] = []
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        ran.add(module)
         if in_checkpoint():
+            ran.add(module)
             inside.append(module)
             return run_module(module, args, kwargs)
         record = Call(module, counter.position, numbers.of((args, kwargs)))
         calls.append(record)
+        given = Outputs(tensors_in((args, kwargs)))
         out = run_module(module, args, kwargs)
         record.end, record.outputs = counter.position, numbers.of(out)
         record.begun = len(calls)
+        record.idle = record.outputs <= record.inputs and len(given.unchanged()) == len({*map(id, given.tensors)})
         return out
 
     with intercept(modules, call), around_gathering(model, counter.paused), counter:
         run_module(model, args, kwargs)
+    most: dict[type, int] = {}
+    for record in calls:
+        most[type(record.module)] = max(record.work, most.get(type(record.module), 0))
+    for record in calls:
+        record.idle = record.idle and record.work <= _NEXT_TO_NOTHING * most[type(record.module)]
+    ran.update(record.module for record in calls if not record.idle)
     return calls, counter.position, inside
-
-
-def covered(calls: Sequence[Call]) -> int:
-    """How much work calls that do not overlap do."""
-    return sum(call.end - call.begin for call in calls)
-
-
-def disjoint_calls(calls: list[Call]) -> list[Call]:
-    """Calls that do not overlap in time and do the most work: of a call and those inside of it the inner ones, where there are
-    two or more and they do nearly all of it."""
-    order = sorted(range(len(calls)), key=lambda number: (calls[number].begin, -calls[number].end, number))
-    inside: dict[int, list[int]] = {-1: [], **{number: [] for number in order}}
-    around: list[int] = []
-    for number in order:
-        while around and not (calls[around[-1]].end > calls[number].begin and number < calls[around[-1]].begun):
-            around.pop()
-        inside[around[-1] if around else -1].append(number)
-        around.append(number)
-
-    chosen: dict[int, list[int]] = {}
-    for number in [*reversed(order), -1]:  # inner calls come after those around them
-        inner = [found for child in inside[number] for found in chosen[child]]
-        if number >= 0:
-            call = calls[number]
-            enough = len(inner) > 1 and covered([calls[n] for n in inner]) >= _SHARE * (call.end - call.begin)
-            inner = inner if enough else [number]
-        chosen[number] = inner
-    return [calls[number] for number in chosen[-1] if calls[number].end > calls[number].begin]
-
-
-def heaviest_path(calls: list[Call]) -> list[Call]:
-    """The run of calls, each beginning after the one before ended and receiving one of its outputs, that covers the most
-    work; among equals, the one with the most calls (inner blocks rather than the stages around them)."""
-    producers: dict[int, list[int]] = {}
-    # A call that does no work ends where it begins, and where it returns what it was given (a dropout that is off) it would
-    # follow itself, or what is around it: among equal positions the order in which calls began decides.
-    order = sorted(range(len(calls)), key=lambda number: (calls[number].begin, -calls[number].end, number))
-    rank = {number: place for place, number in enumerate(order)}
-    best, before = [(0, 0)] * len(calls), [-1] * len(calls)
-    waiting = sorted(range(len(calls)), key=lambda number: (calls[number].end, rank[number]))
-    ended = 0
-    for number in order:
-        call = calls[number]
-        while ended < len(waiting):
-            done = waiting[ended]
-            if calls[done].end > call.begin or rank[done] >= rank[number] or calls[done].begun > number:
-                break
-            for output in calls[done].outputs:
-                producers.setdefault(output, []).append(done)
-            ended += 1
-        previous = max(
-            (done for tensor in call.inputs for done in producers.get(tensor, ())),
-            key=lambda done: best[done],
-            default=-1,
-        )
-        covered, count = best[previous] if previous >= 0 else (0, 0)
-        best[number] = (covered + call.end - call.begin, count + 1)
-        before[number] = previous
-    number = max(range(len(calls)), key=lambda n: best[n], default=-1)
-    path = []
-    while number >= 0:
-        path.append(calls[number])
-        number = before[number]
-    return path[::-1]

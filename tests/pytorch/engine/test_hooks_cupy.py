@@ -18,7 +18,7 @@ import gpuckpt
 from gpuckpt import BudgetExceeded, CheckpointBudget
 from gpuckpt.memory.adapters import cupy as cupy_form
 from gpuckpt.pytorch.engine.storage_index import index_of
-from gpuckpt.pytorch.profiling.link_speed import Link
+from gpuckpt.pytorch.link_speed import Link
 from tests.pytorch.steps import batch, bits, blocks, gradients, run
 
 

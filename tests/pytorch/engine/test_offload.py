@@ -18,9 +18,9 @@ from gpuckpt.planning import Chain, Node, tree_text, with_spill
 from gpuckpt.pytorch.engine.copies import CopyThread
 from gpuckpt.pytorch.engine.offload import Spill
 from gpuckpt.pytorch.fitted import Fitted
-from gpuckpt.pytorch.plan_maker import Planned
+from gpuckpt.pytorch.link_speed import Link, measure_link
 from gpuckpt.pytorch.plan_runner import Walk
-from gpuckpt.pytorch.profiling.link_speed import Link, measure_link
+from gpuckpt.pytorch.planned import Planned
 from tests.pytorch.beside_plain import assert_same, beside_plain, plain_peak_bytes, train_step
 from tests.pytorch.mixed_blocks import COUNT, Model
 from tests.pytorch.steps import Tally

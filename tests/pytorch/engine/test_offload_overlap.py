@@ -20,7 +20,7 @@ from gpuckpt.planning import Node
 from gpuckpt.pytorch.engine.copies import CopyRecord, CopyThread, _ThreadCopy
 from gpuckpt.pytorch.engine.offload import Spill
 from gpuckpt.pytorch.fitted import Fitted
-from gpuckpt.pytorch.profiling.link_speed import Link
+from gpuckpt.pytorch.link_speed import Link
 from tests.pytorch.engine.test_offload import put_plan
 
 COUNT, WIDTH = 9, 250_000

@@ -8,7 +8,8 @@ from torch import nn
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module, set_call
-from gpuckpt.pytorch.profiling.chain_finder import Call, find_chain, heaviest_path
+from gpuckpt.pytorch.profiling.call_paths import Call, heaviest_path
+from gpuckpt.pytorch.profiling.chain_finder import find_chain
 
 
 def call(name: str, begin: int, end: int, inputs: set[int], outputs: set[int]) -> Call:
