@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuckpt.planning import Stage, Variant
-from gpuckpt.pytorch.engine.kept.current import is_open
-from gpuckpt.pytorch.engine.kept.flow import UNWATCHED, Flow, Ran, casts_weight, changed_by, tensors_of
-from gpuckpt.pytorch.engine.kept.options import option_name
+from gpuckpt.pytorch.engine.kept.current import is_open, recording
+from gpuckpt.pytorch.engine.kept.flow import UNWATCHED, Flow, Ran, Way, casts_weight, changed_by, tensors_of
+from gpuckpt.pytorch.engine.kept.options import KeptPart, option_name
 from gpuckpt.pytorch.engine.kept.policy import can_be_kept
 from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.kept.search import SavedSlot, StageRun, choose
 from gpuckpt.pytorch.engine.subclasses import parts_of
-from gpuckpt.pytorch.profiling.clock import flops_of
+from gpuckpt.pytorch.profiling.clock import Clock, flops_of
 from gpuckpt.pytorch.profiling.save_recorder import Storages
 
 __all__ = ["OpTrace"]
@@ -31,16 +32,26 @@ _Storage = tuple[StorageWeakRef, int]  # with its bytes
 
 
 class OpTrace(TorchDispatchMode):
-    """Within the context, notes the operations of work whose `record` is open, and holds nothing."""
+    """Within the context, notes the operations of work whose `record` is open, and holds nothing. `clock`: what each takes
+    is noted too."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, clock: Clock | None = None) -> None:
         super().__init__()
         self.flow = record.flow = Flow()
         self._record = record
+        self._clock = clock
+        self._seconds: list[float] = []
+        self._casts: list[tuple[int, float]] = []  # of weights: how many operations had run before, and seconds
         self._costs: list[float] = []
         self._outputs: dict[int, list[_Storage]] = {}  # of operations that can be kept
         self._changed: set[int] = set()  # addresses of storages that were changed in place
         self._keepable = 0
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """The context in which this thread's work is what the trace notes."""
+        with recording(self._record), self:
+            yield
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -53,11 +64,14 @@ class OpTrace(TorchDispatchMode):
         if not isinstance(op, OpOverload):
             self.flow.hide()
             return op(*args, **kwargs)
+        number, began_s = len(self.flow.ran), 0.0 if self._clock is None else self._clock.now()
         output = op(*args, **kwargs)
+        seconds = 0.0 if self._clock is None else self._clock.now() - began_s
         if casts_weight(op, args):
+            self._casts.append((number, seconds))
             self.flow.given(output)
             return output
-        number = len(self.flow.ran)
+        self._seconds.append(seconds)
         if op._schema.is_mutable:
             self._changed.update(storage._cdata for storage in changed_by(op, args, kwargs))
         keepable = can_be_kept(op) is None
@@ -69,6 +83,20 @@ class OpTrace(TorchDispatchMode):
             self._outputs[number] = [(StorageWeakRef(storage), storage.nbytes()) for storage in parts]
         self._costs.append(_cost(op, args, kwargs, output, tensors))
         return output
+
+    def recompute_s(self, part: KeptPart, slots: Collection[int]) -> float:
+        """Seconds of a recompute of saved tensors `slots` that is given back what `part` keeps, one half after the other: of the
+        operations that it runs, which end with the last that it waits for."""
+        kept = {number for number, ran in enumerate(self.flow.ran) if ran.keepable in part.kept}
+        views = {number for number, ran in enumerate(self.flow.ran) if ran.way is Way.LOOKS}  # which run in any case
+        seconds = 0.0
+        for late in (True, False):
+            half = [slot for slot in slots if (slot >= part.cut) == late]
+            if half:
+                end = max(self.flow.saved[slot].ran_before for slot in half)
+                seconds += sum(self._seconds[number] for number in views | self.flow.needed(half, kept) if number < end)
+                seconds += sum(cast_s for number, cast_s in self._casts if number < end)
+        return seconds
 
     def options(
         self, stage: Stage, slots: Sequence[tuple[int, tuple[int, ...]]], storages: Storages

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
@@ -137,13 +136,11 @@ def option_seconds(
     record = Record()
     keeping = keeping_part(record, most, flow, saved.shapes, known=False)
     _forward_s(sample, inputs, gather, clock, saved.hooks(), recording(record), keeping)
-    checks = not any(isinstance(tensor, FakeTensor) for _, tensor in saved.numbered())
-    numbered = saved.numbered() if checks else []
-    sums = {slot: checksum(tensor) for slot, tensor in numbered if slot in sample.alive}
-    del record, keeping, saved, numbered, inputs
+    sums = {slot: checksum(tensor) for slot, tensor in saved.numbered() if slot in sample.alive}
+    del record, keeping, saved, inputs
     more_s: list[float] = []
     again_s: dict[str, list[float]] = {option: [] for option in parts}
-    for turn in range(1 if clock.exact else repeats):
+    for turn in range(repeats):
         plain_s = _forward_s(sample, fresh(sample.inputs), gather, clock)
         record, count = Record(), list[None]()
         hooks = saved_tensors_hooks(partial(_count, count), identity)
@@ -152,7 +149,7 @@ def option_seconds(
         more_s.append(_forward_s(sample, inputs, gather, clock, hooks, recording(record), keeping) - plain_s)
         for option, part in list(parts.items()):
             gather()
-            found: dict[int, int] | None = {} if checks and not turn else None
+            found: dict[int, int] | None = None if turn else {}
             with suppress(RunsOtherwise, Exception):  # whatever fails with what stands for the rest is no option
                 again_s[option].append(_option_s(sample, record, part, clock, found))
             if len(again_s[option]) <= turn or (found is not None and found != sums):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,12 +18,16 @@ from torch.utils import _pytree as pytree
 
 from gpuckpt.errors import InvalidChain
 from gpuckpt.planning import Chain, Stage, Variant
+from gpuckpt.pytorch.engine.arguments import Objects
+from gpuckpt.pytorch.engine.kept.options import part_of
+from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.profiling.allocation_trace import LiveBytes
 from gpuckpt.pytorch.profiling.call_hooks import run_module
 from gpuckpt.pytorch.profiling.chain_finder import tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints
 from gpuckpt.pytorch.profiling.isolation import fresh
+from gpuckpt.pytorch.profiling.op_trace import OpTrace
 from gpuckpt.pytorch.profiling.sample import Sample, option_seconds, recompute_s
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder
 from gpuckpt.pytorch.profiling.sharding import gathered_around
@@ -73,18 +78,39 @@ class StageKind:
         meet inside of the work: one that drops an option alone would leave the others waiting."""
         first = self.samples[0]
         with gathered_around(model, first.module, tensors_in(first.inputs)):
-            self.workspace_bytes, self.gradients_bytes = run_again(first, inner.budget.unit_bytes)
+            if clock.exact:
+                self.count(first, clock, inner.budget.unit_bytes, options=options)
+            else:
+                self.workspace_bytes, self.gradients_bytes = run_again(first, inner.budget.unit_bytes)
             if first.checkpoints:
                 self.again_bytes = _again_bytes(first, inner)
+        if clock.exact:
+            self.samples.clear()
+            return
         while self.samples:
             sample = self.samples.pop(0)
-            if clock.exact and self.forward_s:
-                continue
             with gathered_around(model, sample.module, tensors_in(sample.inputs)) as gather:
                 self.time(sample, gather, clock, repeats)
         with gathered_around(model, first.module, tensors_in(first.inputs)) as gather:
             if options and first.options:
                 self.option_s = option_seconds(first, gather, clock, repeats)
+
+    def count(self, sample: Sample, clock: Clock, unit_bytes: int, *, options: bool) -> None:
+        """By a clock on which all runs take the same: seconds of a stage, and of all its options, as its one run shows them."""
+        trace = OpTrace(Record(), clock)
+        times: list[float] = []
+        self.workspace_bytes, self.gradients_bytes = run_again(
+            sample, unit_bytes, trace, lambda: times.append(clock.now())
+        )
+        forward_began_s, forward_ended_s, backward_began_s, backward_ended_s = times
+        self.forward_s.append(forward_ended_s - forward_began_s)
+        self.backward_s.append(backward_ended_s - backward_began_s)
+        with sample.as_it_was():
+            self.stopped_s.append(recompute_s(sample.module, sample.inputs, range(self.saved), clock))
+        trace.flow.close()
+        if options and [ran.op for ran in trace.flow.ran] == [ran.op for ran in sample.record.flow.ran]:
+            for option in sample.options:
+                self.option_s[option] = 0.0, trace.recompute_s(part_of(option), sample.alive)
 
     def measured(self, stage: Stage, *, last: bool) -> Stage:
         """`stage` with a call of this kind more, its `last`, and what is known of that."""
@@ -141,15 +167,24 @@ class StageKind:
                 self.stopped_s.append(recompute_s(sample.module, sample.inputs, range(self.saved), clock))
 
 
-def run_again(sample: Sample, unit_bytes: int) -> tuple[int, int]:
+def run_again(
+    sample: Sample, unit_bytes: int, trace: OpTrace | None = None, note: Callable[[], None] = lambda: None
+) -> tuple[int, int]:
     """Run a stage a second time; it must save the same again. Returns the bytes of its workspace, and those that gradients of its
-    parameters add to it at the worst moment."""
+    parameters add to it at the worst moment. `trace`: notes its operations; `note`: called when forward and backward begin and
+    end."""
     module, shapes = sample.module, sample.shapes
     args, kwargs = fresh(sample.inputs)
-    saved, live = SaveRecorder(), LiveBytes(unit_bytes)
+    saved, live = SaveRecorder(flow=None if trace is None else trace.flow), LiveBytes(unit_bytes)
+    if trace is not None:
+        inside = Objects(pytree.tree_leaves((args, kwargs))).tensors
+        trace.flow.begin([*tensors_in((args, kwargs)), *inside, *sample.fence.kept])
+        trace.flow.begin([*module.parameters(), *module.buffers()])
     torch.clear_autocast_cache()
-    with sample.as_it_was(), live, saved.hooks():
+    with sample.as_it_was(), live, saved.hooks(), nullcontext() if trace is None else trace.recorded():
+        note()
         out = run_module(module, args, kwargs)
+        note()
     if saved.shapes != shapes:
         raise InvalidChain(
             f"stage {sample.name!r} ({type(module).__name__}) saved {len(shapes)} tensors when it ran and {len(saved.shapes)}, "
@@ -163,8 +198,10 @@ def run_again(sample: Sample, unit_bytes: int) -> tuple[int, int]:
     kept = live.numbers([*(tensor for tensor, _ in saved.tensors), *tensors_in(out)])
     saved.tensors.clear()
     del out
+    note()
     with live:
         found = torch.autograd.grad(roots, leaves, grads, allow_unused=True) if roots and leaves else ()
+    note()
     own = {id(parameter) for parameter in module.parameters()}
     passing = [grad for grad, leaf in zip(found, leaves, strict=False) if grad is not None and id(leaf) not in own]
     gradients = live.numbers([*(grad for grad in found if grad is not None), *grads])
