@@ -20,7 +20,7 @@ from gpuckpt.planning.simulate import Simulation, simulate
 from gpuckpt.planning.solver import Problem, Solution, build_problem, min_peak_tree, solve
 from gpuckpt.planning.tree import Node, nodes_of
 
-__all__ = ["STRATEGIES", "certify", "plan_chain"]
+__all__ = ["STRATEGIES", "certify", "plan_chain", "smallest_budget"]
 
 Tree = tuple[Node, ...]
 Trial = tuple[Tree, Simulation]
@@ -119,6 +119,21 @@ def plan_chain(
         gap=gap,
         slot_bytes=slot_bytes,
     )
+
+
+def smallest_budget(chain: Chain, objective: str = "held", *, engine: str = "auto") -> int:
+    """Bytes of the smallest budget that any plan for `chain` fits in: the certificate's, without a plan to go with it.
+
+    >>> from gpuckpt.planning import Stage
+    >>> smallest_budget(Chain(tuple(Stage(str(i), 1.0, 2.0, (2 * i, 2 * i + 1), (2 * i,)) for i in range(4)), (100, 900) * 4))
+    1100
+    """
+    check_chain(chain)
+    check_choice(objective, "objective", ("held", "total"))
+    check_choice(engine, "engine", ("auto", "numpy", "numba"))
+    search = _Search(without_offload(chain), 0, objective, None, engine)
+    offloading = library_of(chain, objective, engine).trials if offloads(chain) else ()
+    return min([search.smallest_bytes, *(search.peak(simulation) for _, simulation in offloading)])
 
 
 def certify(chain: Chain, tree: Iterable[Node], budget_bytes: int, strategy: str) -> Plan:

@@ -64,11 +64,17 @@ def with_gradients(chain: Chain, gradients: Iterable[Gradient], *, always_bytes:
 
 
 def plan_total(
-    chain: Chain, total: Chain, budget_bytes: int, strategy: str = "optimal", host_bytes: int | None = None
+    chain: Chain,
+    total: Chain,
+    budget_bytes: int,
+    strategy: str = "optimal",
+    host_bytes: int | None = None,
+    *,
+    engine: str = "auto",
 ) -> Plan:
     """A plan for `chain` whose bytes alive, as `total` counts them, stay within `budget_bytes`; its certificate promises of what
     is held what `chain` says. Raises `BudgetExceeded`."""
-    plan = plan_chain(total, budget_bytes, strategy, objective="total", host_bytes=host_bytes)
+    plan = plan_chain(total, budget_bytes, strategy, objective="total", host_bytes=host_bytes, engine=engine)
     held = simulate(chain, plan.tree)
     moved_bytes = plan.certificate.layout_bytes - plan.certificate.peak_bytes
     certificate = replace(

@@ -24,13 +24,15 @@ from gpuckpt.planning.device.layout import ParallelLayout
 from gpuckpt.planning.device.optimizers import OptimizerCosts
 from gpuckpt.planning.device.parameters import CUDA_BLOCK_BYTES, ParameterShape, rounded_bytes
 from gpuckpt.planning.plan import Plan
-from gpuckpt.planning.planner import plan_chain
+from gpuckpt.planning.planner import smallest_budget
 
 __all__ = ["LOSS_BYTES", "SET_ASIDE_BYTES", "SET_ASIDE_NCCL_BYTES", "StepMemory", "StepPlan"]
 
 SET_ASIDE_BYTES = 3 << 29
 """1.5 GiB: a card of "80 GB" offers programs some 79.1 GiB of its 80 (as torch's out-of-memory messages quote it), a CUDA context
 with torch's kernels takes about half a GiB, cuBLAS a few dozen MiB. A margin, not a measurement: no GPU has run this yet."""
+
+_ENGINE = "numba"  # which has to be imported; whoever asks what a device holds asks dozens of times
 
 LOSS_BYTES = 2 * CUDA_BLOCK_BYTES
 """The loss and its gradient, there until backward has ended."""
@@ -152,7 +154,7 @@ class StepMemory:
         least = fixed + self.optimizer_peak_bytes
         left = max(0, budget_bytes - fixed)
         try:
-            plan = plan_total(self.chain, self.chain_with_gradients, left, strategy)
+            plan = plan_total(self.chain, self.chain_with_gradients, left, strategy, engine=_ENGINE)
         except BudgetExceeded as error:
             raise BudgetExceeded(max(least, fixed + error.need), budget_bytes, "of a whole step") from None
         if least > budget_bytes:
@@ -162,10 +164,7 @@ class StepMemory:
 
     def smallest_moving_bytes(self) -> int:
         """The fewest bytes that forward and backward can do with beyond `resident_bytes`, under any plan."""
-        try:
-            return plan_chain(self.chain_with_gradients, 0, objective="total").certificate.smallest_budget_bytes
-        except BudgetExceeded as error:
-            return int(error.need)
+        return smallest_budget(self.chain_with_gradients, "total", engine=_ENGINE)
 
     @property
     def _trained(self) -> list[ParameterShape]:

@@ -32,8 +32,9 @@ __all__ = ["Solution", "solve"]
 Tree = tuple[Node, ...]
 
 # Above this many additions compiled code pays even when Numba has yet to be imported: NumPy does about 5e8 a second, and takes as
-# long for a row of the tables as for so many.
-_NUMPY_SUMS, _NUMPY_ROW = 200_000_000, 10_000
+# long for a row of the tables as for so many, and for each of its options. It depends on the problem alone: ranks that plan each
+# for themselves have to find the same.
+_NUMPY_SUMS, _NUMPY_ROW, _NUMPY_OPTION = 200_000_000, 10_000, 5_000
 # By default a grid may take this many additions (a tenth of a second compiled) and table bytes, with however many slots if that
 # makes it exact, else with slots between these two. At 1,000 slots plans for 64 stages recompute up to 2% longer than need be.
 _SUMS = 500_000_000
@@ -99,7 +100,8 @@ def solve(
         grid = make_grid(problem, -(-useful_bytes // slots), slots, round_up=False)
     else:
         grid = make_grid(problem, _slot_bytes(problem, useful_bytes, slots), slots)
-    fill = _engine(engine, pieces.sums * (grid.slots + 1) + pieces.rows * _NUMPY_ROW)
+    row_sums = _NUMPY_ROW + problem.option_s.shape[1] * _NUMPY_OPTION
+    fill = _engine(engine, pieces.sums * (grid.slots + 1) + pieces.rows * row_sums)
     return Solution(chain, problem, grid, pieces, fill(problem, grid, pieces), exact and problem.exact)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuckpt.planning import Chain, Stage
+from gpuckpt.planning import Chain, Stage, Variant
 from gpuckpt.planning.device.interpolate import chain_at
 from gpuckpt.planning.device.largest import largest_fitting
 
@@ -61,3 +61,17 @@ def test_no_chain_where_none_can_be_told() -> None:
     halves = [Chain((Stage("a", saves=(0,)),), (size,)) for size in (1, 2)]
     assert chain_at(3, (2, 4), halves) is None
     assert chain_at(6, (2, 4), halves) == Chain((Stage("a", saves=(0,)),), (3,))
+
+
+def test_options_of_all_sizes_and_what_bends() -> None:
+    """Of a stage only options that it had at every size; workspace that falls and ends at 0 stays there."""
+
+    def measured(options: tuple[str, ...], workspace_bytes: int) -> Chain:
+        variants = tuple(Variant(name, (0,), 1.0, 2.0) for name in options)
+        stage = Stage("a", 1.0, 2.0, (0, 1), (0,), variants=variants, workspace_bytes=workspace_bytes)
+        return Chain((stage,), (64, 64))
+
+    found = chain_at(9, (2, 3), [measured(("kept-1", "kept-2"), 700), measured(("kept-2", "kept-3"), 0)])
+    assert found is not None
+    assert [variant.name for variant in found.stages[0].variants] == ["kept-2"]
+    assert found.stages[0].workspace_bytes == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from gpuckpt import measure, plan_chain
 from gpuckpt.cli.transformer import Config, Transformer
 from gpuckpt.errors import InvalidChain
 from gpuckpt.kernels.audit.roofline import DEVICES
+from gpuckpt.kernels.audit.roofline import device as device_called
 from gpuckpt.pytorch.profiling.clock import Roofline
+from gpuckpt.pytorch.profiling.measure import run_measured
+from gpuckpt.pytorch.profiling.sample import Sample, option_seconds
+from gpuckpt.pytorch.profiling.stage_timing import StageKind
 
 
 class Residual(nn.Module):
@@ -193,3 +198,24 @@ def test_seconds_of_a_fused_loss_are_those_of_its_operands() -> None:
     gemm_s = 2 * rows * width * vocab / 989e12
     assert gemm_s <= last.forward_s * (1 + 1e-9) < 1.5 * gemm_s  # the last digits of two times of a clock
     assert 3 * gemm_s <= last.backward_s < 4 * gemm_s
+
+
+@pytest.mark.parametrize("name", list(models()))
+def test_options_take_what_their_recomputes_take(name: str, monkeypatch) -> None:
+    """Seconds of options are added up from one run; here the recomputes run, by the same clock."""
+    ran: list[tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]] = []
+    count = StageKind.count
+
+    def counted(kind: StageKind, sample: Sample, clock: Roofline, *rest: Any, **options: Any) -> None:
+        count(kind, sample, clock, *rest, **options)
+        if sample.options:  # the first of the three turns takes checksums too
+            ran.append((dict(kind.option_s), option_seconds(sample, lambda: None, clock, 3)))
+
+    monkeypatch.setattr(StageKind, "count", counted)
+    model, inputs = models()[name]
+    run_measured(model, inputs, {}, 1, Roofline(device_called("H100 SXM")), 1)
+    assert ran
+    for added_up, timed in ran:
+        assert added_up.keys() == timed.keys()
+        for option, seconds in added_up.items():
+            assert seconds == pytest.approx(timed[option], rel=1e-9, abs=1e-18)
