@@ -104,7 +104,7 @@ def plan(
         int | None, typer.Option(help="cut the chain over so many ranks of a pipeline, each with the --budget")
     ] = None,
     microbatches: Annotated[
-        int, typer.Option(help="with --pipeline: micro-batches a step, each the chain's batch")
+        int, typer.Option(help="with --pipeline or pp: micro-batches a step, each the chain's batch")
     ] = 8,
     schedule: Annotated[str, typer.Option(help="with --pipeline: gpipe, 1f1b or interleaved")] = "1f1b",
     chunks: Annotated[int, typer.Option(help="with --schedule interleaved: runs of stages a rank")] = 1,
@@ -112,7 +112,7 @@ def plan(
         Path | None, typer.Option(help="a Hugging Face config.json: plan its whole step, every byte of the device")
     ] = None,
     optimizer: Annotated[str, typer.Option(help="with --hf: sgd, sgd-momentum, adamw, adamw-8bit, ...")] = "adamw",
-    parallel: Annotated[str, typer.Option(help="with --hf: the layout over devices, as fsdp=8,tp=2")] = "",
+    parallel: Annotated[str, typer.Option(help="with --hf: the layout over devices, as fsdp=8,tp=2,pp=4")] = "",
     find: Annotated[
         str | None,
         typer.Option(help="with --hf: look for one thing alone: the largest batch or context, the fewest gpus"),
@@ -132,7 +132,7 @@ def plan(
         from gpuckpt.cli.whole_device import plan_whole_device
 
         name = _device_called(device)
-        plan_whole_device(hf, batch, context, dtype, optimizer, name, parallel, budget, find, out, json)
+        plan_whole_device(hf, batch, context, dtype, optimizer, name, parallel, microbatches, budget, find, out, json)
         return
     console = Console(stderr=json)
     if chain_file is None:

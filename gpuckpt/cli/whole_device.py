@@ -28,6 +28,7 @@ def plan_whole_device(
     optimizer: str,
     device: str,
     parallel: str,
+    micro_batches: int,
     budget: str | None,
     find: str | None,
     out: Path,
@@ -44,6 +45,7 @@ def plan_whole_device(
         optimizer=optimizer,
         device=device,
         parallel=parallel,
+        micro_batches=micro_batches,
         budget=budget,
     )
     facts = device_facts(planned, find)
@@ -75,6 +77,9 @@ def device_facts(planned: DevicePlan, find: str | None = None) -> dict[str, Any]
         "devices": model.layout.devices,
         "fsdp": model.layout.fsdp,
         "tp": model.layout.tp,
+        "pp": model.layout.pp,
+        "micro_batches": planned.step.micro_batches,
+        "tightest_rank": planned.tightest,
         "optimizer": memory.optimizer.name,
         "budget_bytes": planned.budget_bytes,
         "weights_bytes": sum(memory.weights),
@@ -87,11 +92,12 @@ def device_facts(planned: DevicePlan, find: str | None = None) -> dict[str, Any]
         "gradients_bytes": memory.gradient_bytes,
         "optimizer_step_bytes": memory.optimizer_peak_bytes,
         "activations_bytes": chain.saved_bytes,
-        "last_stage_saved_bytes": chain.charge([i for i in last.saves if i not in earlier]),
-        "last_stage_workspace_bytes": last.workspace_bytes,
         "fits": planned.fits,
         "need_bytes": planned.need_bytes,
     }
+    if planned.tightest == len(planned.step.memories) - 1:  # which has what follows the last block
+        facts["last_stage_saved_bytes"] = chain.charge([i for i in last.saves if i not in earlier])
+        facts["last_stage_workspace_bytes"] = last.workspace_bytes
     if found is not None:
         certificate, seconds = found.plan.certificate, planned.step_s or 0.0
         facts["peak_bytes"] = found.peak_bytes
@@ -126,10 +132,12 @@ def device_facts(planned: DevicePlan, find: str | None = None) -> dict[str, Any]
 def device_page(facts: dict[str, Any]) -> str:
     """The facts as a page."""
     tokens = "" if facts["context"] is None else f" of {facts['context']:,} tokens"
-    ranks = "" if facts["devices"] == 1 else f", {facts['devices']} devices (fsdp={facts['fsdp']}, tp={facts['tp']})"
+    layout = ", ".join(f"{name}={facts[name]}" for name in ("fsdp", "tp", "pp") if facts[name] > 1)
+    ranks = f", {facts['devices']} devices ({layout})" if layout else ""
     lines = [
         f"{facts['model']}: {facts['parameters']:,} parameters, {facts['dtype']}, {facts['optimizer']}",
         f"{facts['batch']} samples{tokens} a device and step, {facts['device']}{ranks}",
+        *([] if facts["pp"] == 1 else _pipeline_lines(facts)),
         "",
         *text_table(_byte_rows(facts), (False, True, True, False)),
         "",
@@ -163,6 +171,14 @@ def device_page(facts: dict[str, Any]) -> str:
     if "levers" in facts:
         lines += ["", *text_table(_lever_rows(facts), (False, True, True, True))]
     return "\n".join(lines).rstrip()
+
+
+def _pipeline_lines(facts: dict[str, Any]) -> list[str]:
+    """Which of the ranks the bytes below are of."""
+    rank, ranks, count = facts["tightest_rank"], facts["pp"], facts["micro_batches"]
+    return [
+        f"1F1B, {count} micro-batches a step; rank {rank} of {ranks} is the tightest ({min(count, ranks - rank)} in flight):"
+    ]
 
 
 def _byte_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -23,7 +23,17 @@ from gpuckpt.planning.solver import build_problem, min_peak_tree, solve
 from gpuckpt.planning.strategies import keep_all
 from gpuckpt.planning.tree import Node
 
-__all__ = ["PipelinePlan", "RankPlan", "cut_chain", "in_flight", "plan_pipeline", "step_seconds"]
+__all__ = [
+    "PipelinePlan",
+    "RankPlan",
+    "cut_chain",
+    "fit_rank",
+    "in_flight",
+    "least_rank_trees",
+    "plan_pipeline",
+    "rank_peak",
+    "step_seconds",
+]
 
 Tree = tuple[Node, ...]
 
@@ -138,11 +148,11 @@ def plan_pipeline(
         own = cuts[rank::ranks]
         held = in_flight(schedule, ranks, rank, micro_batches, chunks)
         parts = [chain.part(first, last) for first, last in own]
-        trees = _fit_rank(parts, held, budget_bytes, f"rank {rank} of {ranks} ({schedule}, {held} in flight)")
+        trees = fit_rank(parts, held, budget_bytes, f"rank {rank} of {ranks} ({schedule}, {held} in flight)")
         plans = tuple(certify(part, tree, budget_bytes, "pipeline") for part, tree in zip(parts, trees, strict=True))
         forward_s = sum(stage.forward_s for part in parts for stage in part.stages)
         step_s = sum(plan.certificate.step_s for plan in plans)
-        peak_bytes = _rank_peak(parts, trees, held)
+        peak_bytes = rank_peak(parts, trees, held)
         planned.append(RankPlan(own, plans, held, peak_bytes, forward_s, step_s - forward_s))
     step_s = step_seconds(
         [rank.forward_s for rank in planned], [rank.backward_s for rank in planned], micro_batches, schedule, chunks
@@ -150,14 +160,15 @@ def plan_pipeline(
     return PipelinePlan(tuple(planned), schedule, micro_batches, step_s)
 
 
-def _fit_rank(parts: Sequence[Chain], held: int, budget_bytes: int, who: str) -> list[Tree]:
-    """The fastest trees for a rank's chunks such that `held - 1` activations at rest and one at its peak fit."""
+def fit_rank(parts: Sequence[Chain], held: int, budget_bytes: int, who: str, objective: str = "held") -> list[Tree]:
+    """The fastest trees for a rank's chunks such that `held - 1` activations at rest and one at its peak fit, with "total" all
+    else that is alive at that peak too. `BudgetExceeded` says that `who` does not fit."""
     trees: list[Tree] = [keep_all(part) for part in parts]
-    if _rank_peak(parts, trees, held) <= budget_bytes:
+    if rank_peak(parts, trees, held, objective) <= budget_bytes:
         return trees
-    problems = [build_problem(part) for part in parts]
-    least = [min_peak_tree(part, problem) for part, problem in zip(parts, problems, strict=True)]
-    need = _rank_peak(parts, least, held)
+    problems = [build_problem(part, objective) for part in parts]
+    least = least_rank_trees(parts, objective)
+    need = rank_peak(parts, least, held, objective)
     best = least if need <= budget_bytes else None
     solutions = [solve(part, problem, budget_bytes) for part, problem in zip(parts, problems, strict=True)]
     low, high = 0, budget_bytes
@@ -168,7 +179,7 @@ def _fit_rank(parts: Sequence[Chain], held: int, budget_bytes: int, who: str) ->
             low = middle
             continue
         trees = [s.tree(s.least_slots(m)) for s, m in zip(solutions, slots, strict=True)]
-        peak_bytes = _rank_peak(parts, trees, held)
+        peak_bytes = rank_peak(parts, trees, held, objective)
         need = min(need, peak_bytes)
         if peak_bytes <= budget_bytes:
             low, best = middle, trees
@@ -181,14 +192,29 @@ def _fit_rank(parts: Sequence[Chain], held: int, budget_bytes: int, who: str) ->
     return best
 
 
-def _rank_peak(parts: Sequence[Chain], trees: Sequence[Tree], held: int) -> int:
+def least_rank_trees(parts: Sequence[Chain], objective: str = "held") -> list[Tree]:
+    """Of each chunk the plan with the smallest peak: in closed form, and for "total", where that is a bound, from the tables."""
+    trees = []
+    for part in parts:
+        problem = build_problem(part, objective)
+        tree = min_peak_tree(part, problem)
+        if objective == "total":
+            solution = solve(part, problem, simulate(part, tree).total_peak_bytes)
+            fitting = [m for m, seconds in enumerate(solution.seconds_by_slots) if not isinf(seconds)][:1]
+            trials = [tree, *map(solution.tree, fitting)]
+            tree = min(trials, key=lambda trial: simulate(part, trial).total_peak_bytes)
+        trees.append(tree)
+    return trees
+
+
+def rank_peak(parts: Sequence[Chain], trees: Sequence[Tree], held: int, objective: str = "held") -> int:
     """Bytes of `held - 1` activations at rest, the largest chunk's, and one at its peak."""
     rest_bytes = peak_bytes = 0
     for part, tree in zip(parts, trees, strict=True):
         run = simulate(part, tree)
         # Forward records one step for each node of the top level.
         rest_bytes = max(rest_bytes, run.trace[len(tree) - 1][1])
-        peak_bytes = max(peak_bytes, run.peak_bytes)
+        peak_bytes = max(peak_bytes, run.peak_bytes if objective == "held" else run.total_peak_bytes)
     return (held - 1) * rest_bytes + peak_bytes
 
 

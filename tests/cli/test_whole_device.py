@@ -123,6 +123,23 @@ def test_more_devices_hold_less_each(small: Path) -> None:
     assert two.chain.saved_bytes < one.chain.saved_bytes == eight.chain.saved_bytes
 
 
+def test_a_pipeline_shows_its_tightest_rank(small: Path, tmp_path: Path) -> None:
+    size = ("--hf", small, "--context", 256, "--budget", "6GiB", "--out", tmp_path, "--find", "batch", "--json")
+    facts = json.loads(run(*size, "--parallel", "fsdp=2,pp=2", "--microbatches", 4, "--batch", 2).stdout)
+    assert (facts["devices"], facts["pp"], facts["micro_batches"]) == (4, 2, 4)
+    rows = 128256 * 512  # the embedding is on the first rank, the head on the last
+    blocks = facts["parameters"] - 2 * rows - 512
+    numel = rows + blocks // 2 + (512 if facts["tightest_rank"] else 0)
+    assert facts["weights_bytes"] == numel  # of two bytes, over two ranks of FSDP
+    assert facts["samples_per_s"] == pytest.approx(2 * 4 * 2 / (facts["step_ms"] / 1e3))
+    page = device_page(facts)
+    assert f"rank {facts['tightest_rank']} of 2 is the tightest" in page
+    largest = json.loads(run(*size, "--parallel", "fsdp=2,pp=2", "--batch", facts["largest_batch"]).stdout)
+    assert largest["fits"] is True
+    more = json.loads(run(*size, "--parallel", "fsdp=2,pp=2", "--batch", facts["largest_batch"] + 1).stdout)
+    assert more["fits"] is False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_every_example_has_a_page(config: Path, tmp_path: Path) -> None:
@@ -140,7 +157,8 @@ def test_every_example_has_a_page(config: Path, tmp_path: Path) -> None:
         (["--dtype", "int3"], "dtype 'int3': expected one of bf16, fp16, fp32"),
         (["--optimizer", "adam"], "optimizer 'adam' is not known; known are sgd"),
         (["--device", "abacus"], "--device 'abacus' is not known"),
-        (["--parallel", "pp=2"], "expected fsdp=N,tp=N, each at most once; got 'pp=2'"),
+        (["--parallel", "ep=2"], "expected fsdp=N,tp=N,pp=N, each at most once; got 'ep=2'"),
+        (["--parallel", "pp=3"], "pp=3 does not divide 4 blocks; allowed are 1, 2, 4"),
         (["--parallel", "tp=3"], "tp=3 does not divide"),
         (["--find", "cards"], "--find 'cards': expected one of batch, context, gpus"),
         (["--budget", "much"], "'much' is not a size in bytes"),

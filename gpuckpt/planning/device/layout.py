@@ -12,7 +12,8 @@ __all__ = ["ParallelLayout"]
 @dataclass(frozen=True)
 class ParallelLayout:
     """fsdp: ranks that share weights, gradients and optimizer state, each with a batch of its own (FSDP2's `fully_shard` on every
-    block, forward's gathered weights dropped again). tp: ranks that split each block's matrices and work on the same batch.
+    block, forward's gathered weights dropped again). tp: ranks that split each block's matrices and work on the same batch. pp:
+    ranks of a pipeline, each with as many blocks as any other, which work on micro-batches one after another (1F1B).
 
     Raises `ValueError` for a count below 1.
 
@@ -22,6 +23,7 @@ class ParallelLayout:
 
     fsdp: int = 1
     tp: int = 1
+    pp: int = 1
 
     def __post_init__(self) -> None:
         for name, count in asdict(self).items():
@@ -30,7 +32,7 @@ class ParallelLayout:
 
     @property
     def devices(self) -> int:
-        return self.fsdp * self.tp
+        return self.fsdp * self.tp * self.pp
 
     @classmethod
     def parse(cls, text: str) -> ParallelLayout:

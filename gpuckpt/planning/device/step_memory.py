@@ -23,6 +23,7 @@ from gpuckpt.planning.device.gradients import Gradient, plan_total, stages_of, s
 from gpuckpt.planning.device.layout import ParallelLayout
 from gpuckpt.planning.device.optimizers import OptimizerCosts
 from gpuckpt.planning.device.parameters import CUDA_BLOCK_BYTES, ParameterShape, rounded_bytes
+from gpuckpt.planning.device.pipeline_ranks import least_in_flight, plan_in_flight
 from gpuckpt.planning.plan import Plan
 from gpuckpt.planning.planner import smallest_budget
 
@@ -51,6 +52,8 @@ class StepMemory:
         buffers_bytes: bytes of buffers and inputs.
         given: ids of the inputs that autograd saves, which are counted in `buffers_bytes`.
         in_backward: whether each parameter's gradient goes into the optimizer as soon as it has come, and is let go.
+        in_flight: micro-batches that the rank holds at once, one of them at its peak. Gradients are then there from the first
+            micro-batch on.
     """
 
     chain: Chain
@@ -60,6 +63,7 @@ class StepMemory:
     buffers_bytes: int = 0
     given: frozenset[int] = frozenset()
     in_backward: bool = False
+    in_flight: int = 0
 
     @cached_property
     def weights(self) -> list[int]:
@@ -121,6 +125,7 @@ class StepMemory:
         Inputs that autograd saves are counted with the other inputs."""
         stages, sharded, last = list(self.chain.stages), self.layout.fsdp > 1, len(self.chain) - 1
         gradients: list[Gradient] = []
+        always_bytes = LOSS_BYTES
         whole = [0] * len(stages)  # whole: bytes of a block's full weights
         for parameter, stage, shard in zip(self.parameters, self._stages, self.weights, strict=True):
             full = parameter.numel * parameter.item_bytes
@@ -133,7 +138,11 @@ class StepMemory:
                     if stage is None
                     else (stage,)
                 )
-                gradients.append(Gradient(at, nbytes, not self.in_backward, self._step_bytes(parameter)))
+                stays, step_bytes = not self.in_backward, self._step_bytes(parameter)
+                if self.in_flight:
+                    always_bytes += nbytes
+                    stays, step_bytes = False, 0
+                gradients.append(Gradient(at, nbytes, stays, step_bytes))
         if sharded:
             for number, full in enumerate(whole):
                 if (
@@ -143,7 +152,7 @@ class StepMemory:
                     stages[number] = replace(stages[number], gradients_bytes=3 * full + ahead)
         storages = tuple([0 if i in self.given else size for i, size in enumerate(self.chain.storages)])
         counted = replace(self.chain, stages=tuple(stages), storages=storages)
-        return with_gradients(counted, gradients, always_bytes=LOSS_BYTES)
+        return with_gradients(counted, gradients, always_bytes=always_bytes)
 
     def plan(self, budget_bytes: int, strategy: str = "optimal") -> StepPlan:
         """The fastest plan whose whole step stays within `budget_bytes` of the device.
@@ -154,7 +163,10 @@ class StepMemory:
         least = fixed + self.optimizer_peak_bytes
         left = max(0, budget_bytes - fixed)
         try:
-            plan = plan_total(self.chain, self.chain_with_gradients, left, strategy, engine=_ENGINE)
+            if self.in_flight:
+                plan = plan_in_flight(self.chain, self.chain_with_gradients, self.in_flight, left, strategy)
+            else:
+                plan = plan_total(self.chain, self.chain_with_gradients, left, strategy, engine=_ENGINE)
         except BudgetExceeded as error:
             raise BudgetExceeded(max(least, fixed + error.need), budget_bytes, "of a whole step") from None
         if least > budget_bytes:
@@ -164,7 +176,15 @@ class StepMemory:
 
     def smallest_moving_bytes(self) -> int:
         """The fewest bytes that forward and backward can do with beyond `resident_bytes`, under any plan."""
+        if self.in_flight:
+            return least_in_flight(self.chain_with_gradients, self.in_flight)
         return smallest_budget(self.chain_with_gradients, "total", engine=_ENGINE)
+
+    @property
+    def least_bytes(self) -> int:
+        """The smallest budget that the whole step could do with, under any plan."""
+        moving = max(self.optimizer_peak_bytes, self.smallest_moving_bytes())
+        return self.resident_bytes + self.set_aside_bytes + moving
 
     @property
     def _trained(self) -> list[ParameterShape]:

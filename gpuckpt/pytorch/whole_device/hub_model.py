@@ -91,6 +91,8 @@ class HubModel:
         for blocks in _block_lists(self._rank, self._local):
             first, period = self._depths.get(blocks.count, (1, 1))
             self._depths[blocks.count] = max(first, blocks.first), math.lcm(period, blocks.period)
+        if self.layout.pp > 1:
+            _ = self.pipeline_blocks  # which says what is allowed, before anything is measured
         if fused_loss:
             FusedLossModel(self._rank)  # which says why, where a model has no such loss
 
@@ -172,6 +174,25 @@ class HubModel:
                 for count, (first, period) in self._depths.items():  # one period later what is shared may be there
                     longer = first + 3 * period <= count and first <= 1 + period
                     self._depths[count] = (first + period, period) if longer else (count, 1)
+
+    @property
+    def pipeline_blocks(self) -> tuple[str, int]:
+        """How names of the blocks begin that a pipeline deals out, and how many there are.
+
+        Raises `ValueError` for a model that has two lists of them, as an encoder with a decoder.
+        """
+        if len(self._lists) != 1:
+            raise ValueError(
+                f"pp={self.layout.pp}: {self.name} has {len(self._lists)} lists of blocks, and a pipeline is planned for one; "
+                "allowed is pp=1"
+            )
+        (blocks,) = self._lists
+        if blocks.count % self.layout.pp:
+            allowed = [n for n in range(1, blocks.count + 1) if blocks.count % n == 0]
+            raise ValueError(
+                f"pp={self.layout.pp} does not divide {blocks.count} blocks; allowed are {', '.join(map(str, allowed))}"
+            )
+        return ("model." if self.fused_loss else "") + blocks.name, blocks.count
 
     def with_fused_loss(self) -> HubModel:
         """The same model with a fused output layer and loss. Raises `ValueError` where it has no such form."""

@@ -16,6 +16,8 @@ from gpuckpt.planning.device.interpolate import chain_at
 from gpuckpt.planning.device.largest import largest_fitting
 from gpuckpt.planning.device.layout import ParallelLayout
 from gpuckpt.planning.device.optimizers import optimizer_called
+from gpuckpt.planning.device.pipeline_ranks import cut_blocks
+from gpuckpt.planning.device.ranked_step import RankedPlan, RankedStep
 from gpuckpt.planning.device.step_memory import StepMemory, StepPlan
 from gpuckpt.planning.variants import LINK_BYTES_PER_S, with_spill
 from gpuckpt.pytorch.whole_device.hub_model import HubModel
@@ -46,8 +48,9 @@ class DevicePlan:
     """A model, a batch and a device, and what comes of them.
 
     Attributes:
-        memory: the bytes of a step, by kind.
-        found: the plan; None where nothing fits.
+        whole: the bytes of a step, by kind, as one device would hold them, or each of those that share its layers.
+        step: the same by rank of the pipeline; one rank where there is none.
+        planned: a plan for every rank; None where nothing fits.
         need_bytes: the smallest budget that would do.
         budget_bytes: of the device, for everything.
     """
@@ -57,23 +60,42 @@ class DevicePlan:
     batch: int
     context: int | None
     budget_bytes: int
-    memory: StepMemory
-    found: StepPlan | None
+    whole: StepMemory
+    step: RankedStep
+    planned: RankedPlan | None
     need_bytes: int
 
     @property
     def fits(self) -> bool:
-        return self.found is not None
+        return self.planned is not None
+
+    @property
+    def tightest(self) -> int:
+        """The rank of the pipeline whose device is fullest, or would have to be."""
+        if self.planned is not None:
+            return self.planned.tightest
+        memories = self.step.memories
+        return max(range(len(memories)), key=lambda rank: memories[rank].least_bytes)
+
+    @property
+    def memory(self) -> StepMemory:
+        """Bytes of the tightest rank."""
+        return self.step.memories[self.tightest]
+
+    @property
+    def found(self) -> StepPlan | None:
+        """The tightest rank's plan."""
+        return None if self.planned is None else self.planned.plans[self.tightest]
 
     @property
     def step_s(self) -> float | None:
         """Seconds of a step by the roofline, a bound from below; transfers between devices are left out."""
-        return None if self.found is None else self.found.step_s(self.device.bytes_per_s)
+        return None if self.planned is None else self.planned.step_s(self.device.bytes_per_s)
 
     @property
     def samples(self) -> int:
         """Samples that all devices together take in one step."""
-        return self.batch * self.model.layout.fsdp
+        return self.batch * self.model.layout.fsdp * self.step.micro_batches
 
     def largest_batch(self) -> int:
         """The most samples a device and step that fit the budget; 0 if not one does."""
@@ -103,59 +125,62 @@ class DevicePlan:
         """The fewest devices that hold the step with this batch on each, FSDP over 1, 2, 4, ... of them; None if not 1,024 do."""
         layout = self.model.layout
         for fsdp in (1 << power for power in range(11)):
-            memory = replace(self.memory, layout=replace(layout, fsdp=fsdp))
-            fixed = memory.resident_bytes + memory.set_aside_bytes
-            if fixed + memory.optimizer_peak_bytes > self.budget_bytes:
-                continue
-            if fixed + memory.smallest_moving_bytes() <= self.budget_bytes:
-                return fsdp * layout.tp
+            step = self.step.each(lambda memory, n=fsdp: replace(memory, layout=replace(layout, fsdp=n)))  # type: ignore[misc]
+            if step.optimizer_bytes <= self.budget_bytes and step.least_bytes <= self.budget_bytes:
+                return fsdp * layout.tp * layout.pp
         return None
 
     def levers(self) -> list[Lever]:
         """What recomputing, offloading, an 8-bit optimizer, a fused loss and more ranks would each buy."""
-        memory, layout = self.memory, self.model.layout
+        step, layout = self.step, self.model.layout
         found = [
-            self._lever("keep everything", memory, strategy="none"),
-            self._lever("recompute every block", memory, strategy="every"),
-            self._lever(f"offload to the host ({_LINK})", replace(memory, chain=self._spilling())),
+            self._lever("keep everything", step, strategy="none"),
+            self._lever("recompute every block", step, strategy="every"),
         ]
-        if self.memory.optimizer.name.startswith("adamw") and self.memory.optimizer.name != "adamw-8bit":
-            found.append(self._lever("8-bit AdamW", replace(memory, optimizer=optimizer_called("adamw-8bit"))))
+        if layout.pp == 1:
+            link = LINK_BYTES_PER_S[_LINK]
+            spilling = step.each(lambda memory: replace(memory, chain=with_spill(memory.chain, link)))
+            found.append(self._lever(f"offload to the host ({_LINK})", spilling))
+        optimizer = self.whole.optimizer.name
+        if optimizer.startswith("adamw") and optimizer != "adamw-8bit":
+            smaller = optimizer_called("adamw-8bit")
+            found.append(self._lever("8-bit AdamW", step.each(lambda memory: replace(memory, optimizer=smaller))))
         fused = self._with_fused_loss()
         if fused is not None:
             found.append(self._lever("fused output layer and loss", fused))
-        ranks = max(8, 2 * layout.fsdp)
-        found.append(self._lever(f"FSDP over {ranks} devices", replace(memory, layout=replace(layout, fsdp=ranks))))
+        more = replace(layout, fsdp=max(8, 2 * layout.fsdp))
+        sharded = step.each(lambda memory: replace(memory, layout=more))
+        found.append(self._lever(f"FSDP over {more.fsdp} devices", sharded))
         return found
 
-    def _spilling(self) -> Chain:
-        return with_spill(self.memory.chain, LINK_BYTES_PER_S[_LINK])
-
-    def _lever(self, name: str, memory: StepMemory, strategy: str = "optimal") -> Lever:
+    def _lever(self, name: str, step: RankedStep, strategy: str = "optimal") -> Lever:
         try:
             # A classic strategy offers one plan: what it takes is its price, whether that fits or not.
-            found = memory.plan(self.budget_bytes if strategy == "optimal" else _ENDLESS, strategy)
+            planned = step.plan(self.budget_bytes if strategy == "optimal" else _ENDLESS, strategy)
         except BudgetExceeded as error:
             return Lever(name, error.need, None, None)
-        smallest_bytes = found.smallest_bytes if strategy == "optimal" else found.peak_bytes
-        peak_bytes = found.peak_bytes if found.peak_bytes <= self.budget_bytes else None
-        return Lever(name, smallest_bytes, peak_bytes, found.step_s(self.device.bytes_per_s))
+        highest_bytes = planned.plans[planned.tightest].peak_bytes
+        smallest_bytes = planned.smallest_bytes if strategy == "optimal" else highest_bytes
+        peak_bytes = highest_bytes if highest_bytes <= self.budget_bytes else None
+        return Lever(name, smallest_bytes, peak_bytes, planned.step_s(self.device.bytes_per_s))
 
-    def _with_fused_loss(self) -> StepMemory | None:
+    def _with_fused_loss(self) -> RankedStep | None:
         try:
             model = self.model.with_fused_loss()
         except ValueError:
             return None
         chain = model.chain(self.batch, self.context, self.device.name)
-        return replace(self.memory, chain=chain, parameters=model.parameters)
+        whole = replace(self.whole, chain=chain, parameters=model.parameters)
+        return _over_ranks(model, whole, self.step.micro_batches)
 
     def _largest(self, measured: Callable[[int], Chain], sizes: tuple[int, ...], limit: int, step: int) -> int:
         """The largest size that fits: found by chains that are interpolated between measured ones, and then measured itself."""
-        memory = self.memory
-        left = self.budget_bytes - memory.resident_bytes - memory.set_aside_bytes
-        if left < memory.optimizer_peak_bytes:
+        if self.step.optimizer_bytes > self.budget_bytes:
             return 0
-        chains = {sizes[0]: memory.chain}
+        chains = {sizes[0]: self.whole.chain}
+
+        def least_bytes(chain: Chain) -> int:
+            return _over_ranks(self.model, replace(self.whole, chain=chain), self.step.micro_batches).least_bytes
 
         def chain_of(size: int) -> Chain:
             if size not in chains:
@@ -163,7 +188,7 @@ class DevicePlan:
             return chains[size]
 
         def need(size: int) -> int:
-            return replace(memory, chain=chain_of(size)).smallest_moving_bytes()
+            return least_bytes(chain_of(size))
 
         likely_needs: dict[int, int] = {}
 
@@ -174,13 +199,21 @@ class DevicePlan:
                 known = (*sizes[1:], further)
             chain = chain_at(size, known, list(map(chain_of, known)))
             chain = chain_of(size) if chain is None else chain
-            likely_needs[size] = replace(memory, chain=chain).smallest_moving_bytes()
+            likely_needs[size] = least_bytes(chain)
             return likely_needs[size]
 
-        likely = largest_fitting(likely_need, left, 0, sizes[0], limit=limit, step=step)
+        likely = largest_fitting(likely_need, self.budget_bytes, 0, sizes[0], limit=limit, step=step)
         if likely == 0 or need(likely) == likely_needs[likely]:
             return likely
-        return largest_fitting(need, left, 0, likely, limit=limit, step=step)
+        return largest_fitting(need, self.budget_bytes, 0, likely, limit=limit, step=step)
+
+
+def _over_ranks(model: HubModel, whole: StepMemory, micro_batches: int) -> RankedStep:
+    """The step over the ranks of the model's layout."""
+    if model.layout.pp == 1:
+        return RankedStep((whole,))
+    cuts = cut_blocks(whole.chain, *model.pipeline_blocks, model.layout.pp)
+    return RankedStep.split(whole, cuts, micro_batches)
 
 
 def _options_differ(one: Chain, other: Chain) -> bool:
@@ -198,6 +231,7 @@ def plan_device(
     parallel: str | ParallelLayout = "",
     budget: int | str | None = None,
     fused_loss: bool = False,
+    micro_batches: int = 8,
 ) -> DevicePlan:
     """Plan a whole training step of a Hugging Face model, from its configuration alone: no weights, no download, no device.
 
@@ -208,9 +242,10 @@ def plan_device(
         dtype: "bf16", "fp16" or "fp32", of weights, gradients and activations.
         optimizer: a name in `gpuckpt.planning.device.optimizers.OPTIMIZERS`.
         device: one of `gpuckpt.kernels.audit.roofline.DEVICES`, for its memory and its roofline.
-        parallel: a `ParallelLayout`, or as text: "fsdp=8,tp=2".
+        parallel: a `ParallelLayout`, or as text: "fsdp=8,tp=2,pp=4".
         budget: bytes of the device for everything; by default all of its memory.
         fused_loss: plan with `gpuckpt.functional.linear_cross_entropy` in place of the output layer and the loss.
+        micro_batches: with pp, how many a step (1F1B), each of `batch` samples; the plan is that of the tightest rank.
 
     Weights, gradients and optimizer state are counted exactly, as the caching allocator rounds them; activations as autograd
     saves them, by the CPU's rules. What cannot be known is set aside: see `gpuckpt.planning.device.step_memory`.
@@ -224,6 +259,7 @@ def plan_device(
     `BackendUnavailable` without transformers. A step that does not fit is no error: the plan says so.
     """
     check_flag(fused_loss, "fused_loss")
+    check_int(micro_batches, "micro_batches", 1)
     batch = check_int(batch, "batch", None, _MOST)
     context = None if context is None else check_int(context, "context", None, _MOST)
     layout = parallel if isinstance(parallel, ParallelLayout) else ParallelLayout.parse(parallel)
@@ -235,9 +271,10 @@ def plan_device(
         context = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
     chain = model.chain(batch, context, on.name)
     memory = StepMemory(chain, model.parameters, costs, layout, model.buffers_bytes(batch, context), model.given)
+    step = _over_ranks(model, memory, micro_batches)
     try:
-        found = memory.plan(budget_bytes)
-        need_bytes = found.smallest_bytes
+        planned = step.plan(budget_bytes)
+        need_bytes = planned.smallest_bytes
     except BudgetExceeded as error:
-        found, need_bytes = None, int(error.need)
-    return DevicePlan(model, on, batch, context, budget_bytes, memory, found, need_bytes)
+        planned, need_bytes = None, int(error.need)
+    return DevicePlan(model, on, batch, context, budget_bytes, memory, step, planned, need_bytes)

@@ -10,8 +10,11 @@ from gpuckpt.errors import BudgetExceeded
 from gpuckpt.planning import Chain, Stage
 from gpuckpt.planning.device.layout import ParallelLayout
 from gpuckpt.planning.device.optimizers import OPTIMIZERS, optimizer_called
-from gpuckpt.planning.device.parameters import ParameterShape
+from gpuckpt.planning.device.parameters import ParameterShape, rounded_bytes
+from gpuckpt.planning.device.pipeline_ranks import cut_blocks
+from gpuckpt.planning.device.ranked_step import RankedStep
 from gpuckpt.planning.device.step_memory import LOSS_BYTES, SET_ASIDE_BYTES, SET_ASIDE_NCCL_BYTES, StepMemory
+from gpuckpt.planning.pipeline import step_seconds
 
 MB = 1 << 20
 BLOCKS = 4
@@ -101,7 +104,7 @@ def test_shards_are_padded_and_tensors_rounded() -> None:
     assert scalars.rounding_bytes == 4 * (512 - 4)
 
 
-@pytest.mark.parametrize("wrong", ["pp=2", "fsdp", "fsdp=0", "fsdp=-1", "fsdp=2,fsdp=2", "tp=two", "8"])
+@pytest.mark.parametrize("wrong", ["ep=2", "fsdp", "fsdp=0", "fsdp=-1", "fsdp=2,fsdp=2", "tp=two", "8"])
 def test_a_layout_that_is_none(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"parallel.*expected"):
         ParallelLayout.parse(wrong)
@@ -127,3 +130,36 @@ def test_own_gradients_count_as_they_are_there_at_the_worst_moment() -> None:
         memory, chain=replace(memory.chain, stages=(*memory.chain.stages[:2], block, *memory.chain.stages[3:]))
     )
     assert memory.chain_with_gradients.stages[2].workspace_bytes == LOSS_BYTES + (2 + later) * MB
+
+
+def test_ranks_of_a_pipeline_hold_their_own_and_what_is_in_flight() -> None:
+    """Against the schedule played out: rank i of p keeps p - i micro-batches, one of them at its peak, and all its gradients."""
+    names = ("embed", *(f"layers.{i}" for i in range(4)), "head")
+    stages = [Stage(name, 1.0, 2.0, (n,), recomputable=name != "embed") for n, name in enumerate(names)]
+    chain = Chain(tuple(stages), (8000,) * 6, 512)
+    parameters = [ParameterShape("embed.weight", (100, 10), 2, first=True)]
+    parameters += [ParameterShape(f"layers.{i}.weight", (64, 8), 2) for i in range(4)]
+    whole = StepMemory(chain, (*parameters, ParameterShape("norm.weight", (10,), 2)), optimizer_called("sgd"))
+    cuts = cut_blocks(chain, "layers.", 4, 2)
+    split = RankedStep.split(whole, cuts, micro_batches=8)
+    assert [[p.name for p in rank.parameters] for rank in split.memories] == [
+        ["embed.weight", "layers.0.weight", "layers.1.weight"],
+        ["layers.2.weight", "layers.3.weight", "norm.weight"],
+    ]
+    assert sum(sum(rank.weights) for rank in split.memories) == sum(whole.weights)
+    for rank, in_flight in zip(split.memories, (2, 1), strict=True):
+        saved = 3 * 8192
+        gradients = rounded_bytes(rank.weights)
+        passing = max(rounded_bytes([size]) for size in rank.weights)  # one that comes, before it is added
+        plan = rank.plan(1 << 40)
+        assert plan.plan.certificate.peak_bytes == in_flight * saved
+        assert plan.plan.certificate.total_peak_bytes >= in_flight * saved + LOSS_BYTES + gradients
+        assert plan.plan.certificate.total_peak_bytes <= in_flight * saved + LOSS_BYTES + gradients + passing
+        least = rank.least_bytes
+        assert rank.plan(least).peak_bytes == least < plan.peak_bytes
+        with pytest.raises(BudgetExceeded) as caught:
+            rank.plan(least - 1)
+        assert caught.value.need == least
+    assert split.least_bytes == split.memories[0].least_bytes
+    seconds = step_seconds([3.0, 3.0], [6.0, 6.0], 8, "1f1b")
+    assert split.plan(1 << 40).step_s(1e12) == pytest.approx(seconds, abs=1e-6)
