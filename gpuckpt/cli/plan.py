@@ -111,6 +111,12 @@ def plan(
     hf: Annotated[
         Path | None, typer.Option(help="a Hugging Face config.json: plan its whole step, every byte of the device")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="package.module:factory, which makes (model, example) of a batch and a context: planned as with --hf"
+        ),
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="with --hf: sgd, sgd-momentum, adamw, adamw-8bit, ...")] = "adamw",
     parallel: Annotated[str, typer.Option(help="with --hf: the layout over devices, as fsdp=8,tp=2,pp=4")] = "",
     find: Annotated[
@@ -128,11 +134,16 @@ def plan(
     from gpuckpt.report.files import write_whole
     from gpuckpt.report.frontier import draw_frontier
 
-    if hf is not None:
+    if hf is not None and model is not None:
+        raise ValueError("--hf and --model each name a model; give one of them")
+    source = model if hf is None else hf
+    if source is not None:
         from gpuckpt.cli.whole_device import plan_whole_device
 
         name = _device_called(device)
-        plan_whole_device(hf, batch, context, dtype, optimizer, name, parallel, microbatches, budget, find, out, json)
+        plan_whole_device(
+            source, batch, context, dtype, optimizer, name, parallel, microbatches, budget, find, out, json
+        )
         return
     console = Console(stderr=json)
     if chain_file is None:

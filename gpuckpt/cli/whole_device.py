@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from gpuckpt.planning.tables import format_seconds, text_table
+from gpuckpt.pytorch.whole_device.factory_model import factory_called
 from gpuckpt.pytorch.whole_device.plan_device import DevicePlan, plan_device
 from gpuckpt.report.files import write_whole
 from gpuckpt.units import format_bytes
@@ -21,7 +22,7 @@ ROOFLINE = "a bound from below by the roofline: no launches, no transfers betwee
 
 
 def plan_whole_device(
-    config: Path,
+    source: Path | str,
     batch: int,
     context: int | None,
     dtype: str,
@@ -34,11 +35,12 @@ def plan_whole_device(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Plan, print the page (or JSON), and write chain.json, plan.json and device.json to `out`."""
+    """`source`: a config.json, or the name of a function that makes a model. Plan, print the page (or JSON), and write
+    chain.json, plan.json and device.json to `out`."""
     if find is not None and find not in FIND:
         raise ValueError(f"--find {find!r}: expected one of {', '.join(FIND)}")
     planned = plan_device(
-        config,
+        factory_called(source) if isinstance(source, str) else source,
         batch=batch,
         context=context,
         dtype=dtype,

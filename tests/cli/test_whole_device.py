@@ -177,3 +177,37 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert "model_type 'abacus' is unknown" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_a_function_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_models.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def deep(batch, context):\n"
+        "    blocks = [nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(6)]\n"
+        "    return nn.Sequential(*blocks), torch.empty(batch, context or 1, 64)\n"
+        "def wrong(batch, context):\n    return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    size = ("--context", 1000, "--budget", "2GiB", "--out", tmp_path / "out", "--json")
+    facts = json.loads(run("--model", "own_models:deep", *size, "--batch", 4).stdout)
+    assert facts["model"] == "Sequential"
+    assert facts["parameters"] == 6 * (2 * 64 * 256 + 256 + 64)
+    # Of each block: its input, what GELU reads and what it makes.
+    assert facts["activations_bytes"] == 4 * 1000 * 2 * 6 * (64 + 2 * 256)
+    largest = facts["largest_batch"]
+    assert [
+        json.loads(run("--model", "own_models:deep", *size, "--batch", largest + n).stdout)["fits"] for n in (0, 1)
+    ] == [
+        True,
+        False,
+    ]
+    for name, words in (
+        ("own_models:none", "has no function none"),
+        ("own_models", "expected package.module:factory"),
+        ("no_such_module:f", "no_such_module cannot be imported"),
+        ("own_models:wrong", r"returned 3; expected \(model, example\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run("--model", name, *size)
+    with pytest.raises(ValueError, match="allowed are tp=1, pp=1"):
+        run("--model", "own_models:deep", *size, "--parallel", "tp=2")

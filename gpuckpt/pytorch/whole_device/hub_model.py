@@ -38,11 +38,18 @@ from gpuckpt.pytorch.whole_device.hub_config import (
     with_depths,
 )
 
-__all__ = ["DTYPES", "HubModel"]
+__all__ = ["DTYPES", "HubModel", "dtype_called"]
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _CUDA_UNIT_BYTES = 512
+
+
+def dtype_called(name: str) -> torch.dtype:
+    """The dtype of a name in `DTYPES`. Raises `ValueError` for another."""
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"dtype {shown(name)}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,7 @@ class HubModel:
         *,
         fused_loss: bool = False,
     ) -> None:
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"dtype {shown(dtype)}: expected one of {', '.join(DTYPES)}")
-        self.dtype = DTYPES[dtype]
+        self.dtype = dtype_called(dtype)
         self.layout = layout or ParallelLayout()
         self.source, self.dtype_name = source, dtype
         self.config = read_config(source)

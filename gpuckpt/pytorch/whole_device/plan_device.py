@@ -20,7 +20,8 @@ from gpuckpt.planning.device.pipeline_ranks import cut_blocks
 from gpuckpt.planning.device.ranked_step import RankedPlan, RankedStep
 from gpuckpt.planning.device.step_memory import StepMemory, StepPlan
 from gpuckpt.planning.variants import LINK_BYTES_PER_S, with_spill
-from gpuckpt.pytorch.whole_device.hub_model import HubModel
+from gpuckpt.pytorch.whole_device.factory_model import Factory, FactoryModel
+from gpuckpt.pytorch.whole_device.hub_model import HubModel, dtype_called
 from gpuckpt.units import parse_bytes
 
 __all__ = ["DevicePlan", "Lever", "plan_device"]
@@ -55,7 +56,7 @@ class DevicePlan:
         budget_bytes: of the device, for everything.
     """
 
-    model: HubModel
+    model: HubModel | FactoryModel
     device: Device
     batch: int
     context: int | None
@@ -100,7 +101,7 @@ class DevicePlan:
     def largest_batch(self) -> int:
         """The most samples a device and step that fit the budget; 0 if not one does."""
         return self._largest(
-            lambda batch: self.model.chain(batch, self.context, self.device.name),
+            lambda batch: (batch, self.context),
             (self.batch, 2 * self.batch),
             _MOST,
             1,
@@ -115,7 +116,7 @@ class DevicePlan:
         shorter = (self.context, max(2, self.context // 2), max(1, self.context // 4))
         sizes = shorter if hard else (self.context, 2 * self.context, 3 * self.context)
         return self._largest(
-            lambda context: self.model.chain(self.batch, context, self.device.name),
+            lambda context: (self.batch, context),
             sizes,
             limit if hard and limit else _MOST,
             1 if hard else _CONTEXT_STEP,
@@ -173,22 +174,25 @@ class DevicePlan:
         whole = replace(self.whole, chain=chain, parameters=model.parameters)
         return _over_ranks(model, whole, self.step.micro_batches)
 
-    def _largest(self, measured: Callable[[int], Chain], sizes: tuple[int, ...], limit: int, step: int) -> int:
+    def _largest(
+        self, step_of: Callable[[int], tuple[int, int | None]], sizes: tuple[int, ...], limit: int, step: int
+    ) -> int:
         """The largest size that fits: found by chains that are interpolated between measured ones, and then measured itself."""
         if self.step.optimizer_bytes > self.budget_bytes:
             return 0
         chains = {sizes[0]: self.whole.chain}
 
-        def least_bytes(chain: Chain) -> int:
-            return _over_ranks(self.model, replace(self.whole, chain=chain), self.step.micro_batches).least_bytes
+        def least_bytes(size: int, chain: Chain) -> int:
+            whole = replace(self.whole, chain=chain, buffers_bytes=self.model.buffers_bytes(*step_of(size)))
+            return _over_ranks(self.model, whole, self.step.micro_batches).least_bytes
 
         def chain_of(size: int) -> Chain:
             if size not in chains:
-                chains[size] = measured(size)
+                chains[size] = self.model.chain(*step_of(size), self.device.name)
             return chains[size]
 
         def need(size: int) -> int:
-            return least_bytes(chain_of(size))
+            return least_bytes(size, chain_of(size))
 
         likely_needs: dict[int, int] = {}
 
@@ -199,7 +203,7 @@ class DevicePlan:
                 known = (*sizes[1:], further)
             chain = chain_at(size, known, list(map(chain_of, known)))
             chain = chain_of(size) if chain is None else chain
-            likely_needs[size] = least_bytes(chain)
+            likely_needs[size] = least_bytes(size, chain)
             return likely_needs[size]
 
         likely = largest_fitting(likely_need, self.budget_bytes, 0, sizes[0], limit=limit, step=step)
@@ -208,7 +212,7 @@ class DevicePlan:
         return largest_fitting(need, self.budget_bytes, 0, likely, limit=limit, step=step)
 
 
-def _over_ranks(model: HubModel, whole: StepMemory, micro_batches: int) -> RankedStep:
+def _over_ranks(model: HubModel | FactoryModel, whole: StepMemory, micro_batches: int) -> RankedStep:
     """The step over the ranks of the model's layout."""
     if model.layout.pp == 1:
         return RankedStep((whole,))
@@ -221,7 +225,7 @@ def _options_differ(one: Chain, other: Chain) -> bool:
 
 
 def plan_device(
-    source: str | Path | Mapping[str, Any],
+    source: str | Path | Mapping[str, Any] | Factory,
     *,
     batch: int = 1,
     context: int | None = None,
@@ -233,10 +237,12 @@ def plan_device(
     fused_loss: bool = False,
     micro_batches: int = 8,
 ) -> DevicePlan:
-    """Plan a whole training step of a Hugging Face model, from its configuration alone: no weights, no download, no device.
+    """Plan a whole training step of a model, from its configuration or what makes it: no weights, no download, no device.
 
     Args:
-        source: a config.json of a causal language model, an encoder, an encoder-decoder or an image model, or its contents.
+        source: a config.json of a causal language model, an encoder, an encoder-decoder or an image model, or its contents. Or a
+            function of a batch and a context (None where none is given) that makes a model and an example to call it with, as
+            `measure` takes it; it is called on the meta device.
         batch: samples a device and step.
         context: tokens a sample; by default 4096, or as many as the model has positions. Images have none.
         dtype: "bf16", "fp16" or "fp32", of weights, gradients and activations.
@@ -265,10 +271,16 @@ def plan_device(
     layout = parallel if isinstance(parallel, ParallelLayout) else ParallelLayout.parse(parallel)
     on, costs = device_called(device), optimizer_called(optimizer)
     budget_bytes = on.memory_bytes if budget is None else parse_bytes(budget, "budget")
-    model = HubModel(source, dtype, layout, fused_loss=fused_loss)
-    if context is None and model.reads_tokens:
-        limit, _ = model.context_limit
-        context = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    model: HubModel | FactoryModel
+    if callable(source):
+        model = FactoryModel(source, dtype, dtype_called(dtype), layout, batch, context)
+        if fused_loss:
+            model.with_fused_loss()  # which says why not
+    else:
+        model = HubModel(source, dtype, layout, fused_loss=fused_loss)
+        if context is None and model.reads_tokens:
+            limit, _ = model.context_limit
+            context = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
     chain = model.chain(batch, context, on.name)
     memory = StepMemory(chain, model.parameters, costs, layout, model.buffers_bytes(batch, context), model.given)
     step = _over_ranks(model, memory, micro_batches)
