@@ -18,7 +18,10 @@ from gpuckpt.units import format_bytes
 __all__ = ["device_facts", "device_page", "plan_whole_device"]
 
 FIND = ("batch", "context", "gpus")
-ROOFLINE = "a bound from below by the roofline: no launches, no transfers between devices; no GPU has checked it yet"
+ROOFLINE = (
+    "      by the roofline, a bound from below: without launches, without transfers",
+    "      between devices; no GPU has checked it yet",
+)
 
 
 def plan_whole_device(
@@ -132,13 +135,13 @@ def device_facts(planned: DevicePlan, find: str | None = None) -> dict[str, Any]
 
 
 def device_page(facts: dict[str, Any]) -> str:
-    """The facts as a page."""
+    """The facts as a page, at most 80 columns wide."""
     tokens = "" if facts["context"] is None else f" of {facts['context']:,} tokens"
     layout = ", ".join(f"{name}={facts[name]}" for name in ("fsdp", "tp", "pp") if facts[name] > 1)
-    ranks = f", {facts['devices']} devices ({layout})" if layout else ""
     lines = [
         f"{facts['model']}: {facts['parameters']:,} parameters, {facts['dtype']}, {facts['optimizer']}",
-        f"{facts['batch']} samples{tokens} a device and step, {facts['device']}{ranks}",
+        f"{facts['batch']} samples{tokens} a device and step, {facts['device']}",
+        *([f"{facts['devices']} devices: {layout}"] if layout else []),
         *([] if facts["pp"] == 1 else _pipeline_lines(facts)),
         "",
         *text_table(_byte_rows(facts), (False, True, True, False)),
@@ -148,14 +151,14 @@ def device_page(facts: dict[str, Any]) -> str:
     if facts["fits"]:
         spare = facts["budget_bytes"] - facts["peak_bytes"]
         lines.append(
-            f"fits: {format_bytes(facts['peak_bytes'])} of {format_bytes(facts['budget_bytes'])}, {format_bytes(spare)} "
-            f"to spare; no plan needs less than {format_bytes(facts['need_bytes'])}"
+            f"fits: {format_bytes(facts['peak_bytes'])} of {format_bytes(facts['budget_bytes'])}, {format_bytes(spare)} to spare"
         )
+        lines.append(f"      no plan needs less than {format_bytes(facts['need_bytes'])}")
         in_tokens = "tokens_per_s" in facts
         rate = f"{facts['tokens_per_s']:,.0f} tokens/s" if in_tokens else f"{facts['samples_per_s']:,.0f} samples/s"
         step, again = [format_seconds(facts[key] / 1e3) for key in ("step_ms", "recompute_ms")]
         lines.append(f"step: {step}, of which recompute {again}, {rate}")
-        lines += [f"      ({ROOFLINE})", "", *facts["plan"]]
+        lines += [*ROOFLINE, "", *facts["plan"]]
     else:
         lines.append(
             f"does not fit: {format_bytes(facts['need_bytes'])} is the least, {format_bytes(over)} more than "
@@ -186,19 +189,19 @@ def _pipeline_lines(facts: dict[str, Any]) -> list[str]:
 def _byte_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
     named = [
         ("weights", "weights_bytes", "all the time"),
-        ("weights kept gathered", "gathered_bytes", "all the time: what is outside of FSDP's blocks"),
+        ("weights kept gathered", "gathered_bytes", "outside of FSDP's blocks"),
         ("optimizer state", "optimizer_state_bytes", "from the first step on"),
         ("buffers and inputs", "buffers_and_inputs_bytes", "all the time"),
-        ("allocator rounding", "rounding_bytes", "each tensor to 512 bytes"),
-        ("set aside", "set_aside_bytes", "a margin: driver, CUDA context, libraries, fragmentation"),
-        ("left for the step", "left_bytes", "gradients, activations, temporaries"),
+        ("allocator rounding", "rounding_bytes", "each to 512 bytes"),
+        ("set aside", "set_aside_bytes", "driver, CUDA, libraries"),
+        ("left for the step", "left_bytes", "for all that follows"),
         ("gradients", "gradients_bytes", "grow through backward"),
-        ("optimizer's step", "optimizer_step_bytes", "all gradients, its temporaries"),
-        ("activations, all kept", "activations_bytes", "at the end of forward, if nothing is recomputed"),
-        ("  logits and loss, saved", "last_stage_saved_bytes", "of these, by what follows the last block"),
-        ("  logits and loss, working", "last_stage_workspace_bytes", "beyond these, in its backward"),
+        ("optimizer's step", "optimizer_step_bytes", "gradients, temporaries"),
+        ("activations, all kept", "activations_bytes", "if none is recomputed"),
+        ("  logits, loss: saved", "last_stage_saved_bytes", "of these"),
+        ("  logits, loss: at work", "last_stage_workspace_bytes", "beyond, in its backward"),
         ("activations, planned", "held_bytes", "at the plan's peak"),
-        ("forward and backward", "forward_and_backward_bytes", "the plan's peak, gradients and temporaries included"),
+        ("forward and backward", "forward_and_backward_bytes", "the plan's highest point"),
     ]
     rows: list[tuple[str, ...]] = [("", "bytes", "", "when")]
     for title, key, when in named:

@@ -71,6 +71,7 @@ def test_a_page_and_the_same_facts(small: Path, tmp_path: Path) -> None:
     assert f"longest context that fits: {facts['longest_context']:,} tokens (the configuration names 8,192)" in page
     for lever in facts["levers"]:
         assert lever["name"] in page
+    assert max(map(len, page.splitlines())) <= 80
 
 
 @pytest.mark.slow
@@ -134,6 +135,7 @@ def test_a_pipeline_shows_its_tightest_rank(small: Path, tmp_path: Path) -> None
     assert facts["samples_per_s"] == pytest.approx(2 * 4 * 2 / (facts["step_ms"] / 1e3))
     page = device_page(facts)
     assert f"rank {facts['tightest_rank']} of 2 is the tightest" in page
+    assert max(map(len, page.splitlines())) <= 80
     largest = json.loads(run(*size, "--parallel", "fsdp=2,pp=2", "--batch", facts["largest_batch"]).stdout)
     assert largest["fits"] is True
     more = json.loads(run(*size, "--parallel", "fsdp=2,pp=2", "--batch", facts["largest_batch"] + 1).stdout)
