@@ -149,7 +149,7 @@ def audit(
 @app.command(epilog=_examples("gpuckpt report out/demo"))
 def report(
     folder: Annotated[Path, typer.Argument(help="where `gpuckpt train` wrote page.json")],
-    json: Annotated[bool, typer.Option("--json", help="print the path as JSON")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print what the page shows as JSON")] = False,
 ) -> None:
     """Make the page of a run again from its data: FOLDER/page.json becomes FOLDER/page.html."""
     from json import loads
@@ -158,8 +158,9 @@ def report(
     from gpuckpt.report.page import to_page
 
     path = folder / "page.html"
-    write_whole(path, to_page(loads((folder / "page.json").read_text(encoding="utf-8"))))
-    print(dumps({"page": str(path)}) if json else f"wrote {path}")
+    facts = loads((folder / "page.json").read_text(encoding="utf-8"))
+    write_whole(path, to_page(facts))
+    print(dumps({"page": str(path), **facts}) if json else f"wrote {path}")
 
 
 @app.command(epilog=_examples("gpuckpt oom out/oom.json"))

@@ -57,7 +57,7 @@ def test_report_and_picture_are_complete(trained):
     assert format_bytes(report["plain_peak_bytes"]) in page
     (out / "page.html").unlink()
     done = gpuckpt("report", str(out), "--json", cwd=out)
-    assert json.loads(done.stdout) == {"page": str(out / "page.html")}
+    assert json.loads(done.stdout) == {"page": str(out / "page.html"), **json.loads((out / "page.json").read_text())}
     assert (out / "page.html").read_text() == page, "the same page, from its data alone"
     trace = json.loads((out / "trace.json").read_text())["traceEvents"]
     assert max(row["args"]["bytes"] for row in trace if row["ph"] == "C") == report["measured_peak_bytes"]
