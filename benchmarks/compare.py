@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_record import latest
+from bench_record import arguments, latest
 from rich.console import Console
 from rich.table import Table
 
@@ -110,11 +110,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("arguments", nargs="*", help="after --: for the script")
-    options = parser.parse_args()
+    options = arguments(parser, rounds=1)
+    own = [*options.arguments, *(["--quick"] if options.quick else [])]
     with tempfile.TemporaryDirectory(prefix="gpuckpt-base-") as folder:
         checkout = check_out(options.base, Path(folder))
         try:
-            rows = compare(checkout, ROOT, options.script, options.arguments, options.rounds)
+            rows = compare(checkout, ROOT, options.script, own, options.rounds)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", checkout], cwd=ROOT, check=True)
     if options.json:

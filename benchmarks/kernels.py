@@ -22,6 +22,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from bench_record import QUICK, arguments
 
 from gpuckpt.kernels.audit import roofline
 from gpuckpt.kernels.audit.compile import Report, compile_all
@@ -250,7 +251,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=None)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "kernels.md")
-    options = parser.parse_args()
+    options = arguments(parser, arch=[90], out=QUICK / "kernels.md")
     if options.rivals.is_dir():
         sys.path.append(str(options.rivals))
     lines = ["# Kernels beside others', as compiled", "", (__doc__ or "").split("\n\n", 1)[1].strip(), ""]

@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from bench_record import RESULTS, append
+from bench_record import QUICK, RESULTS, append, arguments
 from torch import nn
 
 from gpuckpt import CheckpointBudget, fit, format_bytes
@@ -292,9 +292,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options = arguments(parser, size="small", models=list(MODELS)[:1], out=QUICK)
     rows: list[Row] = []
-    for name in MODELS:
+    for name in options.models:
         try:
             for spills in (False, True):
                 rows += rows_of(name, SIZES[options.size], spills)
