@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-__all__ = ["Instruction", "Loop", "SassReport", "analyse", "parse"]
+__all__ = ["Instruction", "Loop", "SassReport", "analyse", "k_loops", "parse"]
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?\w+)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*([^;]*);", re.MULTILINE)
 _SCHEDULING = re.compile(r"\s+[&?][A-Za-z].*$")  # `&req={4} ?WAIT15_END_GROUP`, printed for sm_120 by CUDA 12.8's tool
@@ -259,18 +259,24 @@ def _natural_loops(successors: list[list[int]], parent: dict[int, int]) -> dict[
     return loops
 
 
-def _tensor_core_loops(code: list[Instruction]) -> list[Loop]:
+def k_loops(code: list[Instruction]) -> list[set[int]]:
+    """The innermost loops that multiply, in the order of their addresses, as indices of instructions: those with tensor cores in
+    them, or where a kernel uses none, those with multiply-adds."""
+    multiplies = {n for n, i in enumerate(code) if i.is_tensor_core}
+    multiplies = multiplies or {n for n, i in enumerate(code) if i.op == "FFMA"}
     blocks, successors = _blocks(code, _successors(code))
     indirect = any(i.op in ("BRX", "JMX") for i in code)
     parent = _dominators(successors, _entries(code, blocks), indirect)
-    bodies = [
-        {n for block in body for n in blocks[block]}
-        for body in _natural_loops(successors, parent).values()
-        if any(code[n].is_tensor_core for block in body for n in blocks[block])
-    ]
-    innermost = [b for b in bodies if not any(other < b for other in bodies)]
+    bodies = [{n for block in body for n in blocks[block]} for body in _natural_loops(successors, parent).values()]
+    bodies = [body for body in bodies if body & multiplies]
+    return sorted((b for b in bodies if not any(other < b for other in bodies)), key=min)
+
+
+def _tensor_core_loops(code: list[Instruction]) -> list[Loop]:
+    if not any(i.is_tensor_core for i in code):
+        return []
     found = []
-    for body in innermost:
+    for body in k_loops(code):
         ops = Counter(code[n].op for n in body)
         found.append(
             Loop(
@@ -283,4 +289,4 @@ def _tensor_core_loops(code: list[Instruction]) -> list[Loop]:
                 spills=sum(ops[n] for n in SPILLS),
             )
         )
-    return sorted(found, key=lambda loop: loop.address)
+    return found
