@@ -47,7 +47,7 @@ def _load_capped(p_row, o, V, inv_softcap, softcap, SOFTCAP: tl.constexpr, INTER
     """z' (BLOCK,) fp32; minus infinity beyond V."""
     z = widen(tl.load(p_row + o, mask=o < V, other=0.0), INTERPRET)
     if SOFTCAP:
-        z = softcap * activate(z * inv_softcap, "tanh")
+        z = softcap * activate(z * inv_softcap, "tanh", tl.float32, False)
     return tl.where(o < V, z, float("-inf"))
 
 
@@ -107,7 +107,7 @@ def cross_entropy_fwd_kernel(
         inside = (target >= 0) & (target < V)
         picked = widen(tl.load(p_row + target, mask=inside, other=0.0), INTERPRET)
         if SOFTCAP:
-            picked = softcap * activate(picked * inv_softcap, "tanh")
+            picked = softcap * activate(picked * inv_softcap, "tanh", tl.float32, False)
         log_mass = tl.log(mass)
         loss = (top - tl.where(inside, picked, float("nan"))) + log_mass
         if SMOOTH:

@@ -165,7 +165,7 @@ def _prepare_fwd(
     vectors = *strides(bias, 1), strides(residual, 2)
     sizes = *gemm.sizes, x.stride(), weight.stride(), *vectors, out.stride(), *_fixed_numbers(dropped)
     own = {"DROPOUT": dropped, "TMA": bool(blocks), "PERSISTENT": bool(blocks)}
-    return PreparedLaunch(linear_fwd_kernel, (grid,), sizes, own | gemm.options(dropout=dropped), blocks)
+    return PreparedLaunch(linear_fwd_kernel, (grid,), sizes, own | gemm.options(), blocks)
 
 
 def linear_recompute_bwd(
@@ -218,6 +218,4 @@ def _prepare_recompute_bwd(
     results = dy.stride(), dz.stride(), strides(h, 2), strides(db_partials, 2)
     sizes = *gemm.sizes, x.stride(), weight.stride(), *strides(bias, 1), *results, *_fixed_numbers(dropped)
     own = {"RECOMPUTE": needs_z(activation) or h is not None, "DROPOUT": dropped, "TMA": bool(blocks)}
-    return PreparedLaunch(
-        linear_recompute_bwd_kernel, (gemm.tiles,), sizes, own | gemm.options(dropout=dropped), blocks
-    )
+    return PreparedLaunch(linear_recompute_bwd_kernel, (gemm.tiles,), sizes, own | gemm.options(), blocks)

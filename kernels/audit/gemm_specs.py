@@ -11,7 +11,7 @@ optional operands       Bias, residual, h and the sums for db are all given. A l
 activation              A kernel's registers depend on it, and not only upwards: ptxas may hold a light kernel to a round number
                         of registers for one more block on a multiprocessor, and spill. So on sm_80, sm_90 and sm_100, whose code
                         differs, the preferred bf16 tile is compiled with every activation, the others with the lightest
-                        (identity) and with those that needed most registers (gelu_tanh, silu). fp32 is compiled with
+                        (identity) and with those that needed most registers (gelu_tanh, gelu). fp32 is compiled with
                         the extremes, and so is dropout, whose random numbers need more registers than any activation. fp16,
                         which differs from bf16 in conversions alone, is compiled with gelu_tanh.
 sm_86, sm_89, sm_120    run sm_80's tiles through the same code generator: the extremes only, fp16 with the preferred tile.
@@ -80,7 +80,7 @@ def _activations(kind: str, dtype: str, arch: int, preferred: bool) -> tuple[str
     if kind == "linear_dropout":
         return _EXTREMES if dtype == "bf16" else _EXTREMES[:1] if arch in WHOLE_ARCHS or preferred else ()
     if arch in WHOLE_ARCHS and dtype == "bf16":
-        return tuple(dict.fromkeys((*_EXTREMES, *ACTIVATIONS))) if preferred else (*_EXTREMES, "silu")
+        return tuple(dict.fromkeys((*_EXTREMES, *ACTIVATIONS))) if preferred else (*_EXTREMES, "gelu")
     if dtype == "fp16":
         return _EXTREMES[:1] if arch in WHOLE_ARCHS or preferred else ()
     return _EXTREMES

@@ -1,8 +1,9 @@
 """Activations and their exact derivatives inside kernels, in fp32, chosen by name at compile time.
 
-`activate(z, ACT)` and `derivative(z, ACT)` take and give fp32 blocks. Only exp, erf and arithmetic are used, so the same code
-runs in Triton's interpreter, where libdevice is absent. No intermediate overflows for any finite z below 1e12 in magnitude:
-exponentials are taken of negative numbers only.
+`activate(z, ACT, DTYPE)` and `derivative(z, ACT, DTYPE)` take and give fp32 blocks; DTYPE is what the result will be rounded to.
+For 16 bits cheaper forms of the same functions do (`activations_16`); those here are for fp32. Only exp, erf and arithmetic are
+used, so the same code runs in Triton's interpreter, where libdevice is absent. No intermediate overflows for any finite z below
+1e12 in magnitude: exponentials are taken of negative numbers only.
 
 Formulas: gelu is z Phi(z) with the normal Phi (erf form, Hendrycks and Gimpel 2016, arXiv:1606.08415); gelu_tanh is
 their tanh approximation written as z sigmoid(2u), which is the same function with one exponential; relu2 is max(z, 0)^2
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .activations_16 import activate_16, derivative_16
 
 __all__ = ["ACTIVATIONS", "activate", "derivative", "needs_z"]
 
@@ -57,7 +60,7 @@ def _gelu_tanh_inner(z):
 
 
 @triton.jit
-def activate(z, ACT: tl.constexpr):
+def activate(z, ACT: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     """act(z) for an fp32 block z."""
     if ACT == "identity":
         y = z
@@ -65,6 +68,8 @@ def activate(z, ACT: tl.constexpr):
         y = tl.where(z < 0, 0.0, z)
     elif ACT == "relu2":
         y = tl.where(z < 0, 0.0, z * z)
+    elif tl.float32 != DTYPE:
+        y = activate_16(z, ACT, INTERPRET)
     elif ACT == "gelu":
         y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACT == "gelu_tanh":
@@ -80,7 +85,7 @@ def activate(z, ACT: tl.constexpr):
 
 
 @triton.jit
-def derivative(z, ACT: tl.constexpr):
+def derivative(z, ACT: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     """act'(z) for an fp32 block z."""
     if ACT == "identity":
         d = tl.full(z.shape, 1.0, tl.float32)
@@ -88,6 +93,8 @@ def derivative(z, ACT: tl.constexpr):
         d = tl.where(z <= 0, 0.0, 1.0)
     elif ACT == "relu2":
         d = tl.where(z < 0, 0.0, 2.0 * z)
+    elif tl.float32 != DTYPE:
+        d = derivative_16(z, ACT, INTERPRET)
     elif ACT == "gelu":
         d = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
     elif ACT == "gelu_tanh":

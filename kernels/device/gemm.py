@@ -1,4 +1,4 @@
-"""What every GEMM kernel here shares: which tile a program computes, the K loop, and the split of a block in two.
+"""What every GEMM kernel here shares: which tile a program computes, the K loop, and the split of a block in pieces.
 
 Shapes: a (M, K), b (N, K); acc (BM, BN) = a b^T in fp32.
 
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .casts import operand
 
-__all__ = ["accumulate", "accumulate_two", "halves", "tile_of"]
+__all__ = ["accumulate", "accumulate_two", "pieces", "tile_of"]
 
 
 @triton.jit
@@ -117,6 +117,12 @@ def accumulate_two(
 
 
 @triton.jit
-def halves(v, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and the right half of a (BM, BN) block; the tensor cores' layouts split in registers."""
-    return tl.split(tl.permute(tl.reshape(v, (BM, 2, BN // 2)), (0, 2, 1)))
+def pieces(v, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr):
+    """A (BM, BN) block as a tuple of blocks (BM, WIDTH), from left to right, by halving: the tensor cores' layouts split in
+    registers."""
+    if BN > WIDTH:
+        left, right = tl.split(tl.permute(tl.reshape(v, (BM, 2, BN // 2)), (0, 2, 1)))
+        r = pieces(left, BM, BN // 2, WIDTH) + pieces(right, BM, BN // 2, WIDTH)
+    else:
+        r = (v,)
+    return r

@@ -136,7 +136,7 @@ class GemmProblem:
         blocks = ((t.bm, t.bk), *[(t.bn, t.bk)] * len(self.weights), (t.bm, t.bk), (t.bk, t.bn))
         return blocks[: len(matrices)]
 
-    def options(self, *, dropout: bool = False) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """What every GEMM kernel is compiled with: its constants, beyond those of its own, then Triton's options."""
         tile = self.tile
         own = {
@@ -144,7 +144,7 @@ class GemmProblem:
             "BM": tile.bm,
             "BN": tile.bn,
             "BK": tile.bk,
-            "EPILOGUE_N": epilogue_n(tile, self.kind, dropout),
+            "EPILOGUE_N": epilogue_n(tile, self.kind),
             "GROUP_M": tile.group_m,
             "EVEN_K": self.x.shape[1] % tile.bk == 0,
             "INTERPRET": INTERPRETED,

@@ -109,7 +109,7 @@ _T = TileConfig
 _WIDE = _T(128, 256, 64, 8, 3)
 _LARGE = {3: _T(128, 128, 64, 8, 3), 4: _T(128, 128, 64, 8, 4)}
 _TALL = _T(128, 64, 64, 8, 3)
-# Left to itself ptxas 12.8 stops at 128 registers in one kernel or another, for a second block, and spills one or two.
+# Left to itself ptxas 12.8 stops at 128 or 80 registers in one kernel or another, for one more block, and spills a few.
 _TALL_WHOLE = _T(128, 64, 64, 8, 3, max_registers=255)
 # Three accumulators: with 4 warps 64 x 64 spills on sm_80, sm_100 and sm_120.
 _SMALL_8 = _T(64, 64, 64, 8, 3, max_registers=255)
@@ -124,7 +124,7 @@ _HOPPER: dict[str, tuple[TileConfig, ...]] = {
     "linear_dropout": (_LARGE[4], _MEDIUM[4]),
     "dual": (_LARGE[4], _TALL),
     "gated_fwd": (_LARGE[3], _TALL),
-    "gated_bwd": (_TALL, _SMALL_8),
+    "gated_bwd": (_TALL_WHOLE, _SMALL_8),
     "gated_plain": (_LARGE[3], _TALL),
 }
 _AMPERE: dict[str, tuple[TileConfig, ...]] = {
@@ -269,22 +269,22 @@ def _clip(size: int, most: int) -> int:
     return max(16, min(most, _power_of_two(size)))
 
 
-def epilogue_n(tile: TileConfig, kind: str = "linear", dropout: bool = False) -> int:
-    """Columns that an epilogue handles at a time, so that its temporaries fit beside the accumulators: 32 elements a thread,
-    16 where accumulators already take half of the registers or random numbers are drawn, 8 where several of them do."""
+def epilogue_n(tile: TileConfig, kind: str = "linear") -> int:
+    """Columns that an epilogue handles at a time, so that its temporaries, and the operands of the next ones, fit beside the
+    accumulators: 16 elements a thread, 8 where several accumulators take half of the registers."""
     accumulators = KINDS[kind].accumulators
     full = accumulators * tile.bm * tile.bn >= 128 * 32 * tile.num_warps
     several = accumulators == 3 or kind == "gated_plain" or (accumulators == 2 and full)
-    per_thread = 8 if several else 16 if full or dropout else 32
+    per_thread = 8 if several else 16
     return min(tile.bn, max(16, per_thread * 32 * tile.num_warps // tile.bm))
 
 
 # FLOPs that the tensor cores do while HBM moves a byte (bf16 dense over bandwidth, from the data sheets): A100 80 GB, RTX 3090,
 # RTX 4090, H100 SXM, B200, RTX 5090.
 _FLOPS_PER_BYTE = {80: 153.0, 86: 76.0, 89: 164.0, 90: 295.0, 100: 292.0, 120: 117.0}
-# Assumed shares of the peak, not measured: a cuBLAS GEMM, our one-accumulator kernel, our two-accumulator one (smaller tile), our
-# three-accumulator one (128 x 64: predicted from its machine code, 300 to 440 TF of 989).
-_EFFICIENCY = {"cublas": 0.75, "linear": 0.65, "dual": 0.60, "triple": 0.37}
+# Shares of an H100's peak. cuBLAS' is assumed; of our backward kernels, epilogues included, they are predicted by the cycle
+# model (benchmarks/results/cycle_model.md): 530, 431, 587 and 405 of 989 TFLOP/s. No GPU has measured any.
+_EFFICIENCY = {"cublas": 0.74, "linear": 0.54, "dual": 0.44, "gated_plain": 0.59, "triple": 0.41}
 
 
 @functools.cache
@@ -295,13 +295,13 @@ def backward_form(N: int, K: int, D: int, dtype: str, arch: int, *, gated: bool 
     plain costs 2 elements of HBM traffic more (dh written and read again); dual computes dh (2 D flops) and z (2 K flops) at
     the lower rate of a kernel with two accumulators. Counted in flops at peak, dual wins where
         2 D (1 / e_dual - 1 / e_cublas) + 2 K (1 / e_dual - 1 / e_linear) <= 2 element_bytes flops_per_byte.
-    With the assumed efficiencies that is D + 0.38 K <= 1770 for bf16 on H100. fp32 is always plain: our fp32 GEMM forgoes the
+    With these efficiencies that is D + 0.46 K <= 640 for bf16 on H100. fp32 is always plain: our fp32 GEMM forgoes the
     tensor cores and blocks by 16, so the GEMM that can go to cuBLAS should. On the host: "dual", so that tests run it.
-    N does not enter: both sides grow with it alike. A gated one computes z twice, by "triple" or by "dual":
-        2 D (1 / e_triple - 1 / e_cublas) + 4 K (1 / e_triple - 1 / e_dual) <= 2 element_bytes flops_per_byte,
-    which for bf16 on H100 is D + 1.51 K <= 430: hardly ever.
+    N does not enter: both sides grow with it alike. A gated one computes z twice, by "triple" or by "gated_plain":
+        2 D (1 / e_triple - 1 / e_cublas) + 4 K (1 / e_triple - 1 / e_gated_plain) <= 2 element_bytes flops_per_byte,
+    which for bf16 on H100 is D + 1.37 K <= 540: hardly ever.
     """
-    fused, z_flops, plainly = ("triple", 4 * K, "dual") if gated else ("dual", 2 * K, "linear")
+    fused, z_flops, plainly = ("triple", 4 * K, "gated_plain") if gated else ("dual", 2 * K, "linear")
     if arch == 0:
         return fused
     if dtype == "fp32":

@@ -74,12 +74,12 @@ MUTANTS = {
     "last step of K unmasked": ("gated_fwd", "gemm", "m_k = o_k < K - i_k * BK", "m_k = o_k < BK"),
     "wrong stride in K": ("linear_recompute_bwd", "gemm", "p_b += step * strides_b[1]", "p_b += step * strides_b[0]"),
     "output unmasked in M": ("linear_fwd", "epilogue", "(o_m < M)[:, None]", "(o_m >= 0)[:, None]"),
-    "bias unmasked": ("linear_fwd", "epilogue", "stride_b, mask=m_n, other", "stride_b, mask=m_n | True, other"),
+    "bias unmasked": ("linear_fwd", "epilogue", "mask=o_n < N, other", "mask=o_n < N + 64, other"),
     "half of the tile twice": (
         "linear_recompute_bwd",
         "epilogue",
-        "right, g_right, row0, col0 + BN // 2",
-        "right, g_right, row0, col0",
+        "o_n = col0 + i * EPILOGUE_N",
+        "o_n = col0 + 0 * EPILOGUE_N",
     ),
     "all partial sums in one row": (
         "linear_recompute_bwd",

@@ -116,22 +116,22 @@ def test_gradients_are_autograds():
 
 
 FAULTS = {
-    "gate's bias dropped": ("gated_epilogue", "z_g += widen(tl.load(p_bg", "z_g += 0 * widen(tl.load(p_bg"),
-    "up's bias dropped": ("gated_epilogue", "z_u += widen(tl.load(p_bu", "z_u += 0 * widen(tl.load(p_bu"),
+    "gate's bias dropped": ("gated_epilogue", "g += widen(", "g += 0 * widen("),
+    "up's bias dropped": ("gated_epilogue", "u += widen(", "u += 0 * widen("),
     "gate and up swapped": ("gemm", "return acc_b, acc_c", "return acc_c, acc_b"),
     "multiplier forgotten in the chain rule": (
         "gated_epilogue",
-        "derivative(z_g, ACT) * multiplier",
-        "derivative(z_g, ACT)",
+        "element_ty, INTERPRET) * multiplier",
+        "element_ty, INTERPRET)",
     ),
-    "multiplier forgotten before act": ("gated_epilogue", "z_g *= multiplier", "z_g *= 1.0"),
+    "multiplier forgotten before act": ("gated_epilogue", "g *= multiplier", "g *= 1.0"),
     "one weight twice": (
         "gemm",
         "tl.dot(b_a, operand(b_c, INTERPRET), acc_c",
         "tl.dot(b_a, operand(b_b, INTERPRET), acc_c",
     ),
-    "gradient halves swapped": ("gated_epilogue", "d_left, d_right = halves", "d_right, d_left = halves"),
-    "half of dh": ("gated_epilogue", "dh = widen(tl.load(p_dzu,", "dh = 0.5 * widen(tl.load(p_dzu,"),
+    "gradient halves swapped": ("gated_epilogue", "else gradients[i]", "else gradients[BN // EPILOGUE_N - 1 - i]"),
+    "half of dh": ("gated_epilogue", "dv = widen(d, INTERPRET) if", "dv = 0.5 * widen(d, INTERPRET) if"),
     "missing mask over K": ("gemm", "m_k = o_k < K - i_k * BK", "m_k = o_k < BK"),
 }
 
@@ -148,10 +148,10 @@ def test_fault_is_caught(fault, mutant, as_good_as_torch):
 
 
 def test_the_choice_of_form_is_the_stated_inequality():
-    e, flops_per_byte = {"cublas": 0.75, "dual": 0.60, "triple": 0.37}, 295.0  # H100
+    e, flops_per_byte = {"cublas": 0.74, "gated_plain": 0.59, "triple": 0.41}, 295.0  # H100
     for D in (16, 64, 128, 256, 1024, 8192):
         for K in (16, 64, 128, 256, 4096):
-            slower = 2 * D * (1 / e["triple"] - 1 / e["cublas"]) + 4 * K * (1 / e["triple"] - 1 / e["dual"])
+            slower = 2 * D * (1 / e["triple"] - 1 / e["cublas"]) + 4 * K * (1 / e["triple"] - 1 / e["gated_plain"])
             expected = "triple" if slower <= 2 * 2 * flops_per_byte else "plain"
             assert backward_form(4 * K, K, D, "bf16", 90, gated=True) == expected
     assert backward_form(256, 128, 128, "bf16", 90, gated=True) == "triple"

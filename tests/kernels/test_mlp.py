@@ -105,12 +105,12 @@ def test_h_and_db_are_optional(as_good_as_torch):
 
 
 FAULTS = {
-    "no bias": ("epilogue", "z += widen(tl.load(p_b", "z += 0 * widen(tl.load(p_b"),
-    "derivative forgotten": ("epilogue", "dz = g * derivative(z, ACT)", "dz = g"),
-    "gradient halves swapped": ("epilogue", "g_left, g_right = halves(g", "g_right, g_left = halves(g"),
+    "no bias": ("epilogue", "v += widen(", "v += 0 * widen("),
+    "derivative forgotten": ("epilogue", "dz = dv * derivative(v, ACT, p_dz.dtype.element_ty, INTERPRET)", "dz = dv"),
+    "gradient halves swapped": ("epilogue", "dv = gradients[i] if", "dv = gradients[BN // EPILOGUE_N - 1 - i] if"),
     "W2 read as if transposed": ("mlp", "(strides_w2[1], strides_w2[0])", "strides_w2"),
     "x and dy swapped": ("mlp", "z, dh, row0", "dh, z, row0"),
-    "h of the gradient": ("epilogue", "h = activate(z, ACT)", "h = activate(g, ACT)"),
+    "h of the gradient": ("epilogue", "h = activate(v, ACT", "h = activate(gradients[i], ACT"),
 }
 
 
@@ -125,13 +125,13 @@ def test_fault_is_caught(fault, mutant, as_good_as_torch):
 
 
 def test_the_choice_of_form_is_the_stated_inequality():
-    e, flops_per_byte = {"cublas": 0.75, "linear": 0.65, "dual": 0.60}, 295.0  # H100
-    for D in (64, 512, 1024, 1500, 2048, 8192):
+    e, flops_per_byte = {"cublas": 0.74, "linear": 0.54, "dual": 0.44}, 295.0  # H100
+    for D in (64, 300, 512, 1024, 2048, 8192):
         for K in (64, 512, 1024, 4096):
             slower = 2 * D * (1 / e["dual"] - 1 / e["cublas"]) + 2 * K * (1 / e["dual"] - 1 / e["linear"])
             expected = "dual" if slower <= 2 * 2 * flops_per_byte else "plain"
             assert backward_form(4 * K, K, D, "bf16", 90) == expected
-    assert backward_form(4096, 768, 768, "bf16", 90) == "dual"
+    assert backward_form(1024, 256, 256, "bf16", 90) == "dual"
     assert backward_form(32768, 8192, 8192, "bf16", 90) == "plain"
     assert all(backward_form(4096, 64, 64, "fp32", arch) == "plain" for arch in ARCHS)
 

@@ -33,13 +33,13 @@ def linear_tests():
 
 
 FORWARD = {
-    "no bias": ("epilogue", "z += widen(tl.load(p_b", "z += 0 * widen(tl.load(p_b"),
-    "dropped residual": ("epilogue", "y += widen(tl.load(p_res", "y += 0 * widen(tl.load(p_res"),
-    "activation forgotten": ("epilogue", "y = activate(z, ACT)", "y = z"),
+    "no bias": ("epilogue", "v += widen(", "v += 0 * widen("),
+    "dropped residual": ("epilogue", "y += widen(own_r", "y += 0 * widen(own_r"),
+    "activation forgotten": ("epilogue", "y = activate(v, ACT, p_y.dtype.element_ty, INTERPRET)", "y = v"),
     "another activation": (
-        "activations",
-        'elif ACT == "silu":\n        y = z * _sigmoid(z)',
-        'elif ACT == "silu":\n        y = _sigmoid(z)',
+        "activations_16",
+        "_sigmoid(z * -1.4426950409, INTERPRET)\n        y = z * s",
+        "_sigmoid(z * -1.4426950409, INTERPRET)\n        y = s",
     ),
     "swapped operands": (
         "gemm",
@@ -53,17 +53,17 @@ FORWARD = {
 }
 
 BACKWARD = {
-    "no bias": ("epilogue", "z += widen(tl.load(p_b", "z += 0 * widen(tl.load(p_b"),
+    "no bias": ("epilogue", "v += widen(", "v += 0 * widen("),
     "derivative of another activation": (
-        "activations",
-        'elif ACT == "silu":\n        d = _sigmoid(z) + z * _sigmoid_slope(z)',
-        'elif ACT == "silu":\n        d = _sigmoid_slope(z)',
+        "activations_16",
+        "d = s * (1.0 + z * rest)",
+        "d = s * rest",
     ),
-    "derivative forgotten": ("epilogue", "* derivative(z, ACT)", "* 1.0"),
-    "value instead of derivative": ("epilogue", "* derivative(z, ACT)", "* activate(z, ACT)"),
-    "half of the tile twice": ("epilogue", "right, g_right, row0", "left, g_left, row0"),
+    "derivative forgotten": ("epilogue", "* derivative(v, ACT, p_dz.dtype.element_ty, INTERPRET)", "* 1.0"),
+    "value instead of derivative": ("epilogue", "* derivative(v", "* activate(v"),
+    "half of the tile twice": ("epilogue", "v = parts[i]", "v = parts[0]"),
     "db of one row of tiles": ("linear", "p_db += i_m.to(tl.int64) * strides_db[0]", "p_db += 0 * strides_db[0]"),
-    "h left unactivated": ("epilogue", "h = activate(z, ACT)", "h = z"),
+    "h left unactivated": ("epilogue", "h = activate(v, ACT, p_h.dtype.element_ty, INTERPRET)", "h = v"),
 }
 
 
