@@ -73,6 +73,12 @@ def check_stage(stage: Any, n_storages: int) -> None:
     _check_tail(stage.tail_s, stage.forward_s, "")
     if stage.input_moved_s is not None:
         _check_seconds(stage.input_moved_s, "input_moved_s")
+    if stage.dropped_in is not None:
+        check_bytes(stage.dropped_in, "dropped_in")
+        if stage.variants or stage.input_moved_s is not None:
+            raise InvalidChain(
+                "its result is dropped, and no backward comes to it: expected no options but to keep it here"
+            )
     _check_variants(stage, n_storages)
 
 

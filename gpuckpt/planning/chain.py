@@ -89,6 +89,7 @@ class Stage:
         recomputable: False for stages that may only be kept, at top level (a loss, a stage with side effects).
         variants: further ways to keep it.
         input_moved_s: seconds that the input of a frame that starts here takes to the host, or back; None where it stays.
+        dropped_in: after how many further stages (0: none) forward drops its result and what it holds: it has no backward.
 
     >>> block = Stage("block 0", forward_s=1e-3, backward_s=2e-3, saves=(0, 1), inputs=(0,))
     >>> [option.name for option in block.options]
@@ -110,6 +111,7 @@ class Stage:
     again_bytes: int = 0
     input_moved_s: float | None = None
     gradients_bytes: int = 0
+    dropped_in: int | None = None
 
     def option(self, name: str) -> Variant:
         """The way to keep this stage called `name`; `KeyError` when it has none of that name."""
@@ -228,8 +230,7 @@ class Chain:
 
     def frame_holds(self, first: int, last: int) -> tuple[int, ...]:
         """Ids that a frame over stages `first..last` holds: its input and the extras of all its stages, each once."""
-        extras = self.extras_of(first, last)
-        return tuple(dict.fromkeys((*self.stages[first].inputs, *extras)))
+        return tuple(dict.fromkeys((*self.stages[first].inputs, *self.extras_of(first, last))))
 
     def extras_of(self, first: int, last: int) -> tuple[int, ...]:
         """Ids of the extras of stages `first..last`, each once."""
@@ -305,8 +306,7 @@ class Chain:
         for s in self.stages:
             variants = [(v.name, v.saves, v.spilled, *filter(None, (v.remade, v.remade_later))) for v in s.variants]
             record.append([s.name, s.saves, s.inputs, s.extras, s.output, s.output_bytes, s.recomputable, variants])
-            if s.again_bytes:
-                record.append(s.again_bytes)
+            record += [s.again_bytes] * bool(s.again_bytes) + [["dropped", s.dropped_in]] * (s.dropped_in is not None)
         return hashlib.sha256(json.dumps(record, separators=(",", ":"), default=plain_number).encode()).hexdigest()[:32]
 
     def fingerprint(self) -> str:

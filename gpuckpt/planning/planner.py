@@ -6,6 +6,7 @@ Whatever made the tree, the simulator has the last word: a plan leaves here only
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -177,13 +178,26 @@ def _plan(
         step_s=simulation.step_s,
         smallest_budget_bytes=smallest_bytes,
         # Lifetimes nest, so a slab laid out beforehand is exactly the peak; but for what leaves and comes back while stages run,
-        # of which there are two at a time.
-        layout_bytes=simulation.peak_bytes + 2 * max((copy.nbytes for copy in simulation.transfers), default=0),
+        # of which there are two at a time, and for what is dropped in forward.
+        layout_bytes=_layout_bytes(chain, tree, simulation, budget_bytes)
+        + 2 * max((copy.nbytes for copy in simulation.transfers), default=0),
         gap=gap,
         slot_bytes=slot_bytes,
         host_peak_bytes=simulation.host_peak_bytes,
     )
     return Plan(tree, certificate, chain.fingerprint(), budget_bytes, strategy, objective)
+
+
+def _layout_bytes(chain: Chain, tree: Tree, simulation: Simulation, budget_bytes: int) -> int:
+    """The peak; where something is dropped in forward as far as the budget goes what the step takes if nothing were let go before
+    its backward, and as much again of what is, for the gaps that it leaves."""
+    dropped = [stage for stage in chain.stages if stage.dropped_in is not None]
+    if not dropped:
+        return simulation.peak_bytes
+    staying = tuple(replace(stage, dropped_in=None) for stage in chain.stages)
+    nested_bytes = simulate(replace(chain, stages=staying), tree).peak_bytes
+    gaps_bytes = chain.charge([i for stage in dropped for i in (*stage.saves, *stage.inputs, *stage.extras)])
+    return max(simulation.peak_bytes, min(nested_bytes + gaps_bytes, budget_bytes))
 
 
 def _plan_with_host(

@@ -8,6 +8,8 @@ The rules, which the runtime follows to the byte:
   first half is let go before the second is made.
 - While the backward of a stage runs, what checkpoints inside of it recompute is held as well.
 - When the backward of a stage is done its saves are let go; when that of all stages of a frame is, the frame's input.
+- What a stage holds whose result forward drops goes with that, and a frame with the last of its stages; when the next stage has
+  what it starts from. A recompute holds nothing for it.
 - A storage is charged once however many hold it, and let go with its last holder.
 - An extra that an earlier stage made is what forward made. When the frame that holds it runs its maker again, that makes another
   of the same size, which the stages next to it share; the two are two storages.
@@ -33,7 +35,7 @@ from itertools import accumulate
 
 from gpuckpt.planning.chain import KEEP, Chain, Stage
 from gpuckpt.planning.transfers import HostBytes, Traffic, Transfer
-from gpuckpt.planning.tree import Node, Step, check_tree
+from gpuckpt.planning.tree import SPILL, DroppedRuns, Node, RangeMax, Step, check_tree
 
 __all__ = ["Simulation", "simulate"]
 
@@ -117,12 +119,15 @@ class _Run:
         self.recompute_s = 0.0
         self.step_s = 0.0
         self.forward_sums = [0.0, *accumulate(stage.forward_s for stage in chain.stages)]
-        self.transients = _RangeMax([self._transient_bytes(i) for i in range(len(chain))])
+        self.transients = RangeMax([self._transient_bytes(i) for i in range(len(chain))])
+        self.dropped = DroppedRuns(chain.stages)
+        self.leaving: list[tuple[int, int]] = []  # nodes of the top level, with the stage before which they are dropped
 
     def step(self) -> None:
         self._forward(0, len(self.steps), None, len(self.chain))
+        self._drop(None)
         # Whoever is on top of the stack goes backward next; `~i` marks a frame whose children are done.
-        stack = self._children(0, len(self.steps))
+        stack = self._children(0, len(self.steps), staying=True)
         root = len(self.chain)
         while stack:
             i = stack.pop()
@@ -136,16 +141,28 @@ class _Run:
                     self.traffic.reach(i, frame=True)
                 self._forward(i + 1, self.steps[i].end, self.steps[i], root)
                 stack.append(~i)
-                stack.extend(self._children(i + 1, self.steps[i].end))
+                stack.extend(self._children(i + 1, self.steps[i].end, staying=True))
             else:
                 self._backward(i)
 
-    def _children(self, start: int, end: int) -> list[int]:
+    def _children(self, start: int, end: int, staying: bool = False) -> list[int]:
         children = []
         while start < end:
-            children.append(start)
+            if not staying or self.dropped.at(self.steps[start].first, self.steps[start].last) is None:
+                children.append(start)
             start = self.steps[start].end
         return children
+
+    def _drop(self, stage: int | None, start: tuple[int, ...] = ()) -> None:
+        """Let go of what forward drops before `stage` runs, which has its inputs, `start`, by then; None: by the end."""
+        going = [pair for pair in self.leaving if stage is None or pair[0] <= stage]
+        if going:
+            self.hold(start)
+            self.record("forward")
+            self.leaving = [pair for pair in self.leaving if pair not in going]
+            for _, node in going:
+                self.release(self.kept.pop(node))
+            self.release(start)
 
     def _forward(self, start: int, end: int, frame: Step | None, root: int) -> None:
         """Run the nodes `start..end` forward and hold what they hold; `frame` is what recomputes them, if anything, and `root`
@@ -156,11 +173,19 @@ class _Run:
         for i in self._children(start, end):
             step = self.steps[i]
             stage = self.chain.stages[step.first]
+            dropped_at = self.dropped.at(step.first, step.last)
+            if frame is None and dropped_at is not None:
+                self.leaving.append((dropped_at, i))
+            elif dropped_at is not None and step.ends:
+                continue  # nothing waits for it
+            dropped = frame is not None and dropped_at is not None
+            if frame is None and step.variant is not None:
+                self._drop(step.first, () if step.variant in (KEEP, SPILL) else (*stage.inputs, *stage.extras))
             if frame is None and stage.recomputable:
                 self.traffic.start_stage()
             if step.variant is not None:
                 option = stage.option(step.variant)
-                saves = self.kept[i] = self._anew(option.saves, stage.extras, root)
+                saves = self.kept[i] = () if dropped else self._anew(option.saves, stage.extras, root)
                 spilled = self._anew(option.spilled, stage.extras, root)
                 if spilled and frame is None:
                     spilled = tuple(x for x in spilled if x not in saves)
@@ -182,10 +207,11 @@ class _Run:
                 moved = tuple(x for x in inputs if x not in extras)
                 inputs = tuple(x for x in inputs if x not in moved)
                 leaving = self.traffic.offload(i, step.first, moved, stage.input_moved_s or 0.0, self._span(step))
-            self.kept[i] = (*inputs, *extras)
+            self.kept[i] = () if dropped else (*inputs, *extras)
             self.hold(self.kept[i])
             self.record(f"{label} input of {self._span(step)}")
             if frame is None:
+                self._drop(step.first)
                 if step.moved:
                     self.traffic.copy_out(leaving)
                 for number in range(step.first, step.last + 1):
@@ -314,20 +340,3 @@ class _Held:
 
     def __contains__(self, i: object) -> bool:
         return isinstance(i, int) and self.holders[i] > 0
-
-
-class _RangeMax:
-    """The largest of any run of values, in constant time after n log n."""
-
-    def __init__(self, values: list[int]) -> None:
-        self.levels = [values]
-        width = 1
-        while 2 * width <= len(values):
-            below = self.levels[-1]
-            self.levels.append([max(below[i], below[i + width]) for i in range(len(below) - width)])
-            width *= 2
-
-    def over(self, first: int, last: int) -> int:
-        level = (last - first + 1).bit_length() - 1
-        row = self.levels[level]
-        return max(row[first], row[last + 1 - (1 << level)])

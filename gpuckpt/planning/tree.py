@@ -13,17 +13,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from gpuckpt.checks import shown
 from gpuckpt.errors import InvalidPlan
 from gpuckpt.planning._checks import is_int
-from gpuckpt.planning.chain import KEEP, Chain, check_chain
+from gpuckpt.planning.chain import KEEP, Chain, Stage, check_chain
 
 __all__ = [
     "SPILL",
+    "DroppedRuns",
     "Keep",
     "Node",
+    "RangeMax",
     "Recompute",
     "Step",
     "Token",
@@ -237,3 +240,32 @@ def parse_tree(text: str) -> tuple[Node, ...]:
     tree = build_tree(tokens)
     flatten(tree)
     return tree
+
+
+class DroppedRuns:
+    """Which runs of stages have nothing that a backward comes to."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._staying = [0, *accumulate(stage.dropped_in is None for stage in stages)]
+        self._ends = RangeMax([number + 1 + (stage.dropped_in or 0) for number, stage in enumerate(stages)])
+
+    def at(self, first: int, last: int) -> int | None:
+        """The stage before which all that `first..last` hold is dropped; None where some of it stays."""
+        return self._ends.over(first, last) if self._staying[last + 1] == self._staying[first] else None
+
+
+class RangeMax:
+    """The largest of any run of values, in constant time after n log n."""
+
+    def __init__(self, values: list[int]) -> None:
+        self.levels = [values]
+        width = 1
+        while 2 * width <= len(values):
+            below = self.levels[-1]
+            self.levels.append([max(below[i], below[i + width]) for i in range(len(below) - width)])
+            width *= 2
+
+    def over(self, first: int, last: int) -> int:
+        level = (last - first + 1).bit_length() - 1
+        row = self.levels[level]
+        return max(row[first], row[last + 1 - (1 << level)])

@@ -61,6 +61,9 @@ def with_spill(
     for number, stage in enumerate(chain.stages):
         here = tuple(i for i in stage.saves if i in stage.extras or i in staying)
         away = tuple(dict.fromkeys(i for i in stage.saves if i not in here))
+        if stage.dropped_in is not None:
+            stages.append(stage)  # nothing would come back
+            continue
         if stage.recomputable and any(chain.storages[i] for i in away):
             seconds = moved_s(away)
             variant = Variant(name, here, stage.forward_s + seconds, stage.backward_s + seconds, away, moved_s=seconds)

@@ -104,6 +104,11 @@ def _with_call(
     calls.insert(max(position, 1), after + 1)
     modules = list(measured.modules)
     modules.insert(position, module)
+    # What is dropped later than the new one comes goes one stage later; of the new one itself nothing is known.
+    for number, stage in enumerate(stages[: after + 1]):
+        if stage.dropped_in is not None and number + stage.dropped_in >= after:
+            stages[number] = replace(stage, dropped_in=stage.dropped_in + 1)
+    stages[after + 1] = replace(stages[after + 1], dropped_in=None)
     for number in (after, after + 1):
         if calls.count(number) == 1:
             name = names.get(modules[calls.index(number)], stages[number].name)

@@ -264,9 +264,9 @@ class Walk:
             with paused():
                 self.offload.start_stage(stage)
         opening = self._opening(stage)
-        kept_here = not self._open and stage not in self._spilled and all(opened.option for opened in opening)
-        if recompute and kept_here and self.offload is None:
+        if recompute and not self._open and not self._spilled and all(opened.option for opened in opening):
             opening = [_Open(Recompute((Keep(stage),)), self)]
+        links = self.previous.unchanged()
         learning = None
         keeping: list[keeping_part] = []
         with ExitStack() as hooks:
@@ -282,18 +282,17 @@ class Walk:
                 given = objects.taken_out(leaves) if objects else leaves
                 call = _Arrival(module, stage, [*given, *inside, *kept], spec, objects, fence)
                 with paused():
-                    self._announce(call, opening, hooks)
+                    self._announce(call, opening, links, hooks)
                 hooks.enter_context(recording(*[opened.record for opened in self._open]))
                 keeping = [self._keeping(opened, call) for opened in opening if opened.option]
                 del leaves, call, given, inside
             if stage in self._spilled:
-                linked = self.previous.unchanged()
                 flat = pytree.tree_leaves((args, kwargs))
                 unread = type(module) in self.unread
                 within = [tensor for tensor in Objects(flat).tensors if not (unread and is_entry(tensor))]
                 read = Fence(module, flat, self.preserve_rng_state).kept if fence is None else kept
                 tensors = [*tensors_in(flat), *within, *read]
-                shared = [tensor for tensor in tensors if id(tensor) not in linked]
+                shared = [tensor for tensor in tensors if id(tensor) not in links]
                 if self.offload is not None:
                     self.offload.finish(self._spilled[stage])
                 hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
@@ -301,6 +300,7 @@ class Walk:
                 hooks.enter_context(learning.watching())
             for mode in keeping:  # last: they see what the stage does, and nothing else
                 hooks.enter_context(mode)
+            self.previous = Outputs()  # only those who go on with it hold it from here on
             with stage_range(stage, recompute=self._ahead is not None):
                 out = run_module(module, args, kwargs)
         # Noted by now. A call that returned at once says nothing of others.
@@ -322,9 +322,8 @@ class Walk:
         opened.frame.cut = part.cut
         return keeping_part(opened.record, part, flow, opened.frame.slots, known=known)
 
-    def _announce(self, call: _Arrival, opening: list[_Open], hooks: ExitStack) -> None:
+    def _announce(self, call: _Arrival, opening: list[_Open], links: dict[int, int], hooks: ExitStack) -> None:
         """Tell the open frames and those that open now of a call, and enter their hooks, outermost first."""
-        links = self.previous.unchanged()
         later = call.rewritten(torch.Tensor, lambda leaf: _FromStage(links[id(leaf)]) if id(leaf) in links else leaf)
         if self._ahead is None:
             for opened in self._open:

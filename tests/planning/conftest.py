@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -72,8 +72,8 @@ def make_chain(
     return Chain(tuple(stages), tuple(sizes))
 
 
-def make_wild_chain(rng: random.Random, n: int) -> Chain:
-    """A chain that shares storages in any way at all, with a pool's unit."""
+def make_wild_chain(rng: random.Random, n: int, dropping: bool = False) -> Chain:
+    """A chain that shares storages in any way at all, with a pool's unit. `dropping`: results of some stages are dropped."""
     sizes = tuple(rng.randint(0, 3000) for _ in range(2 * n + 2))
     unit_bytes = rng.choice([1, 64, 512])
 
@@ -101,6 +101,13 @@ def make_wild_chain(rng: random.Random, n: int) -> Chain:
         )
         for i in range(n)
     )
+    if dropping:
+        stages = tuple(
+            replace(stage, dropped_in=rng.randint(0, 3), variants=(), input_moved_s=None)
+            if rng.random() < 0.4
+            else stage
+            for stage in stages
+        )
     return Chain(stages, sizes, unit_bytes)
 
 
@@ -286,14 +293,40 @@ def play(chain: Chain, tree: tuple) -> Played:
         let_go(owner, tuple(x for item in moving if item[0] == owner for x in item[1] if (owner, x) in holds))
         on_host.difference_update([pair for pair in on_host if pair[0] == owner])
 
+    leaving: list[tuple[int, Keep | Recompute]] = []  # the stage before which a node's results are dropped
+
+    def dropped_before(node: Keep | Recompute) -> int | None:
+        left = {i: chain.stages[i].dropped_in for i in span(node)}
+        return None if None in left.values() else max(i + 1 + count for i, count in left.items())
+
+    def drop(stage: int, starts_from: tuple = ()) -> None:
+        going = [node for before, node in leaving if before <= stage]
+        if going:
+            hold("start", starts_from)
+        for node in going:
+            owner = node if isinstance(node, Keep) else id(node)
+            let_go(owner, tuple(x for holder, x in holds if holder == owner))
+        if going:
+            let_go("start", starts_from)
+        leaving[:] = [(before, node) for before, node in leaving if before > stage]
+
     def forward(nodes: tuple, outermost: tuple | None, gradient_bytes: int) -> None:
         again = outermost is not None
         for node in nodes:
+            dropped = dropped_before(node) is not None
+            if again and dropped and node is nodes[-1]:
+                continue
+            if not again and dropped:
+                leaving.append((dropped_before(node), node))
+            if not again and isinstance(node, Keep):
+                given = chain.stages[node.stage]
+                drop(node.stage, () if node.variant in ("keep", "spill") else (*given.inputs, *given.extras))
             if not again and chain.stages[span(node)[0]].recomputable:
                 start()
             if isinstance(node, Keep):
                 option = chain.stages[node.stage].option(node.variant)
                 saves, spilled = (seen_by(node.stage, ids, outermost) for ids in (option.saves, option.spilled))
+                saves = () if again and dropped else saves
                 if not again and spilled:
                     item = offload(node, tuple(x for x in spilled if x not in saves), option.moved_s, node.stage)
                     hold(node, saves)
@@ -318,7 +351,9 @@ def play(chain: Chain, tree: tuple) -> Played:
                     item = offload(id(node), moved, chain.stages[first].input_moved_s, first)
                     if item[1]:
                         copy(item, "leaving")
-                hold(id(node), frame_ids(node, outermost))
+                hold(id(node), () if again and dropped else frame_ids(node, outermost))
+                if not again:
+                    drop(span(node)[0])
                 if not (again and node is nodes[-1]):
                     for i in span(node):
                         if not again and i > span(node)[0]:
@@ -333,6 +368,8 @@ def play(chain: Chain, tree: tuple) -> Played:
 
     def backward(nodes: tuple, outermost: tuple | None = None) -> None:
         for node in reversed(nodes):
+            if dropped_before(node) is not None:
+                continue
             if isinstance(node, Keep):
                 stage, option = chain.stages[node.stage], chain.stages[node.stage].option(node.variant)
                 at_top = outermost is None and bool(option.spilled)
@@ -368,6 +405,7 @@ def play(chain: Chain, tree: tuple) -> Played:
                 forget(id(node))
 
     forward(tree, None, 0)
+    drop(4 * len(chain))
     backward(tree)
     assert not holds
     assert not on_host

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from gpuckpt.errors import InvalidPlan
-from gpuckpt.planning import Chain, Keep, Recompute, Stage, Variant, simulate, strategies
+from gpuckpt.planning import Chain, Keep, Recompute, Stage, Variant, certify, simulate, strategies
 
 
 def test_agrees_with_a_runtime_on_random_trees(chain_of, tree_of, played) -> None:
@@ -36,6 +37,24 @@ def test_agrees_where_storages_are_shared_in_any_way(wild_chain_of, tree_of, pla
         assert got.host_peak_bytes == expected.host_peak_bytes, (seed, tree)
         # Total bytes count what runs inside a frame as if nobody held it: never less than what is alive.
         assert got.total_peak_bytes >= expected.total_peak_bytes, (seed, tree)
+
+
+def test_agrees_where_results_are_dropped(wild_chain_of, tree_of, played) -> None:
+    less = 0
+    for seed in range(250):
+        rng = random.Random(seed)
+        chain = wild_chain_of(rng, rng.randint(1, 9), dropping=True)
+        tree = tree_of(rng, chain)
+        expected, got = played(chain, tree), simulate(chain, tree)
+        assert got.peak_bytes == expected.peak_bytes, (seed, tree)
+        assert got.forward_counts == tuple(expected.counts), (seed, tree)
+        assert got.total_peak_bytes >= expected.total_peak_bytes, (seed, tree)
+        kept = replace(chain, stages=tuple(replace(stage, dropped_in=None) for stage in chain.stages))
+        less += got.peak_bytes < simulate(kept, tree).peak_bytes
+        if not got.transfers:  # what is laid out has room for what goes early as well
+            laid_out_bytes = certify(chain, tree, 1 << 60, "by hand").certificate.layout_bytes
+            assert best_fit_bytes(expected.events, chain.unit_bytes) <= laid_out_bytes, (seed, tree)
+    assert less > 50
 
 
 def best_fit_bytes(events, unit_bytes: int) -> int:

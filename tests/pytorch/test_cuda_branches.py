@@ -27,7 +27,7 @@ from gpuckpt.pytorch.link_speed import Link
 from gpuckpt.pytorch.ops._weight_grads import CUDA_BLOCK, WeightGrad, bias_scratch, sum_rows, weight_scratch
 from gpuckpt.pytorch.peak_check import DevicePeak, StepPeaks
 from gpuckpt.pytorch.profiling.clock import WallClock
-from gpuckpt.pytorch.profiling.isolation import have_drawn, random_states
+from gpuckpt.pytorch.profiling.isolation import watch_draws
 from gpuckpt.segments.fused import runs_fused
 from tests.hostcuda.torch_on_host import TorchStream
 from tests.pytorch.steps import batch, blocks, gradients, run
@@ -134,11 +134,11 @@ def test_the_device_waits_are_part_of_the_time(cuda_tensors):
 
 
 def test_the_generator_of_the_device_is_watched_and_set(cuda_tensors, generator):
-    before = random_states()
-    assert not have_drawn(before)
+    have_drawn = watch_draws()
+    assert not have_drawn()
     states = Generators([CUDA], [], False)
     generator[0] = torch.tensor([5], dtype=torch.uint8)
-    assert have_drawn(before)
+    assert have_drawn()
     leave = states.enter()
     assert generator[0].item() == 0
     leave()

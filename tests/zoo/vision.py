@@ -69,7 +69,7 @@ def clip():
     return CLIPModel(config), {"input_ids": tokens(2, 16), "pixel_values": images(size=16), "return_loss": True}
 
 
-@architecture(0.19, gap="what a layer whose result is dropped has saved is promised for")
+@architecture(0.19, gap="what code after the layers has saved of one that is dropped is promised for")
 def llava():
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 

@@ -5,7 +5,8 @@ about what is held matter: whether the piece's input is (a frame holds it, or th
 level, whether the extras are (masks and the like, held from their first holder on). Everything else a stage saves is its own.
 
 Where a chain shares storages in other ways (a skip connection over several stages, two different sets of extras) the arrays
-charge such bytes more than once: plans stay sound, and `exact` is False.
+charge such bytes more than once, and what a stage holds whose result is dropped until the end: plans stay sound, and `exact` is
+False.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def build_problem(chain: Chain, objective: str = "held") -> Problem:
         run_need=run_need,
         gradient_bytes=gradient_bytes,
         input_away_s=np.array([np.inf if s.input_moved_s is None else 2 * s.input_moved_s for s in stages], np.float64),
-        exact=_charges_once(chain, inputs, extras),
+        exact=_charges_once(chain, inputs, extras) and all(stage.dropped_in is None for stage in stages),
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from gpuckpt.planning import Stage
 from gpuckpt.pytorch._torch_internals import set_versions, version_number
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence.attributes import INTERNAL
@@ -19,16 +22,17 @@ from gpuckpt.pytorch.engine.fence.holders import LARGEST, ValueKind, content_of,
 from gpuckpt.pytorch.profiling.sharding import sharding_unchanged
 
 __all__ = [
+    "DroppedResults",
     "ModelState",
     "ParameterWrites",
     "connected",
     "cut",
     "cut_call",
     "fresh",
-    "have_drawn",
     "random_states",
     "set_random_states",
     "unchanged",
+    "watch_draws",
 ]
 
 
@@ -37,30 +41,104 @@ class _Connect(torch.autograd.Function):
     for a parameter, and which must not be changed in place) and without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor, past: tuple[Past, ...]) -> torch.Tensor:
+        ctx.past = past
         # The same bytes with a version counter of their own: what autograd does to this one is not done to the caller's.
         alias = tensor.data
         set_versions((alias,), (tensor._version,))
         return alias
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, None, None]:
+        return None, None, None
 
 
-def cut(tree: Any) -> Any:
+class Past:
+    """Stands for a stage whose graph was cut off, and lives as long as that would have: while anything that goes on with its
+    result does. `given`: the same of what the stage itself has gone on with."""
+
+    __slots__ = ("__weakref__", "given")
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.given = past_of(tensors)
+
+
+def past_of(tensors: Iterable[torch.Tensor]) -> tuple[Past, ...]:
+    """The stages that `tensors` come from, whatever was done in between."""
+    found: dict[Past, None] = {}
+    waiting: list[Any] = [tensor.grad_fn for tensor in tensors]
+    seen: set[Any] = {None}
+    while waiting:
+        if (node := waiting.pop()) in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, _Connect._backward_cls):
+            found.update(dict.fromkeys(node.past))  # type: ignore[attr-defined]  # the context of its forward
+        else:
+            waiting += [following for following, _ in node.next_functions]
+    return tuple(found)
+
+
+class DroppedResults:
+    """Which calls' results are dropped while the forward goes on, and when."""
+
+    def __init__(self) -> None:
+        self._refs: list[weakref.ref[Past]] = []  # of each call
+        self._gone: dict[int, tuple[int, bool]] = {}  # by call: in which one or, where in none, before which
+        self._inside = self._over = False
+
+    def begin(self, tensors: Iterable[torch.Tensor]) -> Past:
+        """A call begins that goes on with `tensors`."""
+        self._inside = True
+        return Past(tensors)
+
+    def end(self, past: Past, needed: Callable[[], bool], tensors: Iterable[torch.Tensor]) -> None:
+        """It is over, and has gone on with these as well. Notice when its result is gone; if what it saved is `needed` all the
+        same, that is not."""
+        number = len(self._refs)
+        past.given += past_of(tensors)
+
+        def gone(_: Any) -> None:
+            if not self._over and not needed():
+                self._gone[number] = len(self._refs), self._inside
+
+        self._refs.append(weakref.ref(past, gone))
+        self._inside = False
+
+    def close(self) -> None:
+        """The forward is over."""
+        self._over = True
+
+    def mark(self, stages: list[Stage], owned: Sequence[int]) -> None:
+        """Say so of those `stages` to which no backward comes; `owned`: the number of each call's stage."""
+        own = set(owned)
+        for number in own:
+            calls = [call for call, owner in enumerate(owned) if owner == number]
+            if not all(call in self._gone for call in calls):
+                continue
+            last = 0
+            for call in calls:
+                at, inside = self._gone[call]
+                last = max(last, owned[at] + inside if at < len(owned) else len(stages))
+            dropped_in = max(0, last - number - 1)
+            stages[number] = replace(stages[number], dropped_in=dropped_in, backward_s=0.0, variants=())
+
+
+def cut(tree: Any, past: Past | None = None) -> Any:
     """The tensors of a nested value without their past, on the same bytes; each requires a gradient as before, and is no
-    leaf if it was none."""
-    return pytree.tree_map_only(torch.Tensor, _cut, tree)
+    leaf if it was none. `past` stands for it; None: what the tensors themselves say."""
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: _cut(tensor, past), tree)
 
 
-def _cut(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.is_leaf else connected(tensor.detach())
+def _cut(tensor: torch.Tensor, past: Past | None = None) -> torch.Tensor:
+    if tensor.is_leaf:
+        return tensor
+    return connected(tensor.detach(), past_of([tensor]) if past is None else (past,))
 
 
-def connected(tensor: torch.Tensor) -> torch.Tensor:
+def connected(tensor: torch.Tensor, past: tuple[Past, ...] = ()) -> torch.Tensor:
     """A detached tensor as one that requires a gradient and is no leaf, on the same bytes."""
-    return _Connect.apply(torch.empty((), requires_grad=True), tensor)
+    return _Connect.apply(torch.empty((), requires_grad=True), tensor, past)
 
 
 def fresh(tree: Any) -> Any:
@@ -74,8 +152,11 @@ def fresh(tree: Any) -> Any:
     return pytree.tree_unflatten(leaves, spec)
 
 
-def cut_call(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Callable[[], None]]:
-    """`cut` for a call, and what hands on to the caller's own dicts and lists what the call has written into them."""
+def cut_call(
+    args: tuple, kwargs: dict[str, Any], past: Past | None = None
+) -> tuple[tuple, dict[str, Any], Callable[[], None]]:
+    """`cut` for a call, and what hands on to the caller's own dicts and lists what the call has written into them, with the
+    `past` that stands for the call."""
     written: list[tuple[Any, Any, Any]] = []  # the caller's container, the call's, and what that held at first
 
     def walk(value: Any) -> Any:
@@ -99,10 +180,12 @@ def cut_call(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]
             if isinstance(theirs, dict):
                 for key in first.keys() - ours.keys():
                     theirs.pop(key, None)
-                theirs.update({key: cut(item) for key, item in ours.items() if first.get(key, written) is not item})
+                theirs.update(
+                    {key: cut(item, past) for key, item in ours.items() if first.get(key, written) is not item}
+                )
             elif len(ours) != len(first) or any(a is not b for a, b in zip(ours, first, strict=True)):
                 same = dict(zip(map(id, first), theirs, strict=True))
-                theirs[:] = [same[id(item)] if id(item) in same else cut(item) for item in ours]
+                theirs[:] = [same[id(item)] if id(item) in same else cut(item, past) for item in ours]
 
     return cut_args, cut_kwargs, hand_on
 
@@ -226,10 +309,15 @@ def set_random_states(states: list[torch.Tensor]) -> None:
         torch.cuda.set_rng_state_all(cuda_rng)
 
 
-def have_drawn(before: list[torch.Tensor]) -> bool:
-    """Whether random numbers have been drawn since `random_states()` gave `before`."""
-    with _disable_current_modes():
-        return not all(map(torch.equal, before, random_states()))
+def watch_draws() -> Callable[[], bool]:
+    """From here on: whether random numbers have been drawn."""
+    before = random_states()
+
+    def have_been() -> bool:
+        with _disable_current_modes():
+            return not all(map(torch.equal, before, random_states()))
+
+    return have_been
 
 
 @contextmanager

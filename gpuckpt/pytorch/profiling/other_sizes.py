@@ -130,7 +130,10 @@ def _with_common_options(observed: Sequence[Observed]) -> list[Observed]:
 
 def _structure(chain: Chain) -> list[Any]:
     """What of a chain does not depend on sizes."""
-    return [len(chain.storages), *((stage.name, stage.recomputable, stage.ids) for stage in chain.stages)]
+    return [
+        len(chain.storages),
+        *((stage.name, stage.recomputable, stage.dropped_in, stage.ids) for stage in chain.stages),
+    ]
 
 
 def _variables(rows: list[tuple[int, ...]]) -> list[tuple[int, ...]] | None:

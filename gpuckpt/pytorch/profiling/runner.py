@@ -31,12 +31,12 @@ from gpuckpt.pytorch.profiling.call_hooks import intercept, run_module, runs_com
 from gpuckpt.pytorch.profiling.chain_finder import Found, Outputs, find_chain, idle_siblings, tensors_in
 from gpuckpt.pytorch.profiling.clock import Clock
 from gpuckpt.pytorch.profiling.inner_checkpoints import InnerCheckpoints, refuse_checkpoints
-from gpuckpt.pytorch.profiling.isolation import ParameterWrites, cut, cut_call, fresh, have_drawn, random_states
+from gpuckpt.pytorch.profiling.isolation import DroppedResults, ParameterWrites, cut, cut_call, fresh, watch_draws
 from gpuckpt.pytorch.profiling.op_trace import OpTrace
 from gpuckpt.pytorch.profiling.sample import Sample
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder, Storages, residents_of, unpack
 from gpuckpt.pytorch.profiling.sharding import sharding_unchanged
-from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Measured, StageKind, joined, kind_key
+from gpuckpt.pytorch.profiling.stage_timing import MOST_SAMPLES, Measured, StageKind, join, kind_key
 
 __all__ = ["Measured", "run_chain"]
 
@@ -68,6 +68,7 @@ class _Measurement:
         self.stages: list[Stage] = []
         self.position = 0
         self.previous = Outputs()
+        self.results = DroppedResults()
         self.owned: list[int] = []
         self.random: list[str] = []
         self.kinds: dict[Any, StageKind] = {}
@@ -109,6 +110,8 @@ class _Measurement:
             self.storages.of([*direct, *(tensor for tensor in inside if not is_entry(tensor))])
         )
         number, name = len(self.stages), self.names[module]
+        self.previous = Outputs()  # as under a plan: what nobody goes on with goes here
+        past = self.results.begin([*direct, *inside])
         again = fresh((args, kwargs))  # before the stage may change them
         # A recompute casts weights again, whatever autocast has cached for other stages.
         torch.clear_autocast_cache()
@@ -116,9 +119,9 @@ class _Measurement:
         self.inside = True
         trace = OpTrace(record := Record())
         saved = SaveRecorder(self.storages.stamp, trace.flow)
-        cut_args, cut_kwargs, hand_on = (args, kwargs, None) if self.whole else cut_call(args, kwargs)
+        cut_args, cut_kwargs, hand_on = (args, kwargs, None) if self.whole else cut_call(args, kwargs, past)
         given = tensors_in((cut_args, cut_kwargs))
-        before, states = list(map(version_number, given)), random_states()
+        before, has_drawn = list(map(version_number, given)), watch_draws()
         self.inner.watch()
         trace.flow.begin([*given, *Objects(given).tensors, *inside, *module.parameters(), *module.buffers()])
         reads = self.unread.watching(module, self.position, entries, of_entries)
@@ -136,6 +139,7 @@ class _Measurement:
         trace.flow.close(fence.kept)
         differentiates, saved.loads = bool(saved.loads), 0  # its own derivatives are its own affair
         self.recorded.append(saved)
+        self.results.end(past, saved.alive, [*fence.copies, *record.tensors()])
         changed = [
             tensor
             for tensor, now, version in zip(tensors, given, before, strict=True)
@@ -143,12 +147,12 @@ class _Measurement:
         ]
         extras += self.storages.of(fence.copies)
         extras += self.storages.of([tensor for tensor in record.tensors() if not is_resident(tensor)])
-        if have_drawn(states):
+        if has_drawn():
             self.random.append(name)
         self.held.update(inputs, extras)
         saves = saved.storages(self.storages, self.held)
         self.held.update(saves)
-        out = out if self.whole else cut(out)
+        out = out if self.whole else cut(out, past)
         self.owned.append(number)
         outputs = tensors_in(out)
         self.stages.append(
@@ -167,7 +171,7 @@ class _Measurement:
             variants = trace.options(self.stages[-1], saved.slots, self.storages)
             self.stages[-1] = replace(self.stages[-1], variants=variants)
         if changed and linked.issuperset(map(id, changed)):
-            self.join(set(self.storages.of(changed)))
+            self.owned = join(self.stages, self.owned, set(self.storages.of(changed)))
         key = kind_key(module, again, [self.storages.sizes[i] for i in saves])
         kind = self.kinds.setdefault(key, StageKind(len(saved.shapes)))
         kind.calls.append(self.position)
@@ -184,18 +188,6 @@ class _Measurement:
         self.inner.watch()
         self.begin_outside()
         return out
-
-    def join(self, changed: set[int]) -> None:
-        """Make the latest call, which changed those storages in place, one stage with the calls that made them."""
-        while self.owned[-1] - 1 in self.owned:
-            last, first = self.stages.pop(), self.stages.pop()
-            remade = changed.isdisjoint((*first.inputs, *first.extras))
-            # Where the first returns its own input (a flatten, a dropout that is off), that was changed as well.
-            self.stages.append(joined(first, last, recomputable=first.recomputable and remade))
-            number = len(self.stages) - 1
-            self.owned = [min(owner, number) for owner in self.owned]
-            if remade:
-                return
 
     def keep_what_was_loaded(self) -> None:
         """The forward has gone backward through these stages: a plan knows of one backward, in which they would run again."""
@@ -222,8 +214,12 @@ class _Measurement:
 
     def backward(self, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> Gradients:
         """Go backward from `roots` to the end of the stage before, or to the model's parameters."""
+        loads = [saved.loads for saved in self.recorded]
         with sharding_unchanged(self.model):  # forward may be under way: what it has gathered stays
-            return gradients_of(roots, self.previous.tensors, self.parameters, retain_graph=retain_graph)
+            found = gradients_of(roots, self.previous.tensors, self.parameters, retain_graph=retain_graph)
+        for saved, count in zip(self.recorded, loads, strict=True):
+            saved.loads = count  # what a hook has kept of a stage leads into it: the model's forward does not
+        return found
 
     def backward_bytes(self, name: str, roots: Sequence[torch.Tensor], *, retain_graph: bool) -> tuple[int, int]:
         """Go backward through the stage `name`: bytes that operators make on the way, and what gradients of parameters add."""
@@ -260,6 +256,8 @@ class _Measurement:
             gradients_bytes=gradients_bytes,
             again_bytes=again_bytes if counts else 0,  # what lies before may be reached by a skip
         )
+        self.previous = Outputs()
+        self.results.close()
 
     @untraced
     def note_outside(self, tensor: torch.Tensor) -> Any:
@@ -277,6 +275,8 @@ class _Measurement:
             for call in kind.calls:
                 number = self.owned[call]
                 stages[number] = kind.measured(stages[number], last=last_calls[number] == call)
+        if not self.whole:
+            self.results.mark(stages, self.owned)
         made = Chain(tuple(stages), tuple(self.storages.sizes)).made_extras
         return tuple(
             [stage if made.keys().isdisjoint(stage.saves) else replace(stage, variants=()) for stage in stages]
@@ -334,8 +334,6 @@ def run_chain(
     chain = Chain(run.finished(), tuple(run.storages.sizes), unit_bytes, type(model).__name__)
     staying = frozenset(run.storages.staying)
     idle = () if stages else idle_siblings(model, found)
-    unread = run.unread.classes
-    known = run.storages.known(tensors)
     return Measured(
         chain,
         tuple(found.modules),
@@ -344,7 +342,7 @@ def run_chain(
         staying,
         found.groups,
         idle,
-        unread,
-        known,
+        run.unread.classes,
+        run.storages.known(tensors),
         run.trained,
     )

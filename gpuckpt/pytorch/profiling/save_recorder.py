@@ -165,6 +165,10 @@ class SaveRecorder:
             self._refs.append(weakref.ref(token, lambda _: events.append((number, False))))
         return token
 
+    def alive(self) -> bool:
+        """Whether anyone still has a graph in which one of the tensors was saved."""
+        return any(ref() is not None for ref in self._refs)
+
     def numbered(self) -> list[tuple[int, torch.Tensor]]:
         """The tensors that are nobody's parameters, each with its number among all."""
         return [(number, tensor) for number, (tensor, _) in zip(self._numbers, self.tensors, strict=True)]

@@ -32,7 +32,7 @@ from gpuckpt.pytorch.profiling.sample import Sample, option_seconds, recompute_s
 from gpuckpt.pytorch.profiling.save_recorder import SaveRecorder
 from gpuckpt.pytorch.profiling.sharding import gathered_around
 
-__all__ = ["MOST_SAMPLES", "Measured", "StageKind", "joined", "kind_key", "run_again"]
+__all__ = ["MOST_SAMPLES", "Measured", "StageKind", "join", "kind_key", "run_again"]
 
 MOST_SAMPLES = 3  # times `repeats`: so often at most is one kind of stage timed
 
@@ -234,7 +234,21 @@ def _ends(module: nn.Module, inputs: Any, out: Any) -> tuple[list[torch.Tensor],
     return roots, list({id(tensor): tensor for tensor in [*given, *trained]}.values())
 
 
-def joined(first: Stage, last: Stage, *, recomputable: bool) -> Stage:
+def join(stages: list[Stage], owned: list[int], changed: set[int]) -> list[int]:
+    """Make the latest call, which changed those storages in place, one stage with the calls that made them. Returns the number of
+    each call's stage, `owned` so far."""
+    while owned[-1] - 1 in owned:
+        last, first = stages.pop(), stages.pop()
+        remade = changed.isdisjoint((*first.inputs, *first.extras))
+        # Where the first returns its own input (a flatten, a dropout that is off), that was changed as well.
+        stages.append(_joined(first, last, recomputable=first.recomputable and remade))
+        owned = [min(owner, len(stages) - 1) for owner in owned]
+        if remade:
+            break
+    return owned
+
+
+def _joined(first: Stage, last: Stage, *, recomputable: bool) -> Stage:
     """Two calls in a row as one stage."""
     return replace(
         last,
