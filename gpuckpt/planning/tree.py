@@ -247,7 +247,9 @@ class DroppedRuns:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._staying = [0, *accumulate(stage.dropped_in is None for stage in stages)]
-        self._ends = RangeMax([number + 1 + (stage.dropped_in or 0) for number, stage in enumerate(stages)])
+        dropped = self._staying[-1] < len(stages)
+        ends = [number + 1 + (stage.dropped_in or 0) for number, stage in enumerate(stages)] if dropped else []
+        self._ends = RangeMax(ends)
 
     def at(self, first: int, last: int) -> int | None:
         """The stage before which all that `first..last` hold is dropped; None where some of it stays."""

@@ -134,3 +134,30 @@ def test_a_forward_that_fails_says_why() -> None:
 
     with pytest.raises(RuntimeError, match="size mismatch"):
         gpuckpt.fit(Broken(), torch.randn(8, WIDTH), "1MiB")
+
+
+class Functional(nn.Module):
+    """Takes its gradients by torch.func, which has no hooks on saved tensors."""
+
+    def __init__(self, derivative) -> None:
+        super().__init__()
+        self.blocks, self.score = layers(), nn.Linear(WIDTH, 1)
+        self.derivative = derivative
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)
+        return (x * torch.vmap(self.derivative(lambda row: self.score(row).tanh().sum()))(x)).square().mean()
+
+
+@pytest.mark.parametrize(
+    "derivative",
+    [torch.func.grad, torch.func.jacrev, lambda f: lambda row: torch.func.vjp(f, row)[1](torch.ones(()))[0]],
+    ids=["grad", "jacrev", "vjp"],
+)
+def test_derivatives_by_torch_func_are_refused_by_name(derivative) -> None:
+    model, x = Functional(derivative), torch.randn(8, WIDTH)
+    expected = model(x)
+    with pytest.raises(NotImplementedError, match=r"Functional calls torch\.func\.grad.*Use torch\.autograd\.grad"):
+        gpuckpt.fit(model, x, "1MiB")
+    assert gpuckpt.fitted(model) is None
+    assert torch.equal(model(x), expected)

@@ -139,7 +139,15 @@ def run_measured(
     # What earlier forwards left has a graph, which is not to be used up.
     with unchanged(model), fence.restored(fence.kept, cut), counting:
         state, random, residents = ModelState(model), random_states(), residents_of(model, args, kwargs)
-        measured = run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies, stages, residents)
+        try:
+            measured = run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies, stages, residents)
+        except RuntimeError as error:
+            if "torch.func." not in str(error) or "saved tensor hooks" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"{type(model).__name__} calls torch.func.grad, vjp, jacrev or hessian in its forward; they take no hooks on "
+                "saved tensors, and so no budget. Use torch.autograd.grad(..., create_graph=True) there"
+            ) from error
         if state.outlived():  # a first forward is not like the others, which find what it has made
             set_random_states(random)
             measured = run_chain(model, args, kwargs, unit_bytes, clock, repeats, copies, stages, residents)
