@@ -138,6 +138,8 @@ def at_most(measured: Measured) -> Measured:
             quiet = stages[number]
             if measured.chain.charge(quiet.saves) == measured.chain.charge(template.saves):
                 continue
+            if quiet.dropped_in != template.dropped_in or quiet.recomputable != template.recomputable:
+                continue
             if len(quiet.output) != len(template.output) or set(quiet.output) & {*quiet.inputs, *quiet.extras}:
                 continue
             renamed = dict(zip(template.inputs, quiet.inputs, strict=True))

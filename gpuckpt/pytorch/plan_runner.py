@@ -264,7 +264,8 @@ class Walk:
             with paused():
                 self.offload.start_stage(stage)
         opening = self._opening(stage)
-        if recompute and not self._open and not self._spilled and all(opened.option for opened in opening):
+        here = not self._open and not self._spilled and all(opened.option for opened in opening)
+        if recompute and here and self.offload is None:
             opening = [_Open(Recompute((Keep(stage),)), self)]
         links = self.previous.unchanged()
         learning = None
