@@ -230,7 +230,7 @@ class Chain:
 
     def frame_holds(self, first: int, last: int) -> tuple[int, ...]:
         """Ids that a frame over stages `first..last` holds: its input and the extras of all its stages, each once."""
-        return tuple(dict.fromkeys((*self.stages[first].inputs, *self.extras_of(first, last))))
+        return tuple(dict.fromkeys([*self.extras_of(first, last), *self.stages[first].inputs]))
 
     def extras_of(self, first: int, last: int) -> tuple[int, ...]:
         """Ids of the extras of stages `first..last`, each once."""
