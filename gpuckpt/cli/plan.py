@@ -123,6 +123,12 @@ def plan(
         str | None,
         typer.Option(help="with --hf: look for one thing alone: the largest batch or context, the fewest gpus"),
     ] = None,
+    caps: Annotated[
+        str | None,
+        typer.Option(
+            help="with --hf: what recomputing costs where activations are held to so much, as 8GiB,16GiB, alone"
+        ),
+    ] = None,
     points: Annotated[int, typer.Option(help="budgets on the frontier; 0 leaves it out")] = 16,
     out: Annotated[Path, typer.Option(help="folder for chain.json, plan.json, report.json, frontier.svg")] = Path(
         "out/plan"
@@ -134,6 +140,13 @@ def plan(
     from gpuckpt.report.files import write_whole
     from gpuckpt.report.frontier import draw_frontier
 
+    if caps is not None:
+        from gpuckpt.cli.caps import plan_caps
+
+        if hf is None or model is not None or parallel or find is not None or budget is not None:
+            raise ValueError("--caps needs --hf, and goes with no --model, --parallel, --find or --budget")
+        plan_caps(hf, batch, context, dtype, _device_called(device), caps, as_json=json)
+        return
     if hf is not None and model is not None:
         raise ValueError("--hf and --model each name a model; give one of them")
     source = model if hf is None else hf

@@ -17,11 +17,12 @@ from gpuckpt.planning.plan import Certificate, Plan
 from gpuckpt.planning.planner import STRATEGIES, certify, plan_chain
 from gpuckpt.planning.simulate import Simulation, simulate
 from gpuckpt.planning.tree import Keep, Node, Recompute, parse_tree, tree_text
-from gpuckpt.planning.variants import LINK_BYTES_PER_S, with_spill
+from gpuckpt.planning.variants import LINK_BYTES_PER_S, ON_HOST, with_spill
 
 __all__ = [
     "KEEP",
     "LINK_BYTES_PER_S",
+    "ON_HOST",
     "STRATEGIES",
     "Certificate",
     "Chain",

@@ -31,6 +31,7 @@ Tree = tuple[Node, ...]
 
 # What a second on the link is counted for.
 _PRICES = (0.0, 0.2, 1.0)
+_ENDLESS = float("inf")
 _SLOTS, _NO_CAP = 500, 1 << 62  # the solver itself ends where everything is held at once
 # Plans that are read from one solve, and stages in all of them: one of 1,000 stages takes a tenth of a second.
 _MOST_PLANS, _MOST_STAGES = 16, 1_000
@@ -82,23 +83,48 @@ def library_of(chain: Chain, objective: str, engine: str) -> Library:
         i for i, s in enumerate(chain.stages) if s.input_moved_s is not None or any(v.spilled for v in s.variants)
     ]
     count = max(4, min(_MOST_PLANS, _MOST_STAGES // len(chain)))
-    asked = [(price, 1, 1.0) for price in _PRICES]
-    asked += [
-        (price, stride, 1.0) for stride in (2, 3) for price in (0.0, 0.3)
-    ]  # a link that keeps up with some of them
-    asked += [(0.1, 1, share) for share in (0.25, 0.5, 0.75)]  # a host that has room for some of them
+    whole = _moving_whole(chain)
+    asked = [(each, price, 1, 1.0, _ENDLESS) for price in _PRICES for each in dict.fromkeys((chain, whole))]
+    # A link that keeps up with some of them, and with that of them which crosses while these run.
+    asked += [(whole, price, stride, 1.0, _ENDLESS) for stride in (2, 3) for price in (0.0, 0.3)]
+    asked += [(chain, 0.0, stride, 1.0, 1.0) for stride in (1, 2, 3, 4)]
+    asked += [(chain, 0.1, 1, share, _ENDLESS) for share in (0.25, 0.5, 0.75)]  # a host that has room for some of them
     # By their text: comparing deep trees recurses.
     trees: dict[str, Tree] = {tree_text(tree): tree for tree in _only_offloading(chain)}
-    for price, stride, share in asked:
+    for each, price, stride, share, part in asked:
         # Of equal stages the earliest, whose bytes lie idle the longest; and the last one stays.
         allowed = set(movable[len(movable) % stride : round(share * len(movable)) : stride])
-        some = without_offload(chain, lambda i, allowed=allowed: i not in allowed)  # type: ignore[misc]
+        some = without_offload(each, lambda i, allowed=allowed: i not in allowed)  # type: ignore[misc]
+        some = _crossing(some, part * stride)
         problem = _priced(some, build_problem(some, objective), price)
         solution = solve(some, problem, _NO_CAP, slots=_SLOTS, engine=engine)
-        found = map(solution.tree, _spread(solution.seconds_by_slots, count))
-        trees.update((tree_text(tree), tree) for tree in found)
+        for tree in map(solution.tree, _spread(solution.seconds_by_slots, count)):
+            trees[tree_text(tree)] = tree
     trials = tuple((tree, simulate(chain, tree)) for tree in trees.values())
     return Library(trials, tuple(_bounds(chain, objective, engine, kept.step_s)))
+
+
+def _moving_whole(chain: Chain) -> Chain:
+    """The chain in which of what is offloaded nothing is made again."""
+    stages = [replace(s, variants=tuple(v for v in s.variants if not (v.spilled and v.remade))) for s in chain.stages]
+    return replace(chain, stages=tuple(stages))
+
+
+def _crossing(chain: Chain, forwards: float) -> Chain:
+    """The chain in which nothing is offloaded that takes the link longer, one way, than so many forwards of its stage."""
+
+    def crosses(stage: Stage, seconds: float | None) -> bool:
+        return seconds is not None and seconds <= forwards * stage.forward_s
+
+    stages = [
+        replace(
+            stage,
+            variants=tuple(v for v in stage.variants if not v.spilled or crosses(stage, v.moved_s)),
+            input_moved_s=stage.input_moved_s if crosses(stage, stage.input_moved_s) else None,
+        )
+        for stage in chain.stages
+    ]
+    return chain if forwards == _ENDLESS else replace(chain, stages=tuple(stages))
 
 
 def _spread(seconds: NDArray[np.float32], count: int) -> Iterator[int]:
@@ -122,7 +148,7 @@ def _only_offloading(chain: Chain) -> Iterator[Tree]:
 
 
 def _spill_of(stage: Stage) -> str:
-    return next((variant.name for variant in stage.variants if variant.spilled), "keep")
+    return next((variant.name for variant in stage.variants if variant.spilled and not variant.remade), "keep")
 
 
 def _priced(chain: Chain, problem: Problem, price: float, proof: bool = False) -> Problem:

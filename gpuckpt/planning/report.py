@@ -150,12 +150,13 @@ def explain(
         runs, variant = simulation.forward_counts[number], steps[number].variant or KEEP
         option = stage.option(variant)
         recomputed = steps[number].depth > 0
-        fate = "spilled" if option.spilled else variant
+        fate = "spilled" if option.spilled and not option.remade else variant
         if variant == KEEP:
             fate = "recomputed" if recomputed else "kept"
         stopped_s = stage.tail_s if recomputed and steps[number].ends else 0.0
         recompute_s = (runs - 1) * stage.forward_s - stopped_s + option.again_s
         spill_s = option.forward_s + option.backward_s - stage.forward_s - stage.backward_s if option.spilled else 0.0
+        spill_s -= option.again_s if option.spilled else 0.0
         host_bytes = sum(chain.storages[i] for i in (*option.spilled, *moved.get(number, ())))
         why = _why(chain, stage, option, fate, recompute_s, fits)
         if number in moved:
@@ -210,7 +211,10 @@ def _why(chain: Chain, stage: Stage, option: Variant, fate: str, recompute_s: fl
         if option.spilled:
             moved = format_bytes(sum(chain.storages[number] for number in option.spilled))
             other = f"running it again would take {format_seconds(stage.forward_s)}"
-            return f"{moved} to the host and back, {format_seconds(extra_s)} on the link; {other}"
+            if option.remade:
+                made_bytes = chain.charge((*option.remade, *option.remade_later))
+                other = f"{format_bytes(made_bytes)} are made again in {format_seconds(option.again_s)}"
+            return f"{moved} to the host and back, {format_seconds(extra_s - option.again_s)} on the link; {other}"
         if option.remade:
             ids = (option.saves, (*option.remade, *option.remade_later))
             held, remade = (format_bytes(chain.charge(each)) for each in ids)

@@ -15,11 +15,12 @@ The rules, which the runtime follows to the byte:
   of the same size, which the stages next to it share; the two are two storages.
 - What an option spills goes to the host, and so does the input of a frame that says so, except storages that are held already,
   which stay held. It comes back, charged again, for the backward, with whose end its copy on the host goes.
-- Within a frame that stops the work (`Variant.moved_s` is part of its seconds). At top level one link copies while stages run:
-  out from the start of the next stage on (of a frame: of its own first), and what is out is let go before the stage after that
-  starts, which waits for the copy; stages that cannot be recomputed (code between blocks) do not count. What has not been let go
-  by the end of forward stays. Backward brings back what a frame or stage needs when it reaches that, unless it is on its way, and
-  then asks for what is offloaded next before it.
+- Within a frame that stops the work (`Variant.moved_s` is part of its seconds). At top level one link copies while stages
+  run: out from the start of the next stage on (of a frame: of its own first), and what is out is let go before the next copy
+  out is asked for or the last stage starts, which wait for it; stages that cannot be recomputed (code between blocks) do not
+  count. What has not been let go by the end of forward stays. Backward brings back what a frame or stage needs when it
+  reaches that, unless it is on its way, and then asks for what is offloaded next before it; so does a stage of which an option
+  makes a part again.
 
 Held bytes therefore only rise in forward and recompute, and fall in backward. `total` adds, by the step: the stage's
 input and output while it runs, its workspace, and the gradients that come and go.
@@ -115,6 +116,7 @@ class _Run:
         self.host = HostBytes(chain.storages * 2 if self.made else chain.storages)
         self.spilled: dict[int, _SpilledIds] = {}  # by stage, within frames
         self.traffic = Traffic(self)
+        self.last_block = max(chain.blocks, default=-1)
         self.count_changes = [0] * (len(chain) + 1)
         self.recompute_s = 0.0
         self.step_s = 0.0
@@ -138,7 +140,7 @@ class _Run:
             elif self.steps[i].variant is None:
                 if self.steps[i].depth == 0:
                     root = self.steps[i].first
-                    self.traffic.reach(i, frame=True)
+                    self.traffic.reach(i, asks=True)
                 self._forward(i + 1, self.steps[i].end, self.steps[i], root)
                 stack.append(~i)
                 stack.extend(self._children(i + 1, self.steps[i].end, staying=True))
@@ -182,7 +184,7 @@ class _Run:
             if frame is None and step.variant is not None:
                 self._drop(step.first, () if step.variant in (KEEP, SPILL) else (*stage.inputs, *stage.extras))
             if frame is None and stage.recomputable:
-                self.traffic.start_stage()
+                self.traffic.start_stage(last=step.first == self.last_block, sends=step.moved)
             if step.variant is not None:
                 option = stage.option(step.variant)
                 saves = self.kept[i] = () if dropped else self._anew(option.saves, stage.extras, root)
@@ -216,7 +218,7 @@ class _Run:
                     self.traffic.copy_out(leaving)
                 for number in range(step.first, step.last + 1):
                     if number > step.first:
-                        self.traffic.start_stage()
+                        self.traffic.start_stage(last=number == self.last_block, sends=False)
                     self._spend(number, number, self.chain.stages[number].forward_s, None)
                     self._alive(f"{label} {self._span(step)}", self._transient_bytes(number))
             elif not step.ends:
@@ -238,8 +240,8 @@ class _Run:
         step = self.steps[node]
         stage = self.chain.stages[step.first]
         option = stage.option(step.variant or KEEP)
-        if option.spilled and step.depth == 0:
-            self.traffic.reach(node, frame=False)
+        if step.depth == 0 and (option.spilled or option.remade):
+            self.traffic.reach(node, asks=bool(option.remade))
             self.step_s -= option.moved_s
         self.step_s += option.backward_s
         spilled = self.spilled.pop(step.first, None)

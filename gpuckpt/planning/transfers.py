@@ -87,7 +87,7 @@ class Traffic:
         self._step = step
         self._copies: list[Transfer] = []
         self._waited_s: list[float] = []
-        self._leaving: list[Offloaded] = []  # to be let go when the next stage starts
+        self._leaving: list[Offloaded] = []  # to be let go
         self._waiting: dict[int, Offloaded] = {}  # by node of the top level, in forward order
         self._reached: dict[int, Offloaded] = {}  # those whose backward has begun
 
@@ -109,33 +109,34 @@ class Traffic:
         step.host.hold(away)
         return found
 
-    def start_stage(self) -> None:
-        """A stage of the top level starts: what is out is let go, and what the stage before saved is sent after it."""
-        for each in self._leaving:
+    def start_stage(self, *, last: bool, sends: bool) -> None:
+        """A stage of the top level starts: what the stage before saved is sent. Before that, before the `last` stage that can be
+        recomputed, and before a frame that `sends` its input, what is out is let go."""
+        for each in self._leaving if last or sends or self.finished is not None else ():
             self._wait(each.copy)
             self._step.release(each.away)
             each.left = True
-        self._leaving = []
+        self._leaving = [each for each in self._leaving if not each.left]
         if self.finished is not None:
             self.copy_out(self.finished)
             self.finished = None
 
     def copy_out(self, each: Offloaded) -> None:
-        """Ask for a copy on the host; what it is of is let go when the next stage starts."""
+        """Ask for a copy on the host; what it is of is let go before the next one, or before the last stage."""
         if each.away:
             each.copy = self._ask(each, "out")
             self._leaving.append(each)
 
-    def reach(self, node: int, *, frame: bool) -> None:
-        """Backward reaches a node: what it offloaded comes back, and what is offloaded next before it is asked for. A stage that
-        sent nothing to the host asks for nothing."""
+    def reach(self, node: int, *, asks: bool) -> None:
+        """Backward reaches a node: what it offloaded comes back, and what is offloaded next before it is asked for, if it has
+        offloaded anything or `asks` anyway, as what runs again does."""
         own = self._waiting.get(node)
         if own is not None and own.left:
             self._bring_back(own)
             self._wait(own.copy)
         while self._waiting and (latest := next(reversed(self._waiting))) >= node:
             self._reached[latest] = self._waiting.pop(latest)
-        if not frame and (own is None or not own.away):
+        if not asks and (own is None or not own.away):
             return
         for each in reversed(self._waiting.values()):
             if each.away:

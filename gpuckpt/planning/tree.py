@@ -32,7 +32,9 @@ __all__ = [
     "Token",
     "build_tree",
     "check_tree",
+    "first_stage",
     "flatten",
+    "last_stage",
     "nodes_of",
     "parse_tree",
     "steps_text",
@@ -271,3 +273,17 @@ class RangeMax:
         level = (last - first + 1).bit_length() - 1
         row = self.levels[level]
         return max(row[first], row[last + 1 - (1 << level)])
+
+
+def first_stage(node: Node) -> int:
+    """The number of the first stage that a node covers."""
+    while isinstance(node, Recompute):
+        node = node.children[0]
+    return node.stage
+
+
+def last_stage(node: Node) -> int:
+    """The number of the last stage that a node covers."""
+    while isinstance(node, Recompute):
+        node = node.children[-1]
+    return node.stage

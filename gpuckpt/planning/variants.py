@@ -1,18 +1,23 @@
 """Further ways to keep a stage, for the solver to choose from.
 
-`with_spill` adds to every stage the option to keep what it saves in host memory, and to the frames that start with it that to
-keep their input there. At a plan's top level transfers overlap the work of other stages, as `simulate` has it.
+`with_spill` adds to every stage the option to keep what it saves in host memory, or what one of its other options holds, the
+rest of which is made again, and to the frames that start with it that to keep their input there. At a plan's top level
+transfers overlap the work of other stages, as `simulate` has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 
 from gpuckpt.checks import check_number, shown
-from gpuckpt.planning.chain import Chain, Variant, check_chain
+from gpuckpt.planning.chain import Chain, Stage, Variant, check_chain
 
-__all__ = ["LINK_BYTES_PER_S", "with_spill"]
+__all__ = ["LINK_BYTES_PER_S", "ON_HOST", "with_spill"]
+
+ON_HOST = "@host"
+"""How the name of an option ends that holds on the host what the option named before holds on the device."""
+
 
 _LEAST_BYTES_PER_S = 1e-3
 _MOST_LATENCY_S = 1e9
@@ -34,7 +39,8 @@ def with_spill(
     name: str = "spill",
     staying: Container[int] = (),
 ) -> Chain:
-    """The chain in which each recomputable stage may keep what it saves in host memory, and a frame from it on its input.
+    """The chain in which each recomputable stage may keep what it saves in host memory, or what it holds under one of its options
+    that make the rest again, and a frame from it on its input.
 
     Extras that a stage saves stay: other stages hold them anyway. `bytes_per_s`: of the link, one way; `latency_s`: further
     seconds for each storage, one way; `staying`: ids of storages that cannot be moved (parts of sparse or nested tensors).
@@ -67,10 +73,23 @@ def with_spill(
         if stage.recomputable and any(chain.storages[i] for i in away):
             seconds = moved_s(away)
             variant = Variant(name, here, stage.forward_s + seconds, stage.backward_s + seconds, away, moved_s=seconds)
-            stage = replace(stage, variants=(*stage.variants, variant))
+            hosted = [_on_host(each, stage, staying, moved_s) for each in stage.variants if each.remade]
+            stage = replace(stage, variants=(*stage.variants, variant, *(each for each in hosted if each.spilled)))
         own = tuple(dict.fromkeys(i for i in stage.inputs if i not in stage.extras))
         # What the first stage is given belongs to the caller, who keeps it.
         if number and stage.recomputable and any(chain.storages[i] for i in own) and not any(i in staying for i in own):
             stage = replace(stage, input_moved_s=moved_s(own))
         stages.append(stage)
     return replace(chain, stages=tuple(stages))
+
+
+def _on_host(
+    option: Variant, stage: Stage, staying: Container[int], moved_s: Callable[[Sequence[int]], float]
+) -> Variant:
+    """`option` with what it holds on the host, but for what stays."""
+    here = tuple(i for i in option.saves if i in stage.extras or i in staying)
+    away = tuple(dict.fromkeys(i for i in option.saves if i not in here))
+    seconds = moved_s(away)
+    forward_s, backward_s = option.forward_s + seconds, option.backward_s + seconds
+    moved = replace(option, name=option.name + ON_HOST, saves=here, spilled=away, moved_s=seconds)
+    return replace(moved, forward_s=forward_s, backward_s=backward_s)

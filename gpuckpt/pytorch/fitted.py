@@ -288,7 +288,7 @@ class Fitted:
         verify, rng, unread = self._terms.verify, self._terms.preserve_rng_state, planned.measured.unread
         offload = None
         if self.host_budget is not None and (copies := self._maker.copies) is not None:
-            offload = Offload(self.budget, self.host_budget, copies, planned.chain.blocks)
+            offload = Offload(self.budget, self.host_budget, copies, planned.chain.blocks, tree)
         walk = Walk(tree, self.budget, verify, rng, None, self.host_budget, evictable, offload, unread, planned.flows)
         spare_bytes = self.budget.max_bytes - self._peaks.held.promised_bytes
         step = StepProgress(planned, walk, frozenset(map(id, given)), spare_bytes, self.budget.used_bytes)

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from gpuckpt.errors import InvalidPlan
 from gpuckpt.memory import Budget
 from gpuckpt.planning import KEEP, Keep, Node, Recompute
+from gpuckpt.planning.tree import first_stage, last_stage
 from gpuckpt.pytorch._torch_internals import version_number
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.fence.fence import Fence
@@ -89,7 +90,7 @@ class _Open:
 
     def __init__(self, node: Node, walk: Walk) -> None:
         self.program: list[_Arrival] = []
-        self.last = _end(node, -1)
+        self.last = last_stage(node)
         self.option = option = "" if isinstance(node, Recompute) else node.variant  # of the one stage that it covers
         # By id and version: what is kept already, and its number.
         self._known: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int]] = {}
@@ -99,8 +100,8 @@ class _Open:
         budget, host, evictable, unread = walk.budget, walk.host, walk.evictable, walk.unread
         flows = walk.flows
         self._spill: Spill | None = None  # of its input
-        self._offload = offload = walk.offload if isinstance(node, Recompute) and walk.is_top(node) else None
-        first = _end(node, 0)
+        self._offload = offload = walk.offload if walk.is_top(node) else None
+        first = first_stage(node)
         if isinstance(node, Recompute) and node.variant == SPILL:
             assert offload is not None, "a walk was given all that its nodes need"
             self._spill = offload.spill(first)
@@ -209,18 +210,20 @@ class Walk:
         """Which frames there are, in the order in which they begin, and which stages are spilled here; those within a frame are
         when it replays them. A stage of which only products are kept is a frame. Plans nest deeply: no recursion."""
         for node in nodes:
-            if not isinstance(node, Recompute) and node.variant != KEEP and not is_option(node.variant):
-                if node.variant != SPILL or self.host is None or self.budget is None:
+            if not isinstance(node, Recompute) and node.variant != KEEP:
+                option = part_of(node.variant) if is_option(node.variant) else None
+                if option is not None and not option.on_host:
+                    continue
+                if (option is None and node.variant != SPILL) or self.host is None or self.budget is None:
                     raise InvalidPlan(
                         f"the plan keeps stage {node.stage} under the option {node.variant!r}; what can be run is {KEEP!r}, "
-                        f"what some operations return (such as 'kept-3+7'), and {SPILL!r} with a host_budget"
+                        f"what some operations return (such as 'kept-3+7'), and {SPILL!r} with a host_budget or 'kept-3+7@host'"
                     )
-                self._spilled[node.stage] = (
-                    Spill(self.budget, self.host) if self.offload is None else self.offload.spill(node.stage)
-                )
+                offload = self.offload
+                self._spilled[node.stage] = offload.spill(node.stage) if offload else Spill(self.budget, self.host)
             elif isinstance(node, Recompute) and node.variant != KEEP and self.offload is None:
                 raise InvalidPlan(
-                    f"the plan has the input of stage {_end(node, 0)} on the host, which needs a host_budget, and a frame "
+                    f"the plan has the input of stage {first_stage(node)} on the host, which needs a host_budget, and a frame "
                     "that is in no other"
                 )
         waiting = list(nodes[::-1])
@@ -235,9 +238,9 @@ class Walk:
     def _opening(self, stage: int) -> list[_Open]:
         """The frames that begin with a call of `stage`, outermost first: also where stages before it were skipped."""
         found = []
-        while self._opens and _end(self._opens[0], 0) <= stage:
+        while self._opens and first_stage(self._opens[0]) <= stage:
             node = self._opens.popleft()
-            if _end(node, -1) >= stage:
+            if last_stage(node) >= stage:
                 found.append(_Open(node, self))
         return found
 
@@ -282,21 +285,26 @@ class Walk:
                     inside = [_NOT_KEPT if is_entry(tensor) else tensor for tensor in inside]
                 given = objects.taken_out(leaves) if objects else leaves
                 call = _Arrival(module, stage, [*given, *inside, *kept], spec, objects, fence)
+            if stage in self._spilled:  # before what opens here, which saves into it all but choices
+                spill = self._spilled[stage]
+                for opened in opening:
+                    opened.record.begin()
+                if self._ahead is None and not opening:
+                    hooks.enter_context(recording(spill.choices.begin()))
+                flat = pytree.tree_leaves((args, kwargs))
+                within = [x for x in Objects(flat).tensors if type(module) not in self.unread or not is_entry(x)]
+                read = Fence(module, flat, self.preserve_rng_state).kept if fence is None else kept
+                shared = [tensor for tensor in (*tensors_in(flat), *within, *read) if id(tensor) not in links]
+                if self.offload is not None:
+                    self.offload.finish(spill)
+                hooks.enter_context(spill.run(shared, replayed=self._ahead is not None))
+                del flat, within, read, shared, spill
+            if opening or self._open:
                 with paused():
                     self._announce(call, opening, links, hooks)
                 hooks.enter_context(recording(*[opened.record for opened in self._open]))
                 keeping = [self._keeping(opened, call) for opened in opening if opened.option]
                 del leaves, call, given, inside
-            if stage in self._spilled:
-                flat = pytree.tree_leaves((args, kwargs))
-                unread = type(module) in self.unread
-                within = [tensor for tensor in Objects(flat).tensors if not (unread and is_entry(tensor))]
-                read = Fence(module, flat, self.preserve_rng_state).kept if fence is None else kept
-                tensors = [*tensors_in(flat), *within, *read]
-                shared = [tensor for tensor in tensors if id(tensor) not in links]
-                if self.offload is not None:
-                    self.offload.finish(self._spilled[stage])
-                hooks.enter_context(self._spilled[stage].run(shared, replayed=self._ahead is not None))
             if learning is not None:
                 hooks.enter_context(learning.watching())
             for mode in keeping:  # last: they see what the stage does, and nothing else
@@ -333,7 +341,7 @@ class Walk:
         elif self._open:  # the hooks that count are the innermost
             hooks.enter_context(self._open[-1].frame.hooks())
         for opened in opening:
-            opened.record.begin()
+            opened.record.begin(away=call.stage in self._spilled)
             if self._ahead is None:
                 opened.receive([call], links)
             else:
@@ -341,10 +349,3 @@ class Walk:
                 opened.receive([call, *following], links)
             hooks.enter_context(opened.frame.hooks())
         self._open += opening
-
-
-def _end(node: Node, which: int) -> int:
-    """The first (0) or last (-1) stage that a node covers."""
-    while isinstance(node, Recompute):
-        node = node.children[which]
-    return node.stage

@@ -145,3 +145,32 @@ def test_more_of_everything_takes_longer_and_holds_more() -> None:
     assert large.charge(large.stages[1].saves) > 4 * small.charge(small.stages[1].saves)
     double = chain_of_sizes(2, 64, 2, 32, 1, "swiglu", "fp32", "H100 SXM")
     assert sum(double.storages) > 1.8 * sum(small.storages)
+
+
+def test_caps_for_a_model_from_the_hub(tmp_path: Path) -> None:
+    """Options pay no more than whole blocks, and with the host no more than without; each plan holds what it is allowed."""
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 6}
+    file = tmp_path / "config.json"
+    file.write_text(
+        json.dumps(config | {"num_attention_heads": 2, "vocab_size": 97, "bos_token_id": 0, "eos_token_id": 0})
+    )
+    asked = ["--hf", file, "--batch", 2, "--context", 64]
+    found = json.loads(run(*asked, "--caps", "400KiB,1MiB,1.5MiB,1GiB", "--json", out=tmp_path))
+    assert found["context"] == 64
+    gained = 0
+    for row in found["caps"]:
+        plans = [row[name] for name in ("blocks", "options", "host")]
+        assert all(each["peak_bytes"] <= row["cap_bytes"] for each in plans if each["fits"])
+        more = [each["more"] if each["fits"] else float("inf") for each in plans]
+        assert more[0] >= more[1] >= more[2] >= 0.0
+        gained += more[0] > more[1]
+        assert plans[0]["host_bytes"] == 0 if plans[0]["fits"] else plans[0]["need_bytes"] > row["cap_bytes"]
+    assert gained >= 2
+    assert more == [0.0, 0.0, 0.0]
+    assert found["kept_bytes"] == plans[0]["peak_bytes"]
+    text = run(*asked, "--caps", "10B, 1MiB", out=tmp_path)
+    assert "options inside" in text
+    assert "needs " in text
+    for wrong, message in ((["--caps", "1MiB"], "needs --hf"), ([*asked, "--caps", "1x"], "--caps")):
+        with pytest.raises(ValueError, match=message):
+            run(*wrong, out=tmp_path)

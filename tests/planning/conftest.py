@@ -172,6 +172,7 @@ def play(chain: Chain, tree: tuple) -> Played:
     # What the top level offloads, in forward order: owner, ids that go, seconds one way, first stage, where it is, copy done at.
     moving: list[list] = []
     link_free_s = 0.0
+    finished: list[int] = []  # stages whose offloads wait for the next one's start
 
     # A storage is a number, or ("again", number): a twin of an extra, which its maker makes when it is run again.
     def bytes_of(x: object) -> int:
@@ -266,23 +267,26 @@ def play(chain: Chain, tree: tuple) -> Played:
         link_free_s = max(link_free_s, seen.seconds) + item[2]
         item[4:] = [state, link_free_s]
 
-    def start() -> None:
+    def start(stage: int, moves: bool = False) -> None:
+        blocks = [i for i, each in enumerate(chain.stages) if each.recomputable]
+        lets_go = stage == blocks[-1] or moves or bool(finished)
+        finished.clear()
         for item in moving:
-            if item[4] == "leaving":
+            if item[4] == "leaving" and lets_go:
                 seen.seconds = max(seen.seconds, item[5])
                 let_go(item[0], tuple(item[1]))
                 item[4] = "there"
             elif item[4] == "done":
                 copy(item, "leaving")
 
-    def reach(stage: int, frame: bool) -> None:
+    def reach(stage: int, asks: bool) -> None:
         for item in [item for item in moving if item[3] == stage]:
             if item[4] == "there":
                 hold(item[0], tuple(item[1]))
                 copy(item, "coming")
             if item[4] == "coming":
                 seen.seconds = max(seen.seconds, item[5])
-        if not frame and not any(item[1] for item in moving if item[3] == stage):
+        if not asks and not any(item[1] for item in moving if item[3] == stage):
             return
         earlier = [item for item in moving if item[3] < stage and item[1]]
         if earlier and earlier[-1][4] == "there":
@@ -322,7 +326,7 @@ def play(chain: Chain, tree: tuple) -> Played:
                 given = chain.stages[node.stage]
                 drop(node.stage, () if node.variant in ("keep", "spill") else (*given.inputs, *given.extras))
             if not again and chain.stages[span(node)[0]].recomputable:
-                start()
+                start(span(node)[0], isinstance(node, Recompute) and node.variant == "spill")
             if isinstance(node, Keep):
                 option = chain.stages[node.stage].option(node.variant)
                 saves, spilled = (seen_by(node.stage, ids, outermost) for ids in (option.saves, option.spilled))
@@ -332,6 +336,7 @@ def play(chain: Chain, tree: tuple) -> Played:
                     hold(node, saves)
                     run_stage(node.stage, option.forward_s - option.moved_s, gradient_bytes, again)
                     item[4] = "done" if item[4] == "here" else "stays"
+                    finished.append(node.stage)
                     continue
                 # What is spilled and already here stays; the rest is on the host from the stage's end on.
                 stays = [x for x in spilled if x in held()]
@@ -357,7 +362,7 @@ def play(chain: Chain, tree: tuple) -> Played:
                 if not (again and node is nodes[-1]):
                     for i in span(node):
                         if not again and i > span(node)[0]:
-                            start()
+                            start(i)
                         run_stage(i, chain.stages[i].forward_s, gradient_bytes, again)
 
     def backward_of(stage: Stage, node: Keep, gradients: int) -> None:
@@ -373,8 +378,8 @@ def play(chain: Chain, tree: tuple) -> Played:
             if isinstance(node, Keep):
                 stage, option = chain.stages[node.stage], chain.stages[node.stage].option(node.variant)
                 at_top = outermost is None and bool(option.spilled)
-                if at_top:
-                    reach(node.stage, False)
+                if outermost is None and (option.spilled or option.remade):
+                    reach(node.stage, bool(option.remade))
                 seen.seconds += option.backward_s - (option.moved_s if at_top else 0)
                 gradients = stage.output_bytes + (chain.stages[node.stage - 1].output_bytes if node.stage else 0)
                 back = [] if at_top else [x for owner, x in on_host if owner is node]

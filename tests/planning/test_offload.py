@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from gpuckpt.errors import BudgetExceeded
-from gpuckpt.planning import Chain, Keep, Recompute, Stage, plan_chain, simulate, with_spill
+from gpuckpt.planning import ON_HOST, Chain, Keep, Recompute, Stage, Variant, plan_chain, simulate, with_spill
 from gpuckpt.planning._offload import without_offload
 
 
@@ -115,6 +116,28 @@ def test_inputs_on_the_host_where_a_stage_takes_most_of_the_budget() -> None:
     assert found.certificate.recompute_s == 15
     assert found.certificate.step_s == pytest.approx(16 * 3 + 15 + 0.05)  # the first that comes back is waited for
     assert plan_chain(without_offload(chain), 104).certificate.recompute_s > 24
+
+
+def test_what_is_dear_crosses_the_link_and_the_rest_is_made_again() -> None:
+    """Blocks that save 16 bytes over a link of 8 bytes a second: of these 6 take a second to make, and the others a tenth."""
+    ids = [(i, 13 + 2 * i, 14 + 2 * i) for i in range(12)]
+    stages = []
+    for i, saves in enumerate(ids):
+        part = Variant("part", saves[:2], 1.0, 2.1, remade=saves[2:], again_s=0.1)
+        stages.append(Stage(f"s{i}", 1.0, 2.0, saves, saves[:1], (), (i + 1,), 4, variants=(part,)))
+    chain = Chain(tuple(stages), (*[4] * 13, *[2, 10] * 12))
+    moved = with_spill(chain, 8.0)
+    assert [option.name for option in moved.stages[3].options] == ["keep", "part", "spill", f"part{ON_HOST}"]
+    hosted = moved.stages[3].option(f"part{ON_HOST}")
+    assert (hosted.saves, hosted.spilled, hosted.remade) == ((), ids[3][:2], ids[3][2:])
+    assert (hosted.moved_s, hosted.forward_s, hosted.backward_s) == (0.75, 1.75, 2.85)
+    found = plan_chain(moved, 40)
+    assert sum(isinstance(node, Keep) and node.variant.endswith(ON_HOST) for node in found.tree) >= 8
+    assert found.certificate.step_s < 36 + 12 * 0.1 + 1
+    assert found.certificate.recompute_s <= 12 * 0.1 + 1e-9
+    without = with_spill(Chain(tuple(replace(stage, variants=()) for stage in stages), chain.storages), 8.0)
+    for other in (chain, without):
+        assert plan_chain(other, 40).certificate.step_s > 39
 
 
 def test_a_device_and_a_host_that_are_both_too_small_are_refused_with_what_would_do() -> None:

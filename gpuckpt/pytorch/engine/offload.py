@@ -4,10 +4,10 @@ One `Spill` is one run of one stage, or the input of one frame. Each storage has
 tensors look into it. The first of its tensors that backward asks for brings all of them back, charged to the device's budget,
 where each stays until its autograd node is done: that is what the plan counts. The copies on the host go with the nodes.
 
-At a plan's top level an `Offload` lets copies overlap the work of other stages, by the rules in `gpuckpt.planning.simulate`: what
-a stage saved is held here until the stage after the next one starts, which waits for the copy; and when backward reaches a
-frame or a spilled stage, what is offloaded next before it is asked for. Within a frame copies are made on the current stream and
-waited for.
+At a plan's top level an `Offload` lets copies overlap the work of other stages, by the rules in `gpuckpt.planning.simulate`:
+what a stage saved is held here until the next copy out is asked for or the last stage starts, which wait for it; and when
+backward reaches a frame or a spilled stage, what is offloaded next before it is asked for. Within a frame copies are made on
+the current stream and waited for.
 
 What stays where it is: storages that the budget holds already (the stage before saved them, or a frame its input), arguments
 that other stages get as well, parameters, and tensors that are not strided.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
@@ -25,11 +25,12 @@ import torch
 
 from gpuckpt.errors import BudgetExceeded
 from gpuckpt.memory import Budget
-from gpuckpt.planning.tree import SPILL
+from gpuckpt.planning.tree import SPILL, Node, Recompute, first_stage
 from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, queue_callback, untraced
 from gpuckpt.pytorch.engine.copies import Copies, Copy, CopySide
 from gpuckpt.pytorch.engine.failed_backward import drop_stale_nodes_after
 from gpuckpt.pytorch.engine.hooks import enter, redirect_saves
+from gpuckpt.pytorch.engine.kept.record import Record
 from gpuckpt.pytorch.engine.residency import is_movable, is_resident
 from gpuckpt.pytorch.engine.saved_storage import HeldTensor, SavedStorage, flat_bytes, modified
 from gpuckpt.pytorch.engine.storage_index import Source, index_of
@@ -77,6 +78,7 @@ class Spill:
     """One run of a stage, of one call or several, whose saved tensors go from `budget` to `host`.
 
     `copies`: who copies while other work runs; None: each copy is waited for. `left`: what was saved is held here no more.
+    `choices`: for what `once` returns in a stage that no frame runs again; it stays here as long as the rest is needed.
     """
 
     def __init__(self, budget: Budget, host: Budget, copies: Copies | None = None, stage: int = 0) -> None:
@@ -84,6 +86,7 @@ class Spill:
         self.stage = stage
         self.left = copies is None
         self.offload: Offload | None = None
+        self.choices = Record()
         self._copies = copies
         self._budget = budget
         self._here, self._there = index_of(budget), index_of(host)
@@ -264,17 +267,20 @@ class Spill:
 
 
 class Offload:
-    """What the top level of one forward sends to the host. `starts`: numbers of the stages whose start lets go and sends: blocks,
-    not the code between them."""
+    """What the top level of one forward, under `tree`, sends to the host. `starts`: numbers of the stages whose start lets go and
+    sends: blocks, not the code between them."""
 
-    def __init__(self, budget: Budget, host: Budget, copies: Copies, starts: Container[int]) -> None:
+    def __init__(self, budget: Budget, host: Budget, copies: Copies, starts: Set[int], tree: Iterable[Node]) -> None:
         self._budgets = budget, host
         self._copies = copies
         self._starts = starts
+        frames = [node for node in tree if isinstance(node, Recompute) and node.variant == SPILL]
+        # What is out is let go before these.
+        self._lets_go = {first_stage(node) for node in frames} | {max(starts, default=-1)}
         # All weak: what a spill saved keeps it alive, and with it this.
         self._spills: list[weakref.ref[Spill]] = []  # in the order of forward
         self._finished: list[weakref.ref[Spill]] = []  # to be sent when the next stage starts
-        self._leaving: list[weakref.ref[Spill]] = []  # to be let go when the next stage starts
+        self._leaving: list[weakref.ref[Spill]] = []  # to be let go
         self._stage = -1
 
     def spill(self, stage: int) -> Spill:
@@ -290,7 +296,7 @@ class Offload:
             self._spills.append(weakref.ref(spill))
 
     def send(self, spill: Spill) -> None:
-        """Send what a spill has, to be let go when the next stage starts."""
+        """Send what a spill has, to be let go before the next is sent."""
         spill.send()
         self._leaving.append(weakref.ref(spill))
 
@@ -300,15 +306,16 @@ class Offload:
         self.send(spill)
 
     def start_stage(self, stage: int) -> None:
-        """A call of stage number `stage` starts: if it is the first, what is out is let go, and what the stage before saved sent
-        after it."""
+        """A call of stage number `stage` starts: if it is the first, what the stage before saved is sent, and before that, or the
+        last stage, what is out is let go."""
         if stage == self._stage or stage not in self._starts:
             return
         self._stage = stage
-        leaving, self._leaving = self._leaving, []
-        for ref in leaving:
-            if (spill := ref()) is not None:
-                spill.let_go()
+        if self._finished or stage in self._lets_go:
+            leaving, self._leaving = self._leaving, []
+            for ref in leaving:
+                if (spill := ref()) is not None:
+                    spill.let_go()
         finished, self._finished = self._finished, []
         for ref in finished:
             if (spill := ref()) is not None:

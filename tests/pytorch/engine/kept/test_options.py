@@ -209,14 +209,14 @@ def test_what_is_offered() -> None:
 
 
 def test_names() -> None:
-    assert part_of(option_name([12, 3], 0)) == ({3, 12}, 0)
-    assert part_of(option_name([3], 20)) == ({3}, 20)
+    assert part_of(option_name([12, 3], 0)) == ({3, 12}, 0, False)
+    assert part_of(option_name([3], 20)) == ({3}, 20, False)
+    assert part_of("kept-3+7/20@host") == ({3, 7}, 20, True)
     assert [
-        name for name in ("kept-3+12", "kept-3/20", "kept-", "kept-3/", "kept-a", "keep", "kept-٣") if is_option(name)
-    ] == [
-        "kept-3+12",
-        "kept-3/20",
-    ]
+        name
+        for name in ("kept-3+12", "kept-3/20", "kept-3@host", "kept-", "kept-3/", "kept-a", "keep", "kept-٣", "kept-3@")
+        if is_option(name)
+    ] == ["kept-3+12", "kept-3/20", "kept-3@host"]
 
 
 class Products(TorchDispatchMode):
