@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from gpuckpt.pytorch.engine.residency import is_resident
 from gpuckpt.pytorch.engine.subclasses import parts_of
 
-__all__ = ["UNWATCHED", "Flow", "Ran", "SavedFrom", "Way", "casts_weight", "changed_by", "tensors_of"]
+__all__ = ["UNWATCHED", "Flow", "Ran", "SavedFrom", "Way", "casts_weight", "changed_by", "read_by", "tensors_of"]
 
 
 # No part of the flow: autograd detaches as often as it likes, and only tensors without memory are asked for their device by an
@@ -127,7 +127,7 @@ class Flow:
         if self.decided is None and not _DECIDING.isdisjoint(op.tags):
             self.decided, self.steady = number, False
         written = {storage._cdata for storage in changed_by(op, args, kwargs)} if op._schema.is_mutable else set()
-        inputs = self._addresses(tensors_of(args, kwargs))
+        inputs = self._addresses(read_by(op, args, kwargs))
         if op is torch.ops.aten.lift_fresh.default:
             self._given.update(inputs)  # torch.tensor(...), which is made of Python's values
         needs: set[int] = set()
@@ -236,6 +236,14 @@ _EMPTY = frozenset(
     f"aten::{name}"
     for name in ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 )
+# Made like their argument, of which they read no element: noise of dropout, masks, zeros to add to.
+_SHAPED = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+        *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"),
+    )
+)
 
 
 def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -247,6 +255,11 @@ def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
         elif isinstance(given, list | tuple):
             found += [each for each in given if isinstance(each, torch.Tensor)]
     return found
+
+
+def read_by(op: OpOverload, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments of which it reads more than shape and type."""
+    return [] if op._schema.name in _SHAPED else tensors_of(args, kwargs)
 
 
 def changed_by(op: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> list[torch.UntypedStorage]:

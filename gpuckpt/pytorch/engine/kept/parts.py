@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from gpuckpt.pytorch._torch_internals import LeanDispatchMode, untraced
 from gpuckpt.pytorch.engine.early_stop import RunsOtherwise, running
 from gpuckpt.pytorch.engine.kept.current import is_open, reader, reading
-from gpuckpt.pytorch.engine.kept.flow import UNWATCHED, Flow, Ran, Way, casts_weight, changed_by, tensors_of
+from gpuckpt.pytorch.engine.kept.flow import UNWATCHED, Flow, Ran, Way, casts_weight, changed_by, read_by
 from gpuckpt.pytorch.engine.kept.operations import Operation, draws_of, shapes_of
 from gpuckpt.pytorch.engine.kept.options import KeptPart
 from gpuckpt.pytorch.engine.kept.policy import PREFER, can_be_kept
@@ -187,7 +187,7 @@ class making_part(LeanDispatchMode):
             raise RunsOtherwise
         if runs and number not in self._given:
             if self._empty and ran.way is not Way.LOOKS:
-                self.check(tensors_of(args, kwargs))
+                self.check(read_by(op, args, kwargs))
             return op(*args, **kwargs)
         if (draws := self._draws.get(number)) is not None:
             draws.repeat()

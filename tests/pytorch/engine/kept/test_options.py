@@ -394,3 +394,35 @@ def test_numbers_that_python_reads_are_not_those_of_memory_left_as_it_was(read):
             block(x)
         assert len(flow.ran) > 10
         assert flow.seen == bool(number), "an operator that hands out a number is seen, and always runs"
+
+
+def test_what_is_made_like_a_tensor_needs_nothing_of_it() -> None:
+    """Noise of dropout has the shape of what is dropped, which does not run again for it."""
+
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.dropout(self.up(x).sin(), 0.3, True)
+            return x + torch.dropout(self.down(y), 0.5, True) * torch.ones_like(y)
+
+    torch.manual_seed(2)
+    model, x = nn.Sequential(*(Drops() for _ in range(4))), rows(5, D)
+    expected = train(model, x)
+    chain = fit(model, x, "1MiB", repeats=1).chain
+    least = [min(s.variants, key=lambda o: chain.charge(o.saves)).name if s.variants else "keep" for s in chain.stages]
+    assert sum(map(is_option, least)) == 4
+    tree = tuple(Keep(number, name) for number, name in enumerate(least))
+    plan = certify(chain, tree, 1 << 20, "by hand")
+    fitted = fit(model, x, "1MiB", plan=plan, strict=True, repeats=1)
+    for _ in range(3):  # from the third on by a flow that is known
+        assert train(fitted, x) == expected
+        assert fitted.measured_peak_bytes == plan.certificate.peak_bytes
+    torch.manual_seed(4)
+    loss = fitted(x).square().sum()
+    with Products() as products:
+        loss.backward()
+    assert products.count["aten::addmm"] == 0, products.count  # `up` is kept, and nothing needs `down`
+    fitted.unfit()
