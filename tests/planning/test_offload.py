@@ -158,3 +158,14 @@ def test_a_deep_chain_is_planned() -> None:
     plan = plan_chain(chain, 200)
     assert plan.certificate.peak_bytes <= 200
     plan.check(chain)
+
+
+def test_a_small_host_is_used_and_each_byte_of_it_buys_time() -> None:
+    chain = with_spill(blocks(24), 1e6)
+    peak = simulate(chain, tuple(Keep(i) for i in range(24))).peak_bytes
+    for budget in (peak * 4 // 10, peak * 6 // 10):
+        plans = [plan_chain(chain, budget, host_bytes=peak * percent // 100).certificate for percent in (0, 10, 20, 40)]
+        steps = [plan.step_s for plan in plans]
+        assert steps == sorted(steps, reverse=True)
+        assert steps[0] > steps[1] > steps[3]
+        assert plans[1].host_peak_bytes > peak // 20
