@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from gpuckpt.cli.caps import plan_caps
 from gpuckpt.cli.plan import chain_of_sizes
 from gpuckpt.cli.whole_device import device_facts
 from gpuckpt.planning import plan_chain
@@ -17,6 +18,7 @@ from gpuckpt.pytorch.whole_device.plan_device import plan_device
 from gpuckpt.units import format_bytes
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "configs"
 
 
 def test_the_table_of_llama() -> None:
@@ -42,6 +44,16 @@ def test_the_table_of_llama() -> None:
     assert stated == {facts[f"{name}_bytes"] for name in names}
     assert f"({facts['recompute_ms']:.0f} ms of {facts['step_ms']:.0f} ms, by the\nroofline)" in page
     assert facts["weights_bytes"] == 2 * 8_030_261_248
+
+
+def test_what_a_cap_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows of 8,192 tokens; the others come from the same command."""
+    plan_caps(CONFIGS / "llama-3-8b.json", 1, 8192, "bf16", "H100 SXM", "8GiB,16GiB,20GiB,24GiB", as_json=False)
+    printed = re.findall(r"(\d+ GiB) +(\S+%) +(\S+%) +(\S+%)", capsys.readouterr().out)
+    page = (ROOT / "docs" / "guides" / "whole-device.md").read_text()
+    assert len(printed) == 4
+    for row in printed:
+        assert f"| {' | '.join(row)} |" in page
 
 
 def test_the_figures_from_a_fresh_machine() -> None:
