@@ -119,6 +119,9 @@ def _moving_whole(chain: Chain) -> Chain:
 def _crossing(chain: Chain, forwards: float) -> Chain:
     """The chain in which nothing is offloaded that takes the link longer, one way, than so many forwards of its stage."""
 
+    if forwards == _ENDLESS:
+        return chain
+
     def crosses(stage: Stage, seconds: float | None) -> bool:
         return seconds is not None and seconds <= forwards * stage.forward_s
 
@@ -130,7 +133,7 @@ def _crossing(chain: Chain, forwards: float) -> Chain:
         )
         for stage in chain.stages
     ]
-    return chain if forwards == _ENDLESS else replace(chain, stages=tuple(stages))
+    return replace(chain, stages=tuple(stages))
 
 
 def _spread(seconds: NDArray[np.float32], count: int) -> Iterator[int]:
