@@ -19,8 +19,8 @@ The rules, which the runtime follows to the byte:
   run: out from the start of the next stage on (of a frame: of its own first), and what is out is let go before the next copy
   out is asked for or the last stage starts, which wait for it; stages that cannot be recomputed (code between blocks) do not
   count. What has not been let go by the end of forward stays. Backward brings back what a frame or stage needs when it
-  reaches that, unless it is on its way, and then asks for what is offloaded next before it; so does a stage of which an option
-  makes a part again.
+  reaches that, unless it is on its way, and then asks for what is offloaded next before it; a stage of which an option
+  makes a part again asks for what the stage before it has offloaded.
 
 Held bytes therefore only rise in forward and recompute, and fall in backward. `total` adds, by the step: the stage's
 input and output while it runs, its workspace, and the gradients that come and go.
@@ -140,7 +140,7 @@ class _Run:
             elif self.steps[i].variant is None:
                 if self.steps[i].depth == 0:
                     root = self.steps[i].first
-                    self.traffic.reach(i, asks=True)
+                    self.traffic.reach(i, after=0)
                 self._forward(i + 1, self.steps[i].end, self.steps[i], root)
                 stack.append(~i)
                 stack.extend(self._children(i + 1, self.steps[i].end, staying=True))
@@ -241,7 +241,7 @@ class _Run:
         stage = self.chain.stages[step.first]
         option = stage.option(step.variant or KEEP)
         if step.depth == 0 and (option.spilled or option.remade):
-            self.traffic.reach(node, asks=bool(option.remade))
+            self.traffic.reach(node, after=step.first - 1 if option.remade else step.first)
             self.step_s -= option.moved_s
         self.step_s += option.backward_s
         spilled = self.spilled.pop(step.first, None)

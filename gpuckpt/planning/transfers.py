@@ -127,20 +127,19 @@ class Traffic:
             each.copy = self._ask(each, "out")
             self._leaving.append(each)
 
-    def reach(self, node: int, *, asks: bool) -> None:
+    def reach(self, node: int, *, after: int) -> None:
         """Backward reaches a node: what it offloaded comes back, and what is offloaded next before it is asked for, if it has
-        offloaded anything or `asks` anyway, as what runs again does."""
+        offloaded anything itself, or else if that begins with stage number `after` or a later one."""
         own = self._waiting.get(node)
         if own is not None and own.left:
             self._bring_back(own)
             self._wait(own.copy)
         while self._waiting and (latest := next(reversed(self._waiting))) >= node:
             self._reached[latest] = self._waiting.pop(latest)
-        if not asks and (own is None or not own.away):
-            return
         for each in reversed(self._waiting.values()):
             if each.away:
-                self._bring_back(each)
+                if each.stage >= after or (own is not None and own.away):
+                    self._bring_back(each)
                 break
 
     def forget(self, node: int) -> None:

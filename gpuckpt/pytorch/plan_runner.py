@@ -111,7 +111,7 @@ class _Open:
 
         def replay(kept: list[torch.Tensor]) -> None:
             if offload is not None:
-                offload.reach(first)
+                offload.reach(first, first - 1 if option else 0)
             kept = [connected(tensor) if number in loose else tensor for number, tensor in enumerate(kept)]
             arrivals = [call.rewritten(_FromFrame, lambda leaf: kept[leaf.index]) for call in program]
             inner = Walk(children, budget, verify, preserve, arrivals, host, evictable, None, unread, flows)
@@ -285,8 +285,7 @@ class Walk:
                     inside = [_NOT_KEPT if is_entry(tensor) else tensor for tensor in inside]
                 given = objects.taken_out(leaves) if objects else leaves
                 call = _Arrival(module, stage, [*given, *inside, *kept], spec, objects, fence)
-            if stage in self._spilled:  # before what opens here, which saves into it all but choices
-                spill = self._spilled[stage]
+            if (spill := self._spilled.get(stage)) is not None:  # before what opens here, and saves into it
                 for opened in opening:
                     opened.record.begin()
                 if self._ahead is None and not opening:

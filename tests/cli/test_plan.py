@@ -63,15 +63,16 @@ def test_spilling_over_a_link_is_an_option(tmp_path: Path) -> None:
     chain = Chain.from_json((tmp_path / "chain.json").read_text())
     for stage in chain.stages[1:-1]:
         names = [option.name for option in stage.options]
-        assert (names[0], names[-1]) == ("keep", "spill")
+        assert names[0] == "keep"
+        assert "spill" in names
     assert json.loads(text)["model"] == "Transformer"
 
 
 def test_a_host_budget_bounds_what_is_spilled(tmp_path: Path) -> None:
     # So wide that running a block's attention again takes longer than the way to the host and back; its MLP is not run again.
-    # The smallest budget has no room for what is on its way while a block goes back; half as much again has.
+    # The smallest budget has no room for what is on its way while a block goes back; twice as much has.
     sizes = (*SIZES, "--width", 32768, "--heads", 64, "--context", 2048)
-    budget = json.loads(run(*sizes, "--json", out=tmp_path))["smallest_budget_bytes"] * 3 // 2
+    budget = json.loads(run(*sizes, "--json", out=tmp_path))["smallest_budget_bytes"] * 2
     wanted = (*sizes, "--spill", "nvlink-c2c", "--budget", budget, "--json")
     free = json.loads(run(*wanted, out=tmp_path))
     assert free["promised_host_peak_bytes"] > 0

@@ -279,17 +279,16 @@ def play(chain: Chain, tree: tuple) -> Played:
             elif item[4] == "done":
                 copy(item, "leaving")
 
-    def reach(stage: int, asks: bool) -> None:
+    def reach(stage: int, after: int) -> None:
         for item in [item for item in moving if item[3] == stage]:
             if item[4] == "there":
                 hold(item[0], tuple(item[1]))
                 copy(item, "coming")
             if item[4] == "coming":
                 seen.seconds = max(seen.seconds, item[5])
-        if not asks and not any(item[1] for item in moving if item[3] == stage):
-            return
+        own = any(item[1] for item in moving if item[3] == stage)
         earlier = [item for item in moving if item[3] < stage and item[1]]
-        if earlier and earlier[-1][4] == "there":
+        if earlier and earlier[-1][4] == "there" and (own or earlier[-1][3] >= after):
             hold(earlier[-1][0], tuple(earlier[-1][1]))
             copy(earlier[-1], "coming")
 
@@ -379,7 +378,7 @@ def play(chain: Chain, tree: tuple) -> Played:
                 stage, option = chain.stages[node.stage], chain.stages[node.stage].option(node.variant)
                 at_top = outermost is None and bool(option.spilled)
                 if outermost is None and (option.spilled or option.remade):
-                    reach(node.stage, bool(option.remade))
+                    reach(node.stage, node.stage - 1 if option.remade else node.stage)
                 seen.seconds += option.backward_s - (option.moved_s if at_top else 0)
                 gradients = stage.output_bytes + (chain.stages[node.stage - 1].output_bytes if node.stage else 0)
                 back = [] if at_top else [x for owner, x in on_host if owner is node]
@@ -403,7 +402,7 @@ def play(chain: Chain, tree: tuple) -> Played:
                 forget(node)
             else:
                 if outermost is None:
-                    reach(span(node)[0], True)
+                    reach(span(node)[0], 0)
                 forward(node.children, outermost or (node,), chain.stages[span(node)[-1]].output_bytes)
                 backward(node.children, outermost or (node,))
                 let_go(id(node), frame_ids(node, outermost))

@@ -321,15 +321,17 @@ class Offload:
             if (spill := ref()) is not None:
                 self.send(spill)
 
-    def reach(self, stage: int) -> None:
-        """Backward reaches stage number `stage`, or a frame that starts with it: ask for what is offloaded next before it."""
+    def reach(self, stage: int, after: int = 0) -> None:
+        """Backward reaches stage number `stage`, or a frame that starts with it: ask for what is offloaded next before it, if
+        that begins with stage number `after` or a later one."""
         if graph_task_id() < 0:
             return
         for ref in reversed(self._spills):
             spill = ref()
             if spill is not None and spill.stage < stage and spill.needed:
-                with suppress(BudgetExceeded):  # then it comes when it is needed
-                    spill.ask_back()
+                if spill.stage >= after:
+                    with suppress(BudgetExceeded):  # then it comes when it is needed
+                        spill.ask_back()
                 return
 
 

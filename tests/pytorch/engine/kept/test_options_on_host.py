@@ -14,7 +14,7 @@ from gpuckpt import BudgetExceeded, CheckpointBudget, InvalidPlan, Keep, fit
 from gpuckpt.planning import ON_HOST, Chain, Node, Recompute, tree_text
 from gpuckpt.planning.planner import certify
 from gpuckpt.pytorch.engine.kept.options import part_of
-from gpuckpt.pytorch.profiling.link_speed import Link
+from gpuckpt.pytorch.link_speed import Link
 from tests.pytorch.engine.kept.test_options import MODELS, Decoder, rows, train
 
 
