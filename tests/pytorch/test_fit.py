@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import gpuckpt
-from gpuckpt import CheckpointBudget, checkpoint, fit
+from gpuckpt import CheckpointBudget, Keep, checkpoint, fit
 from gpuckpt.errors import BudgetExceeded, InvalidChain, PromiseBroken, RecomputeMismatch
 from tests.pytorch.beside_plain import assert_same, plain_peak_bytes, train_step
-from tests.pytorch.steps import Tally
+from tests.pytorch.steps import HOLDS, Tally
 
 
 class Block(nn.Module):
@@ -251,6 +251,35 @@ def test_forward_without_backward_and_retained_graphs() -> None:
     assert all(torch.equal(p.grad, 2 * grad) for p, grad in zip(model.parameters(), first, strict=True))
     del loss
     assert fitted.budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@pytest.mark.parametrize("how", ["retain_graph", "create_graph", "penalty"])
+def test_a_graph_that_stays_is_named_where_the_plan_has_no_room_for_it(how: str, hold: str) -> None:
+    """Blocks that are kept do not go as backward goes, and what is recomputed comes on top."""
+    model = blocks()
+    plain_bytes = fit(model, X, "1MiB", hold=hold).plan.certificate.peak_bytes
+    fitted = fit(model, X, plain_bytes // 2, hold=hold)
+    assert any(isinstance(node, Keep) for node in fitted.plan.tree[1:-1])
+    x = X.clone().requires_grad_()
+
+    def step() -> None:
+        loss = model(x).square().sum()
+        if how == "penalty":
+            (g,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + g.square().sum()).backward()
+        else:
+            loss.backward(**{how: True})
+
+    with pytest.raises(BudgetExceeded, match=r"retain_graph or create_graph .* needs a larger budget"):
+        step()
+    model.zero_grad()  # gradients of backward(create_graph=True) keep the graph, says torch
+    x.grad = None
+    assert fitted.budget.used_bytes == 0
+    fit(model, X, 4 * plain_bytes, hold=hold)
+    step()
+    model.zero_grad()
 
 
 def test_an_error_in_a_stage_leaves_nothing_behind() -> None:

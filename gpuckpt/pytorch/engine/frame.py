@@ -41,6 +41,10 @@ from gpuckpt.pytorch.engine.verify import Verify
 __all__ = ["Frame"]
 
 
+_RETAINED = (
+    "this backward runs with retain_graph or create_graph (gradient penalties, second derivatives): what forward kept stays for "
+    "its whole length, where plans count on its going piece by piece, so that such a step needs a larger budget"
+)
 _MOST_LATE = 2  # tensors that an operation saves before its kernel runs, of those whose kernels write into them
 
 
@@ -149,6 +153,8 @@ class Frame:
                 self._reached = replay.count
                 return
             replay.drop()
+            if isinstance(error, BudgetExceeded) and keep_graph() and _RETAINED not in error.hint:
+                error.hint = f"{_RETAINED}; {error.hint}"
             if replay.check is None or not isinstance(error, Exception) or isinstance(error, BudgetExceeded):
                 raise  # else part of the work may have met what stood for the rest: the whole of it tells
         finally:
