@@ -57,14 +57,15 @@ class StepProgress:
 
     def is_behind(self, number: int, used_bytes: int) -> bool:
         """Whether planned call `number` begins a stage that had better be recomputed, whatever the plan says: earlier ones hold
-        more than in the first step of the plan (another branch within a block, other routes), and if the rest does so by the same
-        factor, the plan's peak is out of reach."""
+        more than is planned, and more than in the plan's first step (another branch within a block, other routes), and if the
+        rest does so by the same factor, the plan's peak is out of reach."""
         measured = self.planned.measured
         stage = measured.owned[number]
         if not measured.chain.stages[stage].recomputable or (number and measured.owned[number - 1] == stage):
             return False
         held_bytes, peak_bytes = used_bytes - self.began_bytes, self.planned.plan.certificate.peak_bytes
-        planned_bytes = self.planned.held_before.setdefault(stage, held_bytes)
+        planned_bytes = self.planned.began_with.setdefault(stage, held_bytes)
+        planned_bytes = max(planned_bytes, self.planned.held_before[stage])
         if held_bytes - planned_bytes > _SMALL_SHARE * peak_bytes:
             room_bytes = peak_bytes + self.spare_bytes
             self._behind = self._behind or held_bytes * peak_bytes > planned_bytes * room_bytes

@@ -165,7 +165,8 @@ def _region(code: list[sass.Instruction]) -> Region:
 def _waits(code: list[sass.Instruction]) -> tuple[int, ...]:
     """For each batch of loads, the instructions from its first load to the first that reads what one of them brings."""
     found: list[int] = []
-    first, pending = 0, set[int]()
+    first = 0
+    pending: set[int] = set()
     for n, instruction in enumerate(code):
         named = [int(r) for r in _REGISTER.findall(instruction.operands)]
         if pending and pending & set(named):

@@ -30,7 +30,7 @@ def _to_translate() -> dict[str, Any]:
     return padded_text() | {"labels": tokens(2, 16, seed=6)}
 
 
-@architecture(0.19, fast=True)
+@architecture(0.21, fast=True)
 def bert():
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -61,14 +61,14 @@ def modernbert():
     return ModernBertForMaskedLM(config), padded_text()
 
 
-@architecture(0.22)
+@architecture(0.18)
 def albert_shared_layers():
     from transformers import AlbertConfig, AlbertForMaskedLM
 
     return AlbertForMaskedLM(AlbertConfig(**TEXT, **WIDE, embedding_size=16, hidden_dropout_prob=0.1)), padded_text()
 
 
-@architecture(0.17)
+@architecture(0.19)
 def electra():
     from transformers import ElectraConfig, ElectraForTokenClassification
 
@@ -95,7 +95,7 @@ def bart():
     return BartForConditionalGeneration(config), _to_translate()
 
 
-@architecture(0.22)
+@architecture(0.21)
 def whisper():
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 

@@ -21,7 +21,7 @@ def _to_classify(size: int) -> dict:
     return {"pixel_values": images(size=size), "labels": torch.arange(2)}
 
 
-@architecture(0.23, fast=True)
+@architecture(0.19, fast=True)
 def vit():
     from transformers import ViTConfig, ViTForImageClassification
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from gpuckpt.errors import BudgetExceeded, RecomputeMismatch
+from gpuckpt.errors import BudgetExceeded, CheckpointError, RecomputeMismatch
 from gpuckpt.memory import Budget
 from gpuckpt.pytorch._torch_internals import graph_task_id, keep_graph, queue_callback, untraced
 from gpuckpt.pytorch.engine.early_stop import RunsOtherwise, replaying
@@ -149,7 +149,7 @@ class Frame:
             replay.drop()
         except BaseException as error:
             drop_stale_nodes_after(error)
-            if replay.ended and isinstance(error, Exception):
+            if replay.ended and isinstance(error, Exception) and not isinstance(error, CheckpointError):
                 self._reached = replay.count
                 return
             replay.drop()

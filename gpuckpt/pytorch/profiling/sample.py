@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from gpuckpt.errors import CheckpointError
 from gpuckpt.pytorch._torch_internals import untraced
 from gpuckpt.pytorch.engine.arguments import Objects
 from gpuckpt.pytorch.engine.early_stop import RunsOtherwise, replaying
@@ -117,8 +118,8 @@ def recompute_s(
                 run_module(module, args, kwargs)
         except _Done:
             pass
-        except Exception:
-            if not watch.ended:
+        except Exception as error:
+            if not watch.ended or isinstance(error, CheckpointError):
                 raise  # else what ended it, of which TorchScript's interpreter makes another error
         return clock.now() - began_s
 

@@ -132,7 +132,7 @@ class FactoryModel:
                 made = self._factory(batch, context)
         except Exception as error:
             raise ValueError(
-                f"the model's factory fails for batch={batch}, context={context}: {_first_line(error)}"
+                f"source, the model's factory, fails for batch={batch}, context={context}: {_first_line(error)}"
             ) from None
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
             raise ValueError(f"the model's factory returned {shown(made)}; expected (model, example)")
