@@ -74,7 +74,8 @@ def test_the_gpus_are_those_of_the_driver(monkeypatch):
     broken.cuInit = lambda flags: 100  # no device
     assert doctor._gpus(broken) == []
     monkeypatch.setattr(doctor, "_gpus", lambda: [{"name": "cuda:0", "description": "x", "memory_bytes": 1}])
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.13.0+cpu")
+    version = doctor.metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.13.0+cpu" if name == "torch" else version(name))
     assert "built without CUDA" in doctor.examine()["packages"]["torch"]["advice"]
 
 

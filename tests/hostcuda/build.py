@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import sysconfig
 import tarfile
 import tempfile
 import zipfile
+from importlib.metadata import PackageNotFoundError, version  # by name: tests put others in its place
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -47,10 +47,10 @@ class Unavailable(Exception):
 
 def cached_module() -> Path:
     """The built module, from the cache or built now (about 20 s). Raises `Unavailable`."""
-    version = cupy_version()
+    installed = cupy_version()
     digest = hashlib.sha256((HERE / "hostcuda.c").read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpuckpt" / "hostcuda"
-    folder = root / f"cupy{version}-{sysconfig.get_config_var('SOABI')}-{digest}"
+    folder = root / f"cupy{installed}-{sysconfig.get_config_var('SOABI')}-{digest}"
     module = folder / "runtime.so"
     if module.exists():
         return module
@@ -58,7 +58,7 @@ def cached_module() -> Path:
     with _one_at_a_time(root / "lock"):
         if not module.exists():  # another process may have built it while this one waited
             with tempfile.TemporaryDirectory(dir=root) as work:
-                built = _build(version, Path(work))
+                built = _build(installed, Path(work))
                 folder.mkdir(exist_ok=True)
                 built.replace(module)
     return module
@@ -67,8 +67,8 @@ def cached_module() -> Path:
 def cupy_version() -> str:
     """The installed version of cupy-cuda12x. Raises `Unavailable` without one."""
     try:
-        return importlib.metadata.version("cupy-cuda12x")
-    except importlib.metadata.PackageNotFoundError:
+        return version("cupy-cuda12x")
+    except PackageNotFoundError:
         raise Unavailable("cupy-cuda12x is not installed") from None
 
 
