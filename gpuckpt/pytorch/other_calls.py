@@ -89,13 +89,8 @@ def _with_call(
     links = dict(zip(given, handed, strict=False))
     if not set(template.inputs) <= links.keys():
         return None
-    known = {i for stage in stages[: owned[like]] for i in _ids_of(stage)} | set(template.extras)
     renamed: dict[int, int] = {i: links[i] for i in template.inputs}
-    for i in _ids_of(template):
-        if i not in renamed and i not in known:
-            renamed[i] = len(storages)
-            storages.append(chain.storages[i])
-    new = _with_ids(template, renamed)
+    new = _another(chain, owned[like], renamed, storages)
     follows = dict(zip(handed, new.output, strict=False))
     if after + 1 < len(stages):
         stages[after + 1] = _with_ids(stages[after + 1], follows)
@@ -133,7 +128,6 @@ def at_most(measured: Measured) -> Measured:
     for numbers in alike.values():
         most = max(numbers, key=lambda stage: measured.chain.charge(measured.chain.stages[stage].saves))
         template = measured.chain.stages[most]
-        known = {i for stage in measured.chain.stages[:most] for i in _ids_of(stage)} | set(template.extras)
         for number in numbers:
             quiet = stages[number]
             if measured.chain.charge(quiet.saves) == measured.chain.charge(template.saves):
@@ -144,11 +138,7 @@ def at_most(measured: Measured) -> Measured:
                 continue
             renamed = dict(zip(template.inputs, quiet.inputs, strict=True))
             renamed.update(zip(template.output, quiet.output, strict=True))
-            for i in _ids_of(template):
-                if i not in renamed and i not in known:
-                    renamed[i] = len(storages)
-                    storages.append(storages[i])
-            stages[number] = replace(_with_ids(template, renamed), name=quiet.name)
+            stages[number] = replace(_another(measured.chain, most, renamed, storages), name=quiet.name)
             staying |= {new for old, new in renamed.items() if old in staying}
     chain = replace(measured.chain, stages=tuple(stages), storages=tuple(storages))
     return replace(measured, chain=chain, staying=frozenset(staying))
@@ -199,6 +189,18 @@ def _close(tokens: list[Token], ends: list[int], index: int) -> None:
 def _ids_of(stage: Stage) -> list[int]:
     variants = [i for v in stage.variants for i in v.ids]
     return [*stage.inputs, *stage.extras, *stage.output, *stage.saves, *variants]
+
+
+def _another(chain: Chain, number: int, renamed: dict[int, int], storages: list[int]) -> Stage:
+    """A stage like stage `number`, with the ids that `renamed` has for some of its storages. What is its own gets new ones, added
+    to `renamed` and `storages`; what stages before it hold, and its extras, are the same."""
+    stage = chain.stages[number]
+    known = {i for before in chain.stages[:number] for i in _ids_of(before)} | set(stage.extras)
+    for i in _ids_of(stage):
+        if i not in renamed and i not in known:
+            renamed[i] = len(storages)
+            storages.append(chain.storages[i])
+    return _with_ids(stage, renamed)
 
 
 def _with_ids(stage: Stage, names: Mapping[int, int]) -> Stage:

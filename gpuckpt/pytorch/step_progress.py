@@ -64,11 +64,12 @@ class StepProgress:
         if not measured.chain.stages[stage].recomputable or (number and measured.owned[number - 1] == stage):
             return False
         held_bytes, peak_bytes = used_bytes - self.began_bytes, self.planned.plan.certificate.peak_bytes
-        planned_bytes = self.planned.began_with.setdefault(stage, held_bytes)
-        planned_bytes = max(planned_bytes, self.planned.held_before[stage])
-        if held_bytes - planned_bytes > _SMALL_SHARE * peak_bytes:
+        first_bytes, small_bytes = self.planned.began_with.setdefault(stage, held_bytes), _SMALL_SHARE * peak_bytes
+        if held_bytes - first_bytes > small_bytes:  # nearly never: what the plan holds is not worked out before
+            planned_bytes = max(first_bytes, self.planned.held_before[stage])
             room_bytes = peak_bytes + self.spare_bytes
-            self._behind = self._behind or held_bytes * peak_bytes > planned_bytes * room_bytes
+            much = held_bytes - planned_bytes > small_bytes and held_bytes * peak_bytes > planned_bytes * room_bytes
+            self._behind = self._behind or much
         return self._behind
 
     def extra_call(self, module: nn.Module) -> bool:

@@ -64,7 +64,7 @@ def disjoint_calls(calls: list[Call]) -> list[Call]:
         inner = [found for child in inside[number] for found in chosen[child]]
         if number >= 0:
             call = calls[number]
-            enough = len(inner) > 1 and covered([calls[n] for n in inner]) >= SHARE * (call.end - call.begin)
+            enough = len(inner) > 1 and covered([calls[n] for n in inner]) >= SHARE * call.work
             inner = inner if enough else [number]
         chosen[number] = inner
     return [calls[number] for number in chosen[-1] if calls[number].work and not calls[number].idle]
@@ -97,7 +97,7 @@ def heaviest_path(calls: list[Call]) -> list[Call]:
             default=-1,
         )
         covered, count = best[previous] if previous >= 0 else (0, 0)
-        best[number] = (covered + call.end - call.begin, count + 1)
+        best[number] = (covered + call.work, count + 1)
         before[number] = previous
     number = max(range(len(calls)), key=lambda n: best[n], default=-1)
     path = []
