@@ -158,14 +158,20 @@ def train(model: Any, x: Tensor) -> list[Any]:
     return bits([loss, *(parameter.grad for parameter in model.parameters()), torch.rand(3)])
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("hold", ["account", "pool"])
-def test_random_plans_hold_what_they_promise(name: str, hold: str) -> None:
+def trained(name: str) -> tuple[nn.Module, Tensor, list[bytes | None]]:
+    """A model as it was before its first step, what it is given, and what a plain step leaves."""
     make, x = MODELS[name]
     torch.manual_seed(3)
     model = make()
     expected = train(model, x)
-    model = model.apply(lambda module: module.reset_running_stats() if isinstance(module, nn.BatchNorm1d) else None)
+    model.apply(lambda module: module.reset_running_stats() if isinstance(module, nn.BatchNorm1d) else None)
+    return model, x, expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("hold", ["account", "pool"])
+def test_random_plans_hold_what_they_promise(name: str, hold: str) -> None:
+    model, x, expected = trained(name)
     generator, met = random.Random(5), Counter()
     chain = fit(model, x, CheckpointBudget("1MiB", device="cpu", hold=hold), repeats=1).chain
     for _ in range(14):

@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import nn
 
 import gpuckpt.pytorch.plan_maker as plan_maker
 from gpuckpt import BudgetExceeded, CheckpointBudget, InvalidPlan, Keep, fit
@@ -15,7 +14,7 @@ from gpuckpt.planning import ON_HOST, Chain, Node, Recompute, tree_text
 from gpuckpt.planning.planner import certify
 from gpuckpt.pytorch.engine.kept.options import part_of
 from gpuckpt.pytorch.link_speed import Link
-from tests.pytorch.engine.kept.test_options import MODELS, Decoder, rows, train
+from tests.pytorch.engine.kept.test_options import MODELS, Decoder, rows, train, trained
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +47,7 @@ def random_nodes(generator: random.Random, chain: Chain, first: int, last: int, 
 )  # which has no options: what a later stage is given stays
 @pytest.mark.parametrize("hold", ["account", "pool"])
 def test_random_plans_hold_here_and_there_what_they_promise(name: str, hold: str) -> None:
-    make, x = MODELS[name]
-    torch.manual_seed(3)
-    model = make()
-    expected = train(model, x)
-    model = model.apply(lambda module: module.reset_running_stats() if isinstance(module, nn.BatchNorm1d) else None)
+    model, x, expected = trained(name)
     generator, met = random.Random(8), Counter()
     chain = fit(model, x, CheckpointBudget("1MiB", device="cpu", hold=hold), host_budget="1MiB", repeats=1).chain
     for _ in range(16):
